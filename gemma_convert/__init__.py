@@ -1,0 +1,1 @@
+"""Convert Gemma 4 checkpoints between Hugging Face and native layouts."""

@@ -1,0 +1,68 @@
+"""The errors that end in one clear message, and the exit code of each.
+
+Exit codes of the command line: 0 done, 1 a check failed, 2 usage, 3 bad source, 4 target problem,
+70 a fault of our own, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+
+class GemmaConvertError(Exception):
+    """A failure that the user is told about: what, where, expected, found, and what to do."""
+
+    exit_code = 70
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        expected: object = None,
+        found: object = None,
+        do: str | None = None,
+    ) -> None:
+        self.what = what
+        self.where = None if where is None else str(where)
+        self.expected = None if expected is None else str(expected)
+        self.found = None if found is None else str(found)
+        self.do = do
+        super().__init__(self.message)
+
+    @property
+    def message(self) -> str:
+        """The whole message, one line for each part that is known."""
+        parts = (
+            ("where", self.where),
+            ("expected", self.expected),
+            ("found", self.found),
+            ("what to do", self.do),
+        )
+        return "\n".join([self.what, *(f"  {name}: {value}" for name, value in parts if value)])
+
+
+class CheckFailedError(GemmaConvertError):
+    """A check ran to its end and says no."""
+
+    exit_code = 1
+
+
+class UsageError(GemmaConvertError):
+    """The options contradict each other or ask for what no layout offers."""
+
+    exit_code = 2
+
+
+class SourceError(GemmaConvertError):
+    """The source is missing, broken, or not a Gemma 4 checkpoint that can be converted."""
+
+    exit_code = 3
+
+
+class TargetError(GemmaConvertError):
+    """The target exists, is full, or cannot be written."""
+
+    exit_code = 4
+
+
+class MappingError(GemmaConvertError):
+    """A mapping table contradicts itself: a fault of ours, not of the user's checkpoint."""
