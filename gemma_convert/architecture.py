@@ -79,7 +79,7 @@ class TextArchitecture:
 
     @cached_property
     def period(self) -> int | None:
-        """Layers in one block of sliding layers closed by a full one; None if they do not repeat."""
+        """Layers in a block of sliding layers closed by a full one; None if irregular."""
         first_full = next((layer.index for layer in self.layers if not layer.sliding), None)
         if first_full is None:
             return None
@@ -151,19 +151,20 @@ class Architecture:
         if axis in _LAYER_SIZES:
             layer = self._layer(index)
             return None if layer is None else getattr(layer, _LAYER_SIZES[axis])
-        if axis == "conv_in" or axis == "conv_out":
+        if axis in {"conv_in", "conv_out"}:
             return self._conv_channels(axis, index.get("conv_stages"))
         return self._sizes.get(axis)
 
     def holds(self, fact: str, index: Mapping[str, int]) -> bool | None:
         """Truth of a boolean fact at a place; None for a word that is no fact."""
-        if fact in ("owns_kv", "owns_value", "sliding"):
-            layer = self._layer(index)
-            return False if layer is None else bool(getattr(layer, fact))
+        if fact not in LAYER_FACTS:
+            return self._facts.get(fact)
+        layer = self._layer(index)
+        if layer is None:
+            return False
         if fact == "key_as_value":
-            layer = self._layer(index)
-            return False if layer is None else self.text.key_as_value and not layer.sliding
-        return self._facts.get(fact)
+            return self.text.key_as_value and not layer.sliding
+        return layer.owns_kv if fact == "owns_kv" else layer.sliding
 
     def _layer(self, index: Mapping[str, int]) -> Layer | None:
         number = index.get("layers")
@@ -187,6 +188,7 @@ class Architecture:
             "layers": len(text.layers),
             "gate_up": 2,
             "kv": 2,
+            "bound": 4,
         }
         if text.ple:
             sizes |= {"ple": text.ple, "ple_vocab": text.ple_vocab}
@@ -228,7 +230,6 @@ class Architecture:
         return {
             "ple": bool(text.ple),
             "moe": text.moe,
-            "text_only": self.text_only,
             "vision": vision is not None,
             "vision_clipped": vision is not None and vision.clipped,
             "vision_standardized": vision is not None and vision.standardize,
@@ -239,18 +240,26 @@ class Architecture:
 
 _LAYER_SIZES = {"heads": "heads", "kv_heads": "kv_heads", "head_dim": "head_dim", "mlp": "mlp"}
 
-AXES = frozenset(
-    "vocab embed layers gate_up kv heads kv_heads head_dim mlp experts expert_mlp ple ple_vocab "
-    "vit_embed vit_layers vit_heads vit_head_dim vit_mlp patch positions xy "
-    "audio_embed audio_layers audio_heads audio_head_dim audio_mlp audio_glu audio_conv audio_output "
-    "audio_kernel conv_stages conv_time conv_frequency conv_in conv_out conv_last frequencies".split()
-)
+_AXIS_WORDS = """
+vocab embed layers heads kv_heads head_dim mlp gate_up kv bound
+experts expert_mlp ple ple_vocab
+vit_embed vit_layers vit_heads vit_head_dim vit_mlp patch positions xy
+audio_embed audio_layers audio_heads audio_head_dim audio_mlp audio_glu audio_conv audio_kernel
+audio_output conv_stages conv_time conv_frequency conv_in conv_out conv_last frequencies
+"""
+
+AXES = frozenset(_AXIS_WORDS.split())
 """Every axis word that has a size; the mapping tables may use these and no others."""
 
-FACTS = frozenset(
-    "owns_kv owns_value sliding key_as_value ple moe text_only vision vision_clipped "
-    "vision_standardized audio audio_clipped".split()
+LAYER_FACTS = frozenset({"owns_kv", "sliding", "key_as_value"})
+"""Facts that hold for a layer, so that a row which asks for them has `{layer}` in its name."""
+
+MODEL_FACTS = frozenset(
+    {"ple", "moe", "vision", "vision_clipped", "vision_standardized", "audio", "audio_clipped"}
 )
+"""Facts that hold for the whole model."""
+
+FACTS = LAYER_FACTS | MODEL_FACTS
 """Every boolean fact that a `when` may name."""
 
 
@@ -323,7 +332,9 @@ def _load_json(path: Path) -> Mapping[str, Any]:
     except (ValueError, RecursionError) as error:
         raise SourceError("config.json is not valid JSON.", where=path, found=error) from None
     if not isinstance(value, dict):
-        raise SourceError("config.json is not a JSON object.", where=path, found=type(value).__name__)
+        raise SourceError(
+            "config.json is not a JSON object.", where=path, found=type(value).__name__
+        )
     return value
 
 
@@ -502,7 +513,9 @@ def _layer_overrides(
     per_layer = config.section("per_layer_config")
     if per_layer is None:
         full_head_dim = config.integer("global_head_dim", 512)
-        full_kv_heads = config.optional_integer("num_global_key_value_heads") if key_as_value else None
+        full_kv_heads = (
+            config.optional_integer("num_global_key_value_heads") if key_as_value else None
+        )
         full = (full_head_dim, full_kv_heads or kv_heads)
         return [full if kind == "full_attention" else (head_dim, kv_heads) for kind in kinds]
     sizes = [(head_dim, kv_heads)] * len(kinds)

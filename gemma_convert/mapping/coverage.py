@@ -1,0 +1,130 @@
+"""Coverage: both sides of a plan are covered exactly, or the plan is an error."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from math import prod
+
+from gemma_convert.dtypes import TensorSpec
+from gemma_convert.errors import MappingError, SourceError
+from gemma_convert.mapping.inventory import HFTensor
+from gemma_convert.mapping.region import Box, RegionCopy
+
+SHOWN = 5
+
+_QUANTIZED = ("weight_scale", "weight_scale_inv", "scales", "biases", "weight_packed", "qweight")
+
+
+def check_source(
+    expected: Mapping[str, HFTensor], source: Mapping[str, TensorSpec], where: str
+) -> None:
+    """Raises SourceError where a source has not the tensors that its config.json asks for."""
+    _refuse_quantized(source, where)
+    missing = [name for name, tensor in expected.items() if tensor.required and name not in source]
+    if missing:
+        raise SourceError(
+            f"{_count(missing, 'tensor')} missing from the checkpoint.",
+            where=where,
+            expected=_some(f"{name} {list(expected[name].shape)}" for name in missing),
+            do="check that every shard is there and that config.json belongs to these weights",
+        )
+    unexpected = [name for name in source if name not in expected]
+    if unexpected:
+        raise SourceError(
+            f"{_count(unexpected, 'tensor')} that config.json does not account for.",
+            where=where,
+            found=_some(f"{name} {list(source[name].shape)}" for name in unexpected),
+            do="check that config.json belongs to these weights",
+        )
+    misshapen = [name for name in source if source[name].shape != expected[name].shape]
+    if misshapen:
+        name = misshapen[0]
+        raise SourceError(
+            f"{_count(misshapen, 'tensor')} with a shape that config.json does not ask for.",
+            where=f"{where}, tensor {name}",
+            expected=list(expected[name].shape),
+            found=list(source[name].shape),
+            do="check that config.json belongs to these weights",
+        )
+    _check_groups(expected, source, where)
+
+
+def _refuse_quantized(source: Mapping[str, TensorSpec], where: str) -> None:
+    for name in source:
+        if name.rpartition(".")[2] in _QUANTIZED:
+            raise SourceError(
+                "This is a quantized export, which holds packed integers instead of the weights.",
+                where=where,
+                found=name,
+                do="convert the original bfloat16 checkpoint",
+            )
+
+
+def _check_groups(
+    expected: Mapping[str, HFTensor], source: Mapping[str, TensorSpec], where: str
+) -> None:
+    """The optional tensors of one row and layer are all there or all absent."""
+    groups: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for name, tensor in expected.items():
+        if tensor.row.optional is not None and not tensor.required:
+            groups[tensor.row.where, tensor.index.get("layers", -1)].append(name)
+    for names in groups.values():
+        present = [name for name in names if name in source]
+        if present and len(present) < len(names):
+            raise SourceError(
+                "Only a part of the tensors that belong together is there.",
+                where=where,
+                expected=_some(names),
+                found=_some(present),
+            )
+
+
+def check_targets(copies: Sequence[RegionCopy], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises MappingError where copies overlap in a target or leave a part of it uncovered."""
+    boxes: dict[str, list[tuple[Box, RegionCopy]]] = defaultdict(list)
+    for copy in copies:
+        boxes[copy.target.tensor].append((copy.target.box({}), copy))
+    for name, shape in shapes.items():
+        overlap = _overlap(boxes[name])
+        if overlap is not None:
+            raise MappingError(
+                "Two copies write the same part of a target.",
+                where=f"{overlap[0].row} and {overlap[1].row}",
+                found=f"{name}, from {overlap[0].source.tensor} and {overlap[1].source.tensor}",
+            )
+        covered = sum(prod(length for _, length in box) for box, _ in boxes[name])
+        if covered != prod(shape):
+            raise MappingError(
+                "The copies leave a hole in a target.",
+                where=", ".join(sorted({copy.row for _, copy in boxes[name]})),
+                expected=f"{name} {list(shape)}, {prod(shape)} elements",
+                found=f"{covered} elements covered",
+            )
+
+
+def _overlap(entries: list[tuple[Box, RegionCopy]]) -> tuple[RegionCopy, RegionCopy] | None:
+    """Two entries whose boxes meet, or None. Boxes on one regular grid need no pairwise look."""
+    if len(entries) < 2:
+        return None
+    lengths = {tuple(length for _, length in box) for box, _ in entries}
+    starts = {tuple(start for start, _ in box) for box, _ in entries}
+    if len(lengths) == 1 and len(starts) == len(entries):
+        (length,) = lengths
+        if all(start % n == 0 for at in starts for start, n in zip(at, length, strict=True) if n):
+            return None
+    for (left, first), (right, second) in itertools.combinations(entries, 2):
+        if all(a < b + m and b < a + n for (a, n), (b, m) in zip(left, right, strict=True)):
+            return first, second
+    return None
+
+
+def _count(names: Sequence[str], word: str) -> str:
+    return f"1 {word} is" if len(names) == 1 else f"{len(names)} {word}s are"
+
+
+def _some(names: object) -> str:
+    listed = [str(name) for name in names]  # type: ignore[attr-defined]
+    more = f", and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
+    return ", ".join(listed[:SHOWN]) + more

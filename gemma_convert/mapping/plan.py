@@ -1,0 +1,263 @@
+"""Table × Architecture × source headers → a flat list of region copies. No tensor is read here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from gemma_convert.architecture import Architecture
+from gemma_convert.dtypes import DTypePolicy, TensorSpec, widest
+from gemma_convert.errors import MappingError
+from gemma_convert.mapping.coverage import check_source, check_targets
+from gemma_convert.mapping.inventory import HFTensor, axis_size, hf_tensors, indices
+from gemma_convert.mapping.notation import Index, View
+from gemma_convert.mapping.placement import place, scanned_placement
+from gemma_convert.mapping.region import (
+    Extent,
+    NotABoxError,
+    Region,
+    RegionCopy,
+    chunk_shape,
+    split_steps,
+)
+from gemma_convert.mapping.table import NativeRow, Placement, Table
+
+BLOCK_BYTES = 64 << 20
+"""Largest piece that is read, transposed and written at once, and largest chunk of a target."""
+
+GATHER_BYTES = 1 << 20
+"""Targets up to this size that take several copies are gathered in memory and written at once."""
+
+
+@dataclass(frozen=True)
+class TargetTensor:
+    """One array to be written: its shape, its dtype and the chunk it is stored in."""
+
+    spec: TensorSpec
+    chunk: tuple[int, ...]
+    scale: float | None
+    row: str
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """One source tensor that is converted: the copies that read it, and how it is cut in blocks."""
+
+    spec: TensorSpec
+    region: Region
+    copies: tuple[RegionCopy, ...]
+    steps: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will do, complete before the first byte is read."""
+
+    layout: str
+    scanned: bool
+    architecture: Architecture
+    policy: DTypePolicy
+    sources: Mapping[str, SourceTensor]
+    targets: Mapping[str, TargetTensor]
+    carried: Mapping[str, str]
+    tied: Mapping[str, str]
+
+    @cached_property
+    def target_bytes(self) -> int:
+        return sum(target.spec.nbytes for target in self.targets.values())
+
+    @cached_property
+    def source_bytes(self) -> int:
+        return sum(source.spec.nbytes for source in self.sources.values())
+
+    @cached_property
+    def copies(self) -> tuple[RegionCopy, ...]:
+        return tuple(copy for source in self.sources.values() for copy in source.copies)
+
+
+def plan_to_native(
+    architecture: Architecture,
+    table: Table,
+    source: Mapping[str, TensorSpec],
+    policy: DTypePolicy,
+    *,
+    scanned: bool = False,
+    text_only: bool = False,
+    where: str = "the checkpoint",
+) -> Plan:
+    """The plan from a Hugging Face checkpoint, given its headers, to a native layout.
+
+    Raises SourceError for missing, unexpected or misshapen tensors, UsageError for a placement that
+    this model does not have, MappingError where the table leaves a hole or copies twice.
+    """
+    placement = scanned_placement(table, architecture) if scanned else None
+    expected = {tensor.name: tensor for tensor in hf_tensors(architecture, table.inventory)}
+    check_source(expected, source, where)
+    copies: dict[str, list[RegionCopy]] = {}
+    carried: dict[str, str] = {}
+    tied: dict[str, str] = {}
+    for name in source:
+        tensor = expected[name]
+        row, reason = _find_row(tensor, architecture, table, text_only)
+        if tensor.row.tied is not None:
+            tied[name] = _tied_name(tensor, architecture, table)
+        elif row is None:
+            carried[name] = reason
+        else:
+            copies[name] = _copies(tensor, row, architecture, table, placement)
+    targets = _targets(copies, source, policy)
+    check_targets(
+        [copy for group in copies.values() for copy in group],
+        {name: target.spec.shape for name, target in targets.items()},
+    )
+    sources = {name: _source(name, group, source[name], targets) for name, group in copies.items()}
+    return Plan(
+        layout=table.layout,
+        scanned=scanned,
+        architecture=architecture,
+        policy=policy,
+        sources=sources,
+        targets=_chunked(targets, sources),
+        carried=carried,
+        tied=tied,
+    )
+
+
+def _find_row(
+    tensor: HFTensor, architecture: Architecture, table: Table, text_only: bool
+) -> tuple[NativeRow | None, str]:
+    """The row that converts a tensor, or why the tensor is carried."""
+    rows = [row for row in table.rows_of(tensor.row) if row.when.holds(architecture, tensor.index)]
+    if len(rows) > 1:
+        raise MappingError(
+            "Two rows convert the same tensor.",
+            where=" and ".join(row.where for row in rows),
+            found=tensor.name,
+        )
+    if rows and text_only and rows[0].tower is not None:
+        return None, "the towers are carried on request (--text-only)"
+    if rows:
+        return rows[0], ""
+    for entry in table.carried:
+        if entry.matches(tensor.row) and entry.when.holds(architecture, tensor.index):
+            return None, entry.why
+    if tensor.row.tied is not None:
+        return None, ""
+    raise MappingError(
+        "No row converts this tensor, and nothing says why it would be carried.",
+        where=f"{table.layout}.toml",
+        found=tensor.name,
+    )
+
+
+def _tied_name(tensor: HFTensor, architecture: Architecture, table: Table) -> str:
+    row = table.inventory.row(tensor.row.tied or "")
+    if row is None:
+        raise MappingError("`tied` names no row.", where=tensor.row.where, found=tensor.row.tied)
+    return row.name(architecture.text_only).render({}, table.inventory.spellings)
+
+
+def _copies(
+    tensor: HFTensor,
+    row: NativeRow,
+    architecture: Architecture,
+    table: Table,
+    placement: Placement | None,
+) -> list[RegionCopy]:
+    """One copy for each native tensor that takes a part of the Hugging Face tensor."""
+    scale = None
+    if row.scale is not None:
+        scale = math.sqrt(axis_size(row.scale, architecture, tensor.index, row.where))
+    named = [axis for axis in row.native.pattern.axes if axis not in tensor.index]
+    copies = []
+    for extra in indices(named, architecture, row.where):
+        index = {**tensor.index, **extra}
+        source = Region(tensor.name, _dims(row.hf.view, architecture, index, extra))
+        placed = place(row.native, index, architecture, table, placement)
+        inside = {
+            axis: value for axis, value in index.items() if axis not in row.native.pattern.axes
+        }
+        dims = _dims(row.native, architecture, index, inside)
+        target = Region(placed.name, placed.put_in(dims))
+        copies.append(RegionCopy(row.where, source, target, scale))
+    return copies
+
+
+def _dims(
+    view: View, architecture: Architecture, index: Index, fixed: Index
+) -> tuple[tuple[Extent, ...], ...]:
+    where = str(view)
+    return tuple(
+        tuple(
+            Extent(axis, axis_size(axis, architecture, index, where), fixed.get(axis))
+            for axis in dim
+        )
+        for dim in view.dims
+    )
+
+
+def _targets(
+    copies: Mapping[str, list[RegionCopy]], source: Mapping[str, TensorSpec], policy: DTypePolicy
+) -> dict[str, TargetTensor]:
+    targets: dict[str, TargetTensor] = {}
+    for name, group in copies.items():
+        for copy in group:
+            dtype = policy.target(source[name].dtype, scaled=copy.scale is not None)
+            shape, before = copy.target.shape, targets.get(copy.target.tensor)
+            if before is not None:
+                dtype = widest(before.spec.dtype, dtype)
+                if before.spec.shape != shape:
+                    raise MappingError(
+                        "Two copies disagree about the shape of their target.",
+                        where=copy.row,
+                        expected=before.spec.shape,
+                        found=f"{copy.target.tensor} {shape}",
+                    )
+            targets[copy.target.tensor] = TargetTensor(
+                TensorSpec(dtype, shape), shape, copy.scale, copy.row
+            )
+    return targets
+
+
+def _source(
+    name: str,
+    copies: list[RegionCopy],
+    spec: TensorSpec,
+    targets: Mapping[str, TargetTensor],
+) -> SourceTensor:
+    whole = Region(
+        name,
+        tuple(tuple(Extent(e.axis, e.size) for e in dim) for dim in copies[0].source.dims),
+    )
+    leading = frozenset.intersection(
+        *(frozenset(dim[0].axis for dim in copy.target.dims if dim) for copy in copies)
+    )
+    itemsize = max([spec.itemsize, *(targets[copy.target.tensor].spec.itemsize for copy in copies)])
+    steps = split_steps(whole, itemsize, BLOCK_BYTES, leading)
+    first = {axis: (0, step) for axis, step in steps.items()}
+    for copy in copies:
+        try:
+            copy.source.box({}), copy.target.box(first)
+        except NotABoxError as error:
+            raise MappingError(
+                "The parts of a tensor are not boxes of its target.", where=copy.row, found=error
+            ) from None
+    return SourceTensor(spec, whole, tuple(copies), steps)
+
+
+def _chunked(
+    targets: Mapping[str, TargetTensor], sources: Mapping[str, SourceTensor]
+) -> dict[str, TargetTensor]:
+    """The targets with their chunks: whole where they are gathered, else one block's part."""
+    chunked = dict(targets)
+    for source in sources.values():
+        for copy in source.copies:
+            target = targets[copy.target.tensor]
+            if target.spec.nbytes > GATHER_BYTES:
+                chunk = chunk_shape(copy.target, source.steps)
+                chunked[copy.target.tensor] = TargetTensor(
+                    target.spec, chunk, target.scale, target.row
+                )
+    return chunked

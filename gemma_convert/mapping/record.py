@@ -1,0 +1,84 @@
+"""Typed access to one TOML table of a mapping file; every error names its place in the file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from gemma_convert.architecture import LAYER_FACTS
+from gemma_convert.errors import MappingError
+from gemma_convert.mapping.notation import (
+    Condition,
+    Pattern,
+    Spellings,
+    axis_of,
+    parse_condition,
+)
+
+T = TypeVar("T")
+
+
+class Record:
+    """One TOML table; `where` is the file, the section and the row."""
+
+    def __init__(self, values: object, where: str) -> None:
+        self.where = where
+        if not isinstance(values, Mapping):
+            raise self.error("A table is expected.", found=type(values).__name__)
+        self.values: Mapping[str, Any] = values
+
+    def error(self, what: str, *, expected: object = None, found: object = None) -> MappingError:
+        return MappingError(what, where=self.where, expected=expected, found=found)
+
+    def only(self, *keys: str) -> Record:
+        unknown = sorted(set(self.values) - set(keys))
+        if unknown:
+            raise self.error(f"Unknown key `{unknown[0]}`.", expected=", ".join(keys))
+        return self
+
+    def has(self, key: str) -> bool:
+        return key in self.values
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self.values.get(key, default)
+        if not isinstance(value, str):
+            raise self.error(f"`{key}` is a string.", found=value)
+        return value
+
+    def condition(self, key: str, name: Pattern | None = None) -> Condition:
+        """The condition under `key`; facts of a layer need `{layer}` in `name`."""
+        if not self.has(key):
+            return Condition()
+        condition = self.checked(parse_condition, self.text(key))
+        if name is not None and "layers" not in name.axes and set(condition.facts) & LAYER_FACTS:
+            raise self.error(f"`{key}` asks about a layer, but the name has no {{layer}}.")
+        return condition
+
+    def checked(self, parse: Callable[..., T], *args: str) -> T:
+        """What `parse` returns; its errors get this record's place added."""
+        try:
+            return parse(*args)
+        except MappingError as error:
+            raise MappingError(
+                error.what, where=f"{self.where}: {error.where}", found=error.found
+            ) from None
+
+    def inside(self, key: str, name: str) -> Record:
+        return Record(self.values[key][name], f"{self.where}, {key}.{name}")
+
+    def records(self, key: str) -> list[Record]:
+        values = self.values.get(key, [])
+        if not isinstance(values, list):
+            raise self.error(f"`{key}` is a list.", found=type(values).__name__)
+        return [
+            Record(value, f"{self.where}, {key} {place}") for place, value in enumerate(values, 1)
+        ]
+
+    def spellings(self) -> Spellings:
+        spellings = {}
+        for word, names in self.values.get("spellings", {}).items():
+            axis = self.checked(axis_of, word, f"spellings.{word}")
+            if not isinstance(names, list) or len(set(map(str, names))) != len(names):
+                raise self.error(f"The spellings of `{word}` are a list of distinct names.")
+            spellings[axis] = tuple(map(str, names))
+        return spellings
