@@ -10,7 +10,7 @@ dimension of length one, which is no axis. A placeholder may use the singular of
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -182,3 +182,8 @@ def split_path(text: str) -> tuple[str, ...]:
     if not all(keys):
         raise MappingError("A path has an empty key.", where=text)
     return tuple(keys)
+
+
+def join_path(keys: Sequence[str]) -> str:
+    """The text of a native path: keys that hold a slash are quoted."""
+    return "/".join(f"'{key}'" if "/" in key else key for key in keys)

@@ -28,7 +28,7 @@ class Placed:
 
 
 def scanned_placement(table: Table, architecture: Architecture) -> Placement:
-    """The placement of scanned layers; raises UsageError where this model has none, and says why."""
+    """The placement of scanned layers; raises UsageError, and says why, where there is none."""
     placement = table.placements.get("scanned")
     if placement is None:
         raise UsageError(f"The layout {table.layout} has no scanned form.", do="drop --scan-layers")

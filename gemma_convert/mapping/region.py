@@ -90,7 +90,7 @@ def _span(dim: tuple[Extent, ...], ranges: Ranges) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class RegionCopy:
-    """target region = source region, its axes permuted, multiplied by `scale` where there is one."""
+    """target region = source region, its axes permuted, multiplied by `scale` if any."""
 
     row: str
     source: Region
@@ -106,7 +106,7 @@ class RegionCopy:
 def split_steps(
     region: Region, itemsize: int, limit: int, leading: frozenset[str]
 ) -> dict[str, int]:
-    """axis → step, for cutting a tensor along its slowest axes into pieces of at most `limit` bytes.
+    """axis → step, for cutting a tensor along its slowest axes into pieces of up to `limit` bytes.
 
     `region` has every axis of the tensor. An axis that is not in `leading` is not the first of its
     group on the other side, so its step divides its length: pieces are then whole chunks there.

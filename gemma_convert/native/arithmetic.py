@@ -114,7 +114,8 @@ def head(
     text: TextArchitecture,
 ) -> Float[Array, "batch positions vocab"]:
     """Logits [batch positions vocab] in float32, soft-capped where the model caps them."""
-    return _head(table, hidden, text.logit_softcap)
+    logits: jax.Array = _head(table, hidden, text.logit_softcap)
+    return logits
 
 
 @partial(jax.jit, static_argnames=("softcap",))

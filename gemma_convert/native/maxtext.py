@@ -154,7 +154,8 @@ def per_layer_inputs(
     context = product("ble,ep->blp", embedded, kernel) * np.float32(text.embed**-0.5)
     scale = params["per_layer_projection_norm"]["scale"]
     context = rms_norm(context.reshape(shape), scale, text.norm_epsilon)
-    return ((context + token) * np.float32(2**-0.5)).astype(embedded.dtype)
+    both: jax.Array = (context + token) * np.float32(2**-0.5)
+    return both.astype(embedded.dtype)
 
 
 @partial(jax.jit, static_argnames=("kind",))
@@ -192,9 +193,9 @@ def attention(
     shared: KeysAndValues | None,
     kind: Kind,
 ) -> tuple[Float[Array, "batch length embed"], KeysAndValues]:
-    """Attention's output [batch length embed] and its keys and values [batch length kv_heads head_dim].
+    """Attention's output [batch length embed], and keys, values [batch length kv_heads head_dim].
 
-    Scores are not scaled. Without a value kernel the projected keys, before their norm, are the values.
+    Where there is no value kernel, the projected keys before their norm are the values.
     """
     norm = partial(_named_norm, params, kind.norm_epsilon)
     query = product("ble,ehd->blhd", hidden, params["query"]["kernel"])
@@ -243,7 +244,7 @@ def router(
     hidden: Float[Array, "batch length embed"],
     kind: Kind,
 ) -> Float[Array, "batch length experts"]:
-    """Weight of each expert [batch length experts], zero for those not among the best, in float32."""
+    """Weight of each expert [batch length experts] in float32, zero for all but the best."""
     normed = rms_norm(hidden.astype(jnp.float32), scale, kind.norm_epsilon)
     scaled = normed * np.float32(hidden.shape[-1] ** -0.5)
     scores = product("ble,ex->blx", scaled, params["gate"]["kernel"])
@@ -277,7 +278,7 @@ def per_layer_input(
     hidden: Float[Array, "batch length embed"],
     per_layer: Float[Array, "batch length ple"],
 ) -> Float[Array, "batch length embed"]:
-    """This layer's part of the per-layer embedding, gated by the hidden state [batch length embed]."""
+    """This layer's part of the per-layer embedding, gated by `hidden` [batch length embed]."""
     gate = gelu(product("ble,ep->blp", hidden, params["per_layer_input_gate"]["kernel"]))
     return product("blp,pe->ble", gate * per_layer, params["per_layer_projection"]["kernel"])
 

@@ -58,7 +58,7 @@ def find_items(path: Path) -> Path:
         where=path,
         expected="<step>/items/_METADATA, items/_METADATA or _METADATA",
         found=_contents(path),
-        do="give the folder that gemma-convert or MaxText wrote, its step folder or its items folder",
+        do="give the folder that was written, its step folder, or the items folder in that",
     )
 
 
@@ -126,7 +126,7 @@ def _metadata(handler: ocp.PyTreeCheckpointHandler, items: Path) -> Any:
 
 
 def _only_these_leaves(ocp: Any) -> dict[str, Any]:
-    """The argument by which Orbax leaves out what `item` does not name; older ones know the second."""
+    """How Orbax is told to leave out what `item` does not name; old ones know the second alone."""
     if "partial_restore" in {field.name for field in fields(ocp.args.PyTreeRestore)}:
         return {"partial_restore": True}
     return {"transforms": {}}

@@ -1,0 +1,46 @@
+"""`gemma-convert golden`: save the reference logits, for machines that cannot hold both models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    hf: Annotated[
+        Path, typer.Argument(metavar="HF", help="Folder of the Hugging Face checkpoint.")
+    ],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Safetensors file to create.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt of your own; may be given several times.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Use N fixed random tokens instead of prompts.", min=1)
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace FILE, once the new one is complete.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Save transformers' float32 logits for `logit-check --golden`.
+
+    Example: gemma-convert golden gemma-4-E2B-it e2b-golden.safetensors
+    """
+    from gemma_convert.logits.golden import save_golden
+    from gemma_convert.output import show, show_json
+
+    golden = save_golden(hf, file, prompts=tuple(prompt or ()), tokens=tokens, overwrite=overwrite)
+    count = sum(len(sequence.ids) for sequence in golden.sequences)
+    if as_json:
+        show_json(
+            {
+                "schema": "gemma-convert/golden/1",
+                "path": str(golden.path),
+                "sequences": len(golden.sequences),
+                "tokens": count,
+            }
+        )
+    else:
+        show(f"saved {golden.path}: {len(golden.sequences)} sequences, {count} tokens")

@@ -1,0 +1,74 @@
+"""`gemma-convert inspect`: what is this checkpoint, and is it all there?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from gemma_convert.inspection import Coverage, InspectReport
+
+SHOWN = 5
+
+
+def command(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A checkpoint, of any layout that is known.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Say what a checkpoint is: layout, model, parameters, dtypes, sizes, and what is missing.
+
+    Example: gemma-convert inspect out
+    """
+    from gemma_convert.inspection import inspect
+    from gemma_convert.output import show, show_json
+
+    report = inspect(path)
+    if as_json:
+        show_json(report.as_json())
+    else:
+        show(_table(report))
+
+
+def _table(report: InspectReport) -> RenderableType:
+    from rich.table import Table
+
+    from gemma_convert.output import human_bytes
+
+    table = Table.grid(padding=(0, 2))
+    form = {True: ", scanned", False: ", unscanned", None: ""}[report.scanned]
+    table.add_row("layout", report.layout + form)
+    table.add_row("model", f"{report.family or 'unknown'}, {report.layers or '?'} layers")
+    table.add_row("towers", ", ".join(report.towers) or "none")
+    table.add_row("tensors", f"{report.tensors}, {human_bytes(report.bytes)}")
+    table.add_row("parameters", f"{report.parameters:,}")
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in report.dtypes.items())
+    table.add_row("dtypes", dtypes)
+    if report.extras:
+        table.add_row("beside them", ", ".join(report.extras))
+    if report.converted_by:
+        table.add_row("converted by", report.converted_by)
+    if report.lossy_rows:
+        table.add_row("lossy", ", ".join(report.lossy_rows))
+    for label, text in _coverage(report.coverage):
+        table.add_row(label, text)
+    return table
+
+
+def _coverage(coverage: Coverage | None) -> list[tuple[str, str]]:
+    if coverage is None:
+        return [("coverage", "not known: there is no config.json to compare with")]
+    if coverage.complete:
+        return [("coverage", f"complete: all {coverage.expected} tensors, every shape right")]
+    rows = []
+    for label in ("missing", "unexpected", "misshapen"):
+        names: tuple[str, ...] = getattr(coverage, label)
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        if names:
+            rows.append((label, f"{len(names)}: " + ", ".join(names[:SHOWN]) + more))
+    return rows

@@ -1,0 +1,66 @@
+"""`gemma-convert logit-check`: does a native checkpoint compute what the original does?"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class DType(StrEnum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+def command(
+    hf: Annotated[
+        Path, typer.Argument(metavar="HF", help="Folder of the Hugging Face checkpoint.")
+    ],
+    native: Annotated[
+        Path, typer.Argument(metavar="NATIVE", help="The converted checkpoint, or its items.")
+    ],
+    max_kl: Annotated[
+        float | None,
+        typer.Option(help="Largest KL divergence of a token, in nats.  [default: 1e-5, or 0.03]"),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt of your own; may be given several times.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Use N fixed random tokens instead of prompts.", min=1)
+    ] = None,
+    dtype: Annotated[
+        DType, typer.Option(help="Dtype of the native side; the reference runs in float32.")
+    ] = DType.FLOAT32,
+    golden: Annotated[
+        Path | None, typer.Option(help="Reference logits saved by `gemma-convert golden`.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Run both models on the same tokens and compare every token's distribution.
+
+    Exits 0 where the worst token is within the limit, 1 where it is not (NaN is not).
+
+    Example: gemma-convert logit-check gemma-4-E2B-it out
+    """
+    from gemma_convert.logits.check import logit_check
+    from gemma_convert.logits.report import render
+    from gemma_convert.output import show, show_json
+
+    report = logit_check(
+        hf,
+        native,
+        max_kl=max_kl,
+        prompts=tuple(prompt or ()),
+        tokens=tokens,
+        dtype=dtype.value,
+        golden=golden,
+    )
+    if as_json:
+        show_json(report.as_json())
+    else:
+        show(render(report))
+    if not report.passed:
+        raise typer.Exit(1)

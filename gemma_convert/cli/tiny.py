@@ -1,0 +1,70 @@
+"""`gemma-convert tiny`: a tiny random Gemma 4 checkpoint for demos and tests."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Family(StrEnum):
+    E2B = "e2b"
+    E4B = "e4b"
+    A4B = "26b-a4b"
+    DENSE = "31b"
+
+
+class KVShared(StrEnum):
+    KEEP = "keep"
+    OMIT = "omit"
+
+
+class DType(StrEnum):
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+
+
+def command(
+    family: Annotated[Family, typer.Argument(metavar="MODEL", help="e2b, e4b, 26b-a4b or 31b.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    layers: Annotated[
+        int | None, typer.Option(help="Number of layers, a multiple of the block.")
+    ] = None,
+    kv_shared: Annotated[
+        KVShared, typer.Option(help="Keys and values of KV-shared layers, which nothing reads.")
+    ] = KVShared.KEEP,
+    shards: Annotated[int, typer.Option(help="Number of safetensors files.")] = 1,
+    text_only: Annotated[
+        bool, typer.Option("--text-only", help="Gemma4ForCausalLM, without towers.")
+    ] = False,
+    dtype: Annotated[DType, typer.Option(help="Dtype of the weights.")] = DType.BFLOAT16,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Make a tiny random checkpoint in the Hugging Face layout, towers and tokenizer included.
+
+    Example: gemma-convert tiny e2b tiny-e2b
+    """
+    from gemma_convert.output import human_bytes, show, show_json
+    from gemma_convert.tiny import make_tiny
+
+    report = make_tiny(
+        family.value,
+        target,
+        seed=seed,
+        layers=layers,
+        kv_shared=kv_shared.value,
+        shards=shards,
+        text_only=text_only,
+        dtype=dtype.value,
+    )
+    if as_json:
+        show_json(report.as_json())
+    else:
+        show(
+            f"made {report.path}: {report.family}, {report.tensors} tensors, "
+            f"{report.parameters:,} parameters, {human_bytes(report.bytes)}"
+        )

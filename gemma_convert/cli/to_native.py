@@ -1,0 +1,155 @@
+"""`gemma-convert to-native`: Hugging Face → a native layout."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from gemma_convert.convert import ToNativeReport
+
+
+class Layout(StrEnum):
+    MAXTEXT = "maxtext"
+
+
+class DType(StrEnum):
+    KEEP = "keep"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class ScaledDType(StrEnum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Compression(StrEnum):
+    NONE = "none"
+    ZSTD = "zstd"
+
+
+def command(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Folder of a Hugging Face checkpoint.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
+    layout: Annotated[Layout, typer.Option("--format", help="Native layout.")],
+    scan_layers: Annotated[
+        bool, typer.Option("--scan-layers/--no-scan-layers", help="Stack the layers of each block.")
+    ] = False,
+    dtype: Annotated[DType, typer.Option(help="Dtype of the arrays.")] = DType.KEEP,
+    scaled_dtype: Annotated[
+        ScaledDType,
+        typer.Option(help="Dtype of arrays stored times a root; bfloat16 rounds them."),
+    ] = ScaledDType.FLOAT32,
+    text_only: Annotated[
+        bool, typer.Option("--text-only", help="Carry the towers in the sidecar instead.")
+    ] = False,
+    ocdbt: Annotated[
+        bool, typer.Option("--ocdbt/--no-ocdbt", help="One OCDBT store, or one folder an array.")
+    ] = True,
+    compression: Annotated[
+        Compression, typer.Option(help="Compression of the arrays.")
+    ] = Compression.NONE,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan, from headers alone, and stop.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT, once the new one is complete.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Convert a Hugging Face checkpoint to a native layout.
+
+    Example: gemma-convert to-native gemma-4-E2B-it out --format maxtext
+    """
+    from gemma_convert.convert import to_native
+    from gemma_convert.output import ProgressBar, show, show_json
+
+    report = to_native(
+        source,
+        target,
+        layout=layout.value,
+        scan_layers=scan_layers,
+        dtype=dtype.value,
+        scaled_dtype=scaled_dtype.value,
+        text_only=text_only,
+        ocdbt=ocdbt,
+        compression=compression.value,
+        dry_run=dry_run,
+        overwrite=overwrite,
+        progress=ProgressBar,
+    )
+    if as_json:
+        show_json(report.as_json())
+        return
+    if dry_run:
+        show(_arrays(report))
+    show(_summary(report))
+
+
+def _summary(report: ToNativeReport) -> RenderableType:
+    from rich.table import Table
+
+    from gemma_convert.output import human_bytes
+
+    table = Table.grid(padding=(0, 2))
+    form = "scanned" if report.scanned else "unscanned"
+    done = "would convert" if report.dry_run else "converted"
+    table.add_row(done, f"{report.family} to {report.layout}, {form}")
+    table.add_row(
+        "tensors",
+        f"{report.tensors_converted} ({human_bytes(report.bytes_read)}) into "
+        f"{report.arrays_written} arrays ({human_bytes(report.bytes_written)})",
+    )
+    table.add_row("carried", f"{report.tensors_carried} ({human_bytes(report.bytes_carried)})")
+    for why, count in report.carried_why.items():
+        table.add_row("", f"{count}: {why}")
+    if report.tied:
+        table.add_row("tied", f"{', '.join(report.tied)}: equal to the embedding, not stored twice")
+    table.add_row("other files", str(len(report.files_carried)))
+    if report.not_carried:
+        table.add_row("not carried", ", ".join(report.not_carried))
+    if report.exceptions:
+        table.add_row("exceptions", f"{report.exceptions} values kept with their original bits")
+    for row in report.lossy_rows:
+        table.add_row(
+            "[bold]lossy[/bold]",
+            f"{row.tensor}: {row.reason}; {row.values} values will not come back",
+        )
+    if not report.dry_run:
+        table.add_row(
+            "time",
+            f"{report.seconds:.1f} s, {human_bytes(report.bytes_per_second)}/s, "
+            f"peak memory {human_bytes(report.peak_memory_bytes)}",
+        )
+    settings = " ".join(f"{key}={value}" for key, value in report.settings.items())
+    table.add_row("MaxText", settings)
+    return table
+
+
+def _arrays(report: ToNativeReport) -> RenderableType:
+    from rich.table import Table
+
+    table = Table("array", "dtype", "shape", "chunk", "from", box=None, pad_edge=False)
+    if report.plan is not None:
+        sources: dict[str, list[str]] = {}
+        for copy in report.plan.copies:
+            sources.setdefault(copy.target.tensor, []).append(copy.source.tensor)
+        for name, target in report.plan.targets.items():
+            first, *more = sources[name]
+            others = f" and {len(more)} more" if more else ""
+            table.add_row(
+                name,
+                target.spec.dtype,
+                str(list(target.spec.shape)),
+                str(list(target.chunk)),
+                first + others,
+            )
+    return table

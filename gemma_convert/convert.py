@@ -1,0 +1,357 @@
+"""Converts a checkpoint: config → plan → transfer → sidecar, published when complete."""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from gemma_convert.architecture import read_architecture
+from gemma_convert.dtypes import Choice, DTypePolicy, ScaledChoice, TensorSpec
+from gemma_convert.errors import SourceError, TargetError
+from gemma_convert.mapping.plan import Plan, plan_to_native
+from gemma_convert.mapping.table import HUGGINGFACE, load_table, mappings_folder
+from gemma_convert.output import NoProgress, Progress
+from gemma_convert.settings import maxtext_settings
+from gemma_convert.stores import sidecar
+from gemma_convert.stores.orbax import (
+    Compression,
+    OrbaxFormat,
+    OrbaxWriter,
+    sync_folder,
+    write_step_metadata,
+)
+from gemma_convert.stores.safetensors import SafetensorsFolder
+from gemma_convert.stores.staging import StagedFolder, check_apart, check_space, check_target
+from gemma_convert.transfer import Losses, Transfer, TransferResult
+from gemma_convert.version import __version__
+
+STEP, ITEMS = "0", "items"
+
+SPARE_BYTES = 16 << 20
+"""Asked for beside the tensors: metadata of the store, manifest, headers."""
+
+ProgressFactory = Callable[[str, int], AbstractContextManager[Progress]]
+
+
+@dataclass(frozen=True)
+class LossyRow:
+    """A row whose values were rounded: `values` of them do not come back bit for bit."""
+
+    row: str
+    tensor: str
+    reason: str
+    values: int
+
+
+@dataclass(frozen=True)
+class ToNativeReport:
+    """What a conversion did, or with `dry_run` what it would do."""
+
+    source: str
+    target: str
+    layout: str
+    scanned: bool
+    family: str
+    dry_run: bool
+    tensors_converted: int
+    bytes_read: int
+    arrays_written: int
+    bytes_written: int
+    tensors_carried: int
+    bytes_carried: int
+    carried_why: dict[str, int]
+    tied: tuple[str, ...]
+    lossy_rows: tuple[LossyRow, ...]
+    exceptions: int
+    files_carried: tuple[str, ...]
+    not_carried: tuple[str, ...]
+    settings: dict[str, str]
+    seconds: float
+    bytes_per_second: float
+    peak_memory_bytes: int
+    plan: Plan | None = None
+
+    def as_json(self) -> dict[str, object]:
+        """The report for `--json`; the plan's arrays are listed on a dry run."""
+        values = asdict(replace(self, plan=None))
+        del values["plan"]
+        if self.plan is not None and self.dry_run:
+            values["arrays"] = {
+                name: {
+                    "dtype": target.spec.dtype,
+                    "shape": target.spec.shape,
+                    "chunk": target.chunk,
+                }
+                for name, target in self.plan.targets.items()
+            }
+        return {"schema": "gemma-convert/to-native/1", **values}
+
+
+def to_native(
+    source: str | Path,
+    target: str | Path,
+    *,
+    layout: str = "maxtext",
+    scan_layers: bool = False,
+    dtype: Choice = "keep",
+    scaled_dtype: ScaledChoice = "float32",
+    text_only: bool = False,
+    ocdbt: bool = True,
+    compression: Compression = "none",
+    dry_run: bool = False,
+    overwrite: bool = False,
+    progress: ProgressFactory | None = None,
+) -> ToNativeReport:
+    """A report of the conversion of a Hugging Face checkpoint into a native layout.
+
+    `target` appears when everything is in it. Raises SourceError, TargetError or UsageError with
+    one clear message; then nothing is left behind.
+    """
+    started, source, target = time.monotonic(), Path(source), Path(target)
+    architecture = read_architecture(source)
+    with SafetensorsFolder(source) as reader:
+        plan = plan_to_native(
+            architecture,
+            load_table(layout),
+            reader.specs,
+            DTypePolicy(dtype, scaled_dtype),
+            scanned=scan_layers,
+            text_only=text_only,
+            where=str(source),
+        )
+        check_apart(source, target)
+        check_target(target, overwrite=overwrite)
+        files, listed = sidecar.other_files(source, [shard.file for shard in reader.shards])
+        job = _Job(source, target, plan, reader, files, listed, OrbaxFormat(ocdbt, compression))
+        if dry_run:
+            return job.report(TransferResult(), started, dry_run=True)
+        check_space(target, job.needed_bytes())
+        result = job.run(overwrite=overwrite, progress=progress)
+        return job.report(result, started, dry_run=False)
+
+
+@dataclass
+class _Job:
+    """One conversion into an Orbax step folder with its sidecar."""
+
+    source: Path
+    target: Path
+    plan: Plan
+    reader: SafetensorsFolder
+    files: Sequence[Path]
+    listed: Sequence[str]
+    form: OrbaxFormat
+
+    def needed_bytes(self) -> int:
+        carried = sum(self._spec(name).nbytes for name in self.plan.carried)
+        files = sum((self.source / file).stat().st_size for file in self.files)
+        return self.plan.target_bytes + carried + files + SPARE_BYTES
+
+    def run(self, *, overwrite: bool, progress: ProgressFactory | None) -> TransferResult:
+        carried = sum(self._spec(name).nbytes for name in self.plan.carried)
+        title, total = f"to {self.plan.layout}", self.plan.source_bytes + carried
+        self._check_tied()
+        with (
+            StagedFolder(self.target, overwrite=overwrite) as staged,
+            progress(title, total) if progress else nullcontext(NoProgress()) as bar,
+        ):
+            try:
+                result = self._write(staged.folder, bar)
+                sync_folder(staged.folder)
+            except OSError as error:
+                raise TargetError(
+                    "The target cannot be written.",
+                    where=self.target,
+                    found=error.strerror or error,
+                    do="check free space and permissions of the target",
+                ) from error
+            staged.publish()
+        return result
+
+    def _write(self, folder: Path, progress: Progress) -> TransferResult:
+        started = time.time_ns()
+        (folder / STEP).mkdir()
+        writer = OrbaxWriter(folder / STEP / ITEMS, self.form)
+        writer.declare(
+            {name: (target.spec, target.chunk) for name, target in self.plan.targets.items()}
+            | {"step": (TensorSpec("int32", ()), ())}
+        )
+        result = Transfer(
+            self.plan, self.reader, writer, progress, keep_losses=not self.rounding()
+        ).run()
+        writer.write("step", (), np.zeros((), np.int32)).result()
+        writer.finish(
+            {
+                "step": {"value_type": "scalar", "skip_deserialize": False},
+                "opt_state": {"value_type": "Dict", "skip_deserialize": True},
+            }
+        )
+        write_step_metadata(folder / STEP, ITEMS, {"scan_layers": self.plan.scanned}, started)
+        self._write_sidecar(folder / sidecar.FOLDER, result, progress)
+        return result
+
+    def _write_sidecar(self, folder: Path, result: TransferResult, progress: Progress) -> None:
+        own = folder / sidecar.OWN
+        own.mkdir(parents=True)
+        digests = sidecar.copy_files(self.source, folder, self.files)
+        sidecar.write_headers(own, self.reader)
+        whole = [name for name, losses in result.losses.items() if losses.whole]
+        names = [name for name in self.reader.tensors if name in self.plan.carried or name in whole]
+        checksums = sidecar.write_carried(own, self.reader, names, progress)
+        self.reader.check_unchanged()
+        listed = {
+            name: (np.concatenate(losses.places), np.concatenate(losses.originals))
+            for name, losses in result.losses.items()
+            if losses.places
+        }
+        if listed:
+            sidecar.write_exceptions(own, listed)
+        sidecar.write_manifest(own, self._manifest(result, checksums, digests))
+
+    def rounding(self) -> bool:
+        """Whether the user asked for a dtype that rounds: then values are counted, not kept."""
+        policy = self.plan.policy
+        return policy.scaled == "bfloat16" or policy.dtype == "bfloat16"
+
+    def _check_tied(self) -> None:
+        """Raises SourceError where a tied tensor differs from the one that it must equal."""
+        for name, other in self.plan.tied.items():
+            if not _same_bytes(self.reader, name, other):
+                raise SourceError(
+                    "The output head is not tied to the embedding; no layout has a place for it.",
+                    where=self.source,
+                    expected=f"{name} equal to {other}, bit for bit",
+                    found="different values",
+                )
+
+    def _spec(self, name: str) -> TensorSpec:
+        return self.reader.tensors[name].spec
+
+    def lossy_rows(self, result: TransferResult) -> tuple[LossyRow, ...]:
+        """Rows that were rounded on request, with the number of values that do not come back."""
+        if not self.rounding():
+            return ()
+        rows = []
+        for name, losses in result.losses.items():
+            copy = self.plan.sources[name].copies[0]
+            target = self.plan.targets[copy.target.tensor].spec.dtype
+            scaled = " × a root" if copy.scale is not None else ""
+            reason = f"{self._spec(name).dtype}{scaled} rounded to {target}"
+            rows.append(LossyRow(copy.row, name, reason, losses.count))
+        return tuple(rows)
+
+    def _manifest(
+        self, result: TransferResult, carried: dict[str, str], digests: dict[str, str]
+    ) -> dict[str, object]:
+        plan = self.plan
+        return {
+            "tool": f"gemma-convert {__version__}",
+            "layout": plan.layout,
+            "scanned": plan.scanned,
+            "family": plan.architecture.family,
+            "dtype": plan.policy.dtype,
+            "scaled_dtype": plan.policy.scaled,
+            "mapping_sha256": _mapping_digests(plan.layout),
+            "lossy_rows": [asdict(row) for row in self.lossy_rows(result)],
+            "exceptions": _exceptions(result),
+            "shards": [
+                {"file": shard.file, "size": shard.size, "header": f"{shard.file}.header"}
+                for shard in self.reader.shards
+            ],
+            "tensors": {
+                name: {
+                    "dtype": tensor.spec.dtype,
+                    "shape": list(tensor.spec.shape),
+                    "kept": self._kept(name, result.losses.get(name)),
+                    "xxh3_128": result.checksums.get(name) or carried.get(name),
+                }
+                for name, tensor in self.reader.tensors.items()
+            },
+            "carried_why": plan.carried,
+            "tied": plan.tied,
+            "files_sha256": digests,
+            "not_carried": list(self.listed),
+        }
+
+    def _kept(self, name: str, losses: Losses | None) -> str:
+        if name in self.plan.tied:
+            return "tied"
+        if name in self.plan.carried or (losses is not None and losses.whole):
+            return "carried"
+        return "converted"
+
+    def report(self, result: TransferResult, started: float, *, dry_run: bool) -> ToNativeReport:
+        plan, seconds = self.plan, time.monotonic() - started
+        multimodal = any(name.startswith("params/params/vision_encoder/") for name in plan.targets)
+        items = self.target / STEP / ITEMS
+        carried = dict(plan.carried) | {
+            name: "its values do not come back from the stored dtype"
+            for name, losses in result.losses.items()
+            if losses.whole
+        }
+        return ToNativeReport(
+            source=str(self.source),
+            target=str(self.target),
+            layout=plan.layout,
+            scanned=plan.scanned,
+            family=plan.architecture.family,
+            dry_run=dry_run,
+            tensors_converted=len(plan.sources),
+            bytes_read=plan.source_bytes,
+            arrays_written=len(plan.targets),
+            bytes_written=plan.target_bytes,
+            tensors_carried=len(carried),
+            bytes_carried=sum(self._spec(name).nbytes for name in carried),
+            carried_why=dict(Counter(carried.values())),
+            tied=tuple(plan.tied),
+            lossy_rows=self.lossy_rows(result),
+            exceptions=_exceptions(result),
+            files_carried=tuple(map(str, self.files)),
+            not_carried=tuple(self.listed),
+            settings=maxtext_settings(
+                plan.architecture, items, scanned=plan.scanned, multimodal=multimodal
+            ),
+            seconds=seconds,
+            bytes_per_second=0.0 if dry_run else plan.source_bytes / seconds,
+            peak_memory_bytes=peak_memory(),
+            plan=plan,
+        )
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _exceptions(result: TransferResult) -> int:
+    return sum(len(places) for losses in result.losses.values() for places in losses.places)
+
+
+def _mapping_digests(layout: str) -> dict[str, str]:
+    files = [mappings_folder() / f"{name}.toml" for name in (HUGGINGFACE, layout)]
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def _same_bytes(reader: SafetensorsFolder, name: str, other: str) -> bool:
+    left, right = reader.tensors[name], reader.tensors[other]
+    if left.spec != right.spec:
+        return False
+    size = sidecar.COPY_BYTES
+    one, two = memoryview(bytearray(size)), memoryview(bytearray(size))
+    for offset in range(0, left.spec.nbytes, size):
+        length = min(size, left.spec.nbytes - offset)
+        reader.read_into(left, offset, one[:length])
+        reader.read_into(right, offset, two[:length])
+        if one[:length] != two[:length]:
+            return False
+    return True

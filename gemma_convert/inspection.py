@@ -1,0 +1,235 @@
+"""What is this? Layout, model, sizes and dtypes of a checkpoint, and whether it is all there."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from gemma_convert.architecture import Architecture, read_architecture
+from gemma_convert.dtypes import DTypePolicy, TensorSpec
+from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.mapping.inventory import hf_tensors, huggingface_tensors
+from gemma_convert.mapping.plan import plan_to_native
+from gemma_convert.mapping.table import load_table
+from gemma_convert.stores import sidecar
+from gemma_convert.stores.orbax_reader import METADATA, find_items, read_orbax_tree
+from gemma_convert.stores.safetensors import INDEX, SINGLE, SafetensorsFolder, read_shard_specs
+
+HUGGINGFACE, MAXTEXT, GEMMA_JAX, FAST_LLM = "huggingface", "maxtext", "gemma-jax", "fast-llm"
+UNKNOWN = "unknown"
+
+CONFIG = "config.json"
+
+_PARAMETERS = "params/params/"
+_LAYER = re.compile(r"(?:layers[._]|layer_|decoder\.)(\d+)[./]")
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The tensors against those that config.json asks for."""
+
+    expected: int
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    misshapen: tuple[str, ...]
+
+    @property
+    def complete(self) -> bool:
+        return not (self.missing or self.unexpected or self.misshapen)
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """What a folder holds. `coverage` is None where no config.json says what to expect."""
+
+    path: str
+    layout: str
+    family: str | None
+    layers: int | None
+    scanned: bool | None
+    towers: tuple[str, ...]
+    tensors: int
+    parameters: int
+    bytes: int
+    dtypes: dict[str, int]
+    extras: tuple[str, ...]
+    config: str | None
+    coverage: Coverage | None
+    converted_by: str | None
+    lossy_rows: tuple[str, ...]
+
+    def as_json(self) -> dict[str, object]:
+        """The report for `--json`."""
+        complete = None if self.coverage is None else self.coverage.complete
+        return {"schema": "gemma-convert/inspect/1", **asdict(self), "complete": complete}
+
+
+def inspect(path: str | Path) -> InspectReport:
+    """A report of what the checkpoint at `path` is; no tensor is read.
+
+    Raises SourceError where it is no checkpoint of a known kind, or is broken.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise SourceError("There is no such folder.", where=path)
+    if any((path / name).is_file() for name in (SINGLE, INDEX)):
+        return _huggingface(path)
+    if (path / "metadata.yaml").is_file():
+        specs = [read_shard_specs(file) for file in sorted(path.glob("*.safetensors"))]
+        return _report(
+            path, FAST_LLM, {name: spec for part in specs for name, spec in part.items()}
+        )
+    try:
+        items = find_items(path)
+    except SourceError as error:
+        raise SourceError(
+            "This is no checkpoint of a known layout.",
+            where=path,
+            expected=f"{SINGLE}, {INDEX}, metadata.yaml, or an Orbax {METADATA}",
+            found=error.found,
+            do="give the folder of a Hugging Face, MaxText, gemma or Fast-LLM checkpoint",
+        ) from None
+    return _orbax(path, items)
+
+
+def _huggingface(path: Path) -> InspectReport:
+    with SafetensorsFolder(path) as reader:
+        specs = reader.specs
+    if not (path / CONFIG).exists():
+        return _report(path, HUGGINGFACE, specs)
+    architecture = read_architecture(path)
+    tensors = hf_tensors(architecture)
+    optional = {tensor.name for tensor in tensors if not tensor.required}
+    expected = {tensor.name: tensor.shape for tensor in tensors}
+    coverage = _cover(expected, optional, specs)
+    return _report(path, HUGGINGFACE, specs, architecture, coverage, config=path / CONFIG)
+
+
+def _orbax(path: Path, items: Path) -> InspectReport:
+    arrays = read_orbax_tree(items).arrays
+    if not any(name.startswith(_PARAMETERS) for name in arrays):
+        layout = GEMMA_JAX if any("attn_vec_einsum" in name for name in arrays) else UNKNOWN
+        return _report(path, layout, arrays)
+    specs = {name: spec for name, spec in arrays.items() if name.startswith(_PARAMETERS)}
+    extras = tuple(sorted({name.partition("/")[0] for name in arrays if name not in specs}))
+    scanned = any("/scanned_blocks/" in name for name in specs)
+    roots = (items, items.parent, items.parent.parent)
+    root = next((root for root in roots if (root / sidecar.FOLDER / CONFIG).is_file()), None)
+    if root is None:
+        return _report(path, MAXTEXT, specs, scanned=scanned, extras=extras)
+    config = root / sidecar.FOLDER / CONFIG
+    architecture = read_architecture(config)
+    return _report(
+        path,
+        MAXTEXT,
+        specs,
+        architecture,
+        _native_coverage(architecture, specs, scanned),
+        scanned=scanned,
+        extras=extras,
+        config=config,
+        manifest=sidecar.read_manifest(root),
+    )
+
+
+def _native_coverage(
+    architecture: Architecture, specs: Mapping[str, TensorSpec], scanned: bool
+) -> Coverage | None:
+    """Coverage against the tree that the table makes of this model; None if it makes none."""
+    source = {
+        name: TensorSpec("bfloat16", shape)
+        for name, shape in huggingface_tensors(architecture, kv_leftovers=False).items()
+    }
+    towers = any("vision_encoder" in name for name in specs)
+    try:
+        plan = plan_to_native(
+            architecture,
+            load_table(MAXTEXT),
+            source,
+            DTypePolicy(),
+            scanned=scanned,
+            text_only=not towers,
+        )
+    except UsageError:
+        return None
+    return _cover({name: target.spec.shape for name, target in plan.targets.items()}, (), specs)
+
+
+def _cover(
+    expected: Mapping[str, tuple[int, ...]],
+    optional: Iterable[str],
+    specs: Mapping[str, TensorSpec],
+) -> Coverage:
+    missing = set(expected) - set(specs) - set(optional)
+    return Coverage(
+        expected=len(set(expected) - set(optional)),
+        missing=tuple(sorted(missing)),
+        unexpected=tuple(sorted(set(specs) - set(expected))),
+        misshapen=tuple(
+            f"{name}: expected {list(expected[name])}, found {list(specs[name].shape)}"
+            for name in specs
+            if name in expected and specs[name].shape != expected[name]
+        ),
+    )
+
+
+def _report(
+    path: Path,
+    layout: str,
+    specs: Mapping[str, TensorSpec],
+    architecture: Architecture | None = None,
+    coverage: Coverage | None = None,
+    *,
+    scanned: bool | None = None,
+    extras: tuple[str, ...] = (),
+    config: Path | None = None,
+    manifest: Mapping[str, object] | None = None,
+) -> InspectReport:
+    lossy = (manifest or {}).get("lossy_rows")
+    return InspectReport(
+        path=str(path),
+        layout=layout,
+        family=_family(specs) if architecture is None else architecture.family,
+        layers=_layers(specs) if architecture is None else len(architecture.text.layers),
+        scanned=scanned,
+        towers=tuple(
+            tower
+            for tower in ("vision", "audio")
+            if any(f"{tower}_tower" in name or f"{tower}_encoder" in name for name in specs)
+        ),
+        tensors=len(specs),
+        parameters=sum(spec.size for spec in specs.values()),
+        bytes=sum(spec.nbytes for spec in specs.values()),
+        dtypes=dict(Counter(spec.dtype for spec in specs.values())),
+        extras=extras,
+        config=None if config is None else str(config),
+        coverage=coverage,
+        converted_by=None if manifest is None else str(manifest.get("tool")),
+        lossy_rows=tuple(str(row["tensor"]) for row in lossy) if isinstance(lossy, list) else (),
+    )
+
+
+def _family(specs: Mapping[str, TensorSpec]) -> str | None:
+    """The model that the names of the tensors speak of."""
+    if any("MoeBlock_0" in n or ".experts." in n or "mlp2" in n or ".routed." in n for n in specs):
+        return "26b-a4b"
+    if any("per_layer_input_gate" in name for name in specs):
+        text = [name for name in specs if "vision" not in name and "audio" not in name]
+        gates = {specs[n].shape for n in text if re.search(r"wi_0|gate_proj|gating_einsum", n)}
+        return "e2b" if len(gates) > 1 else "e4b"
+    known = ("decoder", "layer_0", "model.layers", "language_model")
+    return "31b" if any(word in name for name in specs for word in known) else None
+
+
+def _layers(specs: Mapping[str, TensorSpec]) -> int | None:
+    """The number of decoder layers, from the names or from the stacking axes of scanned ones."""
+    scalars = [spec.shape for name, spec in specs.items() if name.endswith("layer_scalar")]
+    stacked = [shape for shape in scalars if len(shape) > 1]
+    if stacked:
+        return sum(shape[1] * (shape[2] if len(shape) > 2 else 1) for shape in stacked)
+    text = (name for name in specs if "vision" not in name and "audio" not in name)
+    numbers = [int(match[1]) for name in text if (match := _LAYER.search(name))]
+    return max(numbers) + 1 if numbers else None

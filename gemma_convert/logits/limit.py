@@ -1,0 +1,97 @@
+"""How large a divergence may be, and whether staying below it proves anything."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from gemma_convert.architecture import Architecture
+from gemma_convert.errors import UsageError
+from gemma_convert.native.restore import ArrayFacts
+
+Dtype: TypeAlias = Literal["float32", "bfloat16"]
+
+PROOF_LIMIT = 1e-5
+INDICATION_LIMIT = 0.03
+"""The limit of MaxText's own conversion scripts, per token."""
+
+_MANIFEST = "hf/gemma-convert/manifest.json"
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The largest KL a token may have, and whether a pass is then a proof."""
+
+    kl: float
+    proof: bool
+    reason: str
+    warnings: tuple[str, ...]
+
+
+def choose_limit(max_kl: float | None, dtype: Dtype, lossy_rows: Sequence[str]) -> Limit:
+    """The limit for one run, and why. Raises UsageError for a `max_kl` that is no number."""
+    if max_kl is not None and not 0 <= max_kl < math.inf:
+        raise UsageError("--max-kl takes a number that is not negative.", found=max_kl)
+    warnings = []
+    if dtype != "float32":
+        warnings.append(
+            f"The native pass ran in {dtype}: rounding alone moves the logits, so a pass is an "
+            "indication, not proof. Run it in float32 for a proof."
+        )
+    if lossy_rows:
+        warnings.append(
+            f"The checkpoint holds rounded values ({'; '.join(lossy_rows)}), so a pass is an "
+            "indication, not proof. Convert with --dtype float32 for a proof."
+        )
+    exact = not warnings
+    default = PROOF_LIMIT if exact else INDICATION_LIMIT
+    kl = default if max_kl is None else max_kl
+    if exact and kl > PROOF_LIMIT:
+        warnings.append(
+            f"The limit {kl:g} is looser than float32 needs ({PROOF_LIMIT:g}), so a pass is an "
+            "indication, not proof."
+        )
+    reason = "float32, nothing rounded" if exact else "rounding"
+    return Limit(
+        kl=kl,
+        proof=exact and kl <= PROOF_LIMIT,
+        reason=reason if max_kl is None else "as asked for",
+        warnings=tuple(warnings),
+    )
+
+
+def find_lossy_rows(
+    native: Path, items: Path, facts: Mapping[str, ArrayFacts], architecture: Architecture
+) -> tuple[str, ...]:
+    """What the native checkpoint holds rounded: by its manifest, or else by its dtypes."""
+    for root in (native, items.parent.parent):
+        rows = _manifest_rows(root / _MANIFEST)
+        if rows is not None:
+            return rows
+    if architecture.dtype == "float32" and any(one.dtype == "bfloat16" for one in facts.values()):
+        return ("weights: float32 in the original, bfloat16 here",)
+    embed = architecture.text.embed
+    exact = embed & (embed - 1) == 0 and embed.bit_length() % 2 == 1  # √embed is a power of two
+    if facts["token_embedder/embedding"].dtype == "bfloat16" and not exact:
+        return ("token_embedder/embedding: the scaled embedding in bfloat16",)
+    return ()
+
+
+def _manifest_rows(path: Path) -> tuple[str, ...] | None:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    rows = manifest.get("lossy_rows") if isinstance(manifest, dict) else None
+    if not isinstance(rows, list):
+        return None
+    return tuple(
+        f"{row.get('row', '?')}: {row.get('reason', 'rounded')}"
+        if isinstance(row, dict)
+        else str(row)
+        for row in rows
+    )

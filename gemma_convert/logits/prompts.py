@@ -1,0 +1,204 @@
+"""Which token sequences a check runs on: text where there is a tokenizer, fixed random ids else.
+
+One sequence is always longer than the sliding window: shorter ones see neither the window nor wrong
+positions of the rotary embedding.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma_convert.architecture import Architecture
+from gemma_convert.errors import SourceError, UsageError
+
+BEYOND_WINDOW = 32
+SHORT_LENGTH = 24
+SHORT_COUNT = 3
+SEED = 20260401
+
+PROMPTS = {
+    "english": "The lighthouse keeper counted the ships that passed before dawn, and wrote down",
+    "code": "def median(values):\n    ordered = sorted(values)\n    middle = len(ordered) // 2\n",
+    "numbers": "17 + 25 = 42, 3.14159 * 2 = 6.28318, and 2**20 = 1048576, so 1048576 / 1024 =",
+    "japanese": "港の灯台は、夜明け前に通り過ぎる船の数を数え、その名前を",
+    "mixed": "Grüße aus Köln! Привет, мир. مرحبا بالعالم. 🙂 <b>bold</b>\t| a | b |",
+}
+
+_PLACEHOLDERS = ("image_token_id", "video_token_id", "audio_token_id")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """Token ids of one prompt; `pieces` is the text of each token, None without a tokenizer."""
+
+    name: str
+    ids: tuple[int, ...]
+    pieces: tuple[str, ...] | None = None
+
+
+def token_sequences(
+    hf: Path, architecture: Architecture, prompts: Sequence[str] = (), tokens: int | None = None
+) -> list[TokenSequence]:
+    """The sequences that a check runs on, the one longer than the sliding window last.
+
+    `prompts` replace the built-in ones. `tokens` asks for that many fixed pseudo-random ids instead
+    of text. Nothing is fetched from a network, and no code of the checkpoint is run. Raises
+    UsageError where both are given or the folder has no tokenizer for `prompts`, and SourceError
+    where a token does not fit the vocabulary.
+    """
+    if tokens is not None and (prompts or tokens < 1):
+        raise UsageError(
+            "--tokens takes a positive number and no prompts beside it.",
+            found=f"{tokens} tokens and {len(prompts)} prompts",
+        )
+    long = architecture.text.window + BEYOND_WINDOW
+    has_tokenizer = any((hf / name).is_file() for name in _TOKENIZER_FILES)
+    if tokens is not None or not has_tokenizer:
+        if prompts:
+            raise UsageError(
+                "Prompts need a tokenizer, and the folder has none.",
+                where=hf,
+                expected=" or ".join(_TOKENIZER_FILES),
+                do="add the tokenizer's files, or use --tokens",
+            )
+        sequences = _random_sequences(hf, architecture, tokens, long)
+    else:
+        sequences = _text_sequences(hf, prompts, long)
+        _refuse_placeholders(sequences, _config(hf))
+    for sequence in sequences:
+        check_ids(sequence, architecture, hf)
+    return sequences
+
+
+def check_ids(sequence: TokenSequence, architecture: Architecture, where: Path) -> None:
+    """Nothing where all ids are in the vocabulary. Raises SourceError else."""
+    vocab = _vocab(architecture)
+    beyond = next((token for token in sequence.ids if not 0 <= token < vocab), None)
+    if beyond is not None or not sequence.ids:
+        raise SourceError(
+            "A token is not in the model's vocabulary.",
+            where=f"{where}, sequence {sequence.name}",
+            expected=f"at least one id, all from 0 to {vocab - 1}",
+            found="no ids" if beyond is None else beyond,
+            do="use the tokenizer that belongs to this checkpoint",
+        )
+
+
+def _vocab(architecture: Architecture) -> int:
+    text = architecture.text
+    return min(text.vocab, text.ple_vocab) if text.ple else text.vocab
+
+
+def _random_sequences(
+    hf: Path, architecture: Architecture, tokens: int | None, long: int
+) -> list[TokenSequence]:
+    reserved = reserved_ids(_config(hf))
+    allowed = np.array([id for id in range(_vocab(architecture)) if id not in reserved])
+    if not len(allowed):
+        raise SourceError("Every token id is reserved by config.json.", where=hf / "config.json")
+    if tokens is None:
+        lengths = [SHORT_LENGTH] * SHORT_COUNT + [long]
+    else:
+        lengths = [tokens] if tokens > architecture.text.window else [tokens, long]
+    generator = np.random.default_rng(SEED)
+    return [
+        TokenSequence(f"random-{number}", tuple(generator.choice(allowed, length).tolist()))
+        for number, length in enumerate(lengths)
+    ]
+
+
+def reserved_ids(config: Mapping[str, Any]) -> frozenset[int]:
+    """Ids that config.json gives a meaning: padding, begin, end, and places of images and sounds.
+
+    transformers puts other embeddings where some of these stand, so random ids keep off them.
+    """
+    sections = [config, *(value for value in config.values() if isinstance(value, dict))]
+    found: set[int] = set()
+    for section in sections:
+        for key, value in section.items():
+            if key.endswith(("_token_id", "_token_index")):
+                found.update(_integers(value))
+    return frozenset(found)
+
+
+def _refuse_placeholders(sequences: Iterable[TokenSequence], config: Mapping[str, Any]) -> None:
+    places = {
+        id for key in _PLACEHOLDERS if config.get(key) is not None for id in _integers(config[key])
+    }
+    for sequence in sequences:
+        found = places.intersection(sequence.ids)
+        if found:
+            raise UsageError(
+                "A prompt holds the token that stands for an image, a video or a sound.",
+                where=sequence.name,
+                found=min(found),
+                do="leave it out: logits are compared for text alone",
+            )
+
+
+def _integers(value: Any) -> Iterable[int]:
+    values = value if isinstance(value, list) else [value]
+    return (one for one in values if isinstance(one, int) and not isinstance(one, bool))
+
+
+def _config(hf: Path) -> Mapping[str, Any]:
+    config: Mapping[str, Any] = json.loads((hf / "config.json").read_text(encoding="utf-8"))
+    return config
+
+
+def _text_sequences(hf: Path, prompts: Sequence[str], long: int) -> list[TokenSequence]:
+    tokenizer = _tokenizer(hf)
+    named = {f"prompt-{number}": text for number, text in enumerate(prompts)} or PROMPTS
+    sequences = [_tokenized(tokenizer, name, text) for name, text in named.items()]
+    return [*sequences, _long_sequence(tokenizer, long)]
+
+
+def _tokenizer(hf: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(hf.resolve()), local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise SourceError(
+            "transformers cannot load the tokenizer.",
+            where=hf,
+            found=str(error)[:500],
+            do="repair the tokenizer's files, or use --tokens",
+        ) from error
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of `text` without special tokens."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _tokenized(tokenizer: Any, name: str, text: str) -> TokenSequence:
+    return _sequence(tokenizer, name, _ids(tokenizer, text))
+
+
+def _long_sequence(tokenizer: Any, length: int) -> TokenSequence:
+    """`length` tokens or more made of the built-in prompts, over and over."""
+    sentences = [_ids(tokenizer, text + "\n") for text in PROMPTS.values()]
+    if not any(sentences):
+        raise SourceError("The tokenizer makes no tokens of text.", where=tokenizer.name_or_path)
+    endless = itertools.chain.from_iterable(itertools.cycle(sentences))
+    return _sequence(tokenizer, "longer-than-window", list(itertools.islice(endless, length)))
+
+
+def _sequence(tokenizer: Any, name: str, ids: list[int]) -> TokenSequence:
+    """The ids behind one begin token, where the tokenizer has one."""
+    begin = tokenizer.bos_token_id
+    if begin is not None and ids[:1] != [begin]:
+        ids = [begin, *ids]
+    return TokenSequence(name, tuple(ids), tuple(tokenizer.decode([id]) for id in ids))

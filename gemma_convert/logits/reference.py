@@ -1,0 +1,191 @@
+"""The logits of the original checkpoint, computed by transformers' own Gemma 4 in float32.
+
+Keys that transformers would fill with random numbers in silence are an error here. Source of the
+head: `Gemma4ForCausalLM.forward` in `transformers/models/gemma4/modeling_gemma4.py` (5.23).
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gemma_convert.architecture import Architecture, read_architecture
+from gemma_convert.errors import SourceError
+from gemma_convert.logits.prompts import TokenSequence
+
+if TYPE_CHECKING:
+    import torch
+
+_LISTED = 8
+_SHARED_LAYER_KEY = re.compile(r"\.?layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
+_IGNORABLE_KEY = re.compile(r"\.(embed_scale|.*inv_freq)$|^lm_head\.weight$")
+
+
+class Reference:
+    """transformers' model of one Hugging Face checkpoint, whole, in float32."""
+
+    def __init__(self, hf: Path) -> None:
+        """Raises SourceError where the checkpoint does not fill the model exactly."""
+        import torch
+
+        self.architecture = read_architecture(hf)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.set_float32_matmul_precision("highest")
+        with _quiet():
+            self._model, report = _load(hf, self.architecture)
+        _check_loaded(report, self.architecture, hf)
+        self._model = self._model.to(self.device).eval()
+
+    @property
+    def device_name(self) -> str:
+        """Name of the device that the model runs on."""
+        import torch
+
+        if self.device.type == "cuda":
+            return str(torch.cuda.get_device_name(self.device))
+        return "cpu"
+
+    def hidden(self, ids: Sequence[int]) -> torch.Tensor:
+        """What the head is given, [positions embed], on the model's device."""
+        import torch
+
+        with torch.no_grad():
+            tokens = torch.tensor([list(ids)], dtype=torch.long, device=self.device)
+            output = self._model.model(input_ids=tokens, use_cache=False)
+        state: torch.Tensor = output.last_hidden_state[0]
+        return state
+
+    def head(self, hidden: torch.Tensor) -> npt.NDArray[np.float32]:
+        """Logits [positions vocab] of hidden states [positions embed], soft-capped."""
+        import torch
+
+        softcap = self.architecture.text.logit_softcap
+        with torch.no_grad():
+            logits = self._model.lm_head(hidden)
+            if softcap is not None:
+                logits = torch.tanh(logits / softcap) * softcap
+        array: npt.NDArray[np.float32] = logits.cpu().numpy()
+        return array
+
+    def drop_layers(self) -> None:
+        """Frees everything but the head, once all hidden states are known."""
+        self._model.model = None
+        gc.collect()
+
+    def logits(self, ids: Sequence[int], rows: int) -> Iterator[npt.NDArray[np.float32]]:
+        """Logits of `ids` in slices of at most `rows` positions, [positions vocab] each."""
+        hidden = self.hidden(ids)
+        for start in range(0, len(ids), rows):
+            yield self.head(hidden[start : start + rows])
+
+
+class TransformersLogits:
+    """Logits of the original checkpoint; only hidden states and the head are kept in memory."""
+
+    def __init__(self, hf: Path, sequences: Sequence[TokenSequence]) -> None:
+        self._reference = Reference(hf)
+        self._hidden = [self._reference.hidden(sequence.ids) for sequence in sequences]
+        self._reference.drop_layers()
+
+    @property
+    def device(self) -> str:
+        """Name of the device that the reference runs on."""
+        return self._reference.device_name
+
+    def slices(self, index: int, rows: int) -> Iterator[npt.NDArray[np.float32]]:
+        """Logits of one sequence, at most `rows` positions at a time, [positions vocab] each."""
+        hidden = self._hidden[index]
+        for start in range(0, len(hidden), rows):
+            yield self._reference.head(hidden[start : start + rows])
+
+
+def _load(hf: Path, architecture: Architecture) -> tuple[Any, dict[str, Any]]:
+    import torch
+    import transformers
+
+    name = "Gemma4ForCausalLM" if architecture.text_only else "Gemma4ForConditionalGeneration"
+    try:
+        return getattr(transformers, name).from_pretrained(  # type: ignore[no-any-return]
+            str(hf.resolve()),
+            dtype=torch.float32,
+            attn_implementation="eager",
+            experts_implementation="eager",
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except AttributeError as error:
+        raise SourceError(
+            "The installed transformers does not know Gemma 4.",
+            found=f"transformers {transformers.__version__}",
+            expected="transformers 5.23 or later",
+        ) from error
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise SourceError(
+            "transformers cannot load the original checkpoint.", where=hf, found=str(error)[:800]
+        ) from error
+
+
+def _check_loaded(report: dict[str, Any], architecture: Architecture, hf: Path) -> None:
+    unexpected = [key for key in report["unexpected_keys"] if not _ignorable(key, architecture)]
+    problems = {
+        "missing": sorted(map(str, report["missing_keys"])),
+        "of another shape": sorted(str(entry) for entry in report["mismatched_keys"]),
+        "unexpected": sorted(unexpected),
+        "in error": sorted(map(str, report.get("error_msgs") or ())),
+    }
+    found = [
+        f"{len(keys)} {problem}: {', '.join(keys[:_LISTED])}"
+        for problem, keys in problems.items()
+        if keys
+    ]
+    if found:
+        raise SourceError(
+            "The original checkpoint does not fill transformers' model, which would make up the "
+            "rest at random.",
+            where=hf,
+            found="; ".join(found),
+            do="repair the checkpoint, or its config.json",
+        )
+
+
+def _ignorable(key: str, architecture: Architecture) -> bool:
+    """True for what published files carry and nothing reads: K and V of layers that share them."""
+    shared = _SHARED_LAYER_KEY.search(key)
+    if shared is not None and "vision" not in key and "audio" not in key:
+        number, layers = int(shared[1]), architecture.text.layers
+        return number < len(layers) and not layers[number].owns_kv
+    return _IGNORABLE_KEY.search(key) is not None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without progress bars, log lines and the network."""
+    import transformers
+
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    level = transformers.utils.logging.get_verbosity()
+    offline = os.environ.get("HF_HUB_OFFLINE")
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity(logging.CRITICAL)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+        if offline is None:
+            del os.environ["HF_HUB_OFFLINE"]
+        else:
+            os.environ["HF_HUB_OFFLINE"] = offline

@@ -1,0 +1,114 @@
+"""What a logit check found: one dataclass, its JSON, and its table for a terminal."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from gemma_convert.logits.divergence import Divergence
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+SCHEMA = "gemma-convert/logit-check/1"
+
+
+@dataclass(frozen=True)
+class LogitReport:
+    """Result of one check. `limit` is the largest KL (nats) that any token may have.
+
+    `proof` is False where rounding alone could hide or cause a difference: then even a pass is an
+    indication.
+    """
+
+    passed: bool
+    proof: bool
+    limit: float
+    limit_reason: str
+    divergence: Divergence
+    sequences: int
+    longest_sequence: int
+    sliding_window: int
+    dtype: str
+    reference: str
+    reference_device: str
+    native_device: str
+    versions: dict[str, str]
+    seconds: float
+    lossy_rows: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> str:
+        """The result in one line."""
+        if not self.passed:
+            return "not the same model" if self.proof else "further apart than rounding should be"
+        return "same model" if self.proof else "no difference seen: an indication, not proof"
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as strict JSON: figures that are NaN or infinite are null, listed in `nan`."""
+        figures = asdict(self.divergence)
+        tokens, worst = figures.pop("tokens"), figures.pop("worst")
+        return {
+            "schema": SCHEMA,
+            "passed": self.passed,
+            "verdict": self.verdict,
+            "proof": self.proof,
+            "limit": _finite(self.limit),
+            "limit_reason": self.limit_reason,
+            **{name: _finite(value) for name, value in figures.items()},
+            "nan": sorted(name for name, value in figures.items() if not math.isfinite(value)),
+            "worst_token": {**worst, "kl": _finite(worst["kl"])},
+            "sequences": self.sequences,
+            "tokens": tokens,
+            "longest_sequence": self.longest_sequence,
+            "sliding_window": self.sliding_window,
+            "dtype": self.dtype,
+            "reference": self.reference,
+            "devices": {"reference": self.reference_device, "native": self.native_device},
+            "versions": dict(self.versions),
+            "seconds": round(self.seconds, 3),
+            "lossy_rows": list(self.lossy_rows),
+            "warnings": list(self.warnings),
+        }
+
+
+def render(report: LogitReport) -> RenderableType:
+    """A compact table of the report, for rich."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    colour = "green" if report.passed and report.proof else "yellow" if report.passed else "red"
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column()
+    for name, value in _lines(report):
+        table.add_row(name, Text(value))
+    warnings = [Text(f"! {warning}", style="yellow") for warning in report.warnings]
+    return Group(Text(report.verdict, style=f"bold {colour}"), table, *warnings)
+
+
+def _lines(report: LogitReport) -> list[tuple[str, str]]:
+    found, worst = report.divergence, report.divergence.worst
+    text = "" if worst.text is None else f" {worst.text!r}"
+    return [
+        ("KL max", f"{found.kl_max:.2e}   limit {report.limit:.0e} ({report.limit_reason})"),
+        ("KL p99, mean", f"{found.kl_p99:.2e}, {found.kl_mean:.2e}"),
+        ("worst token", f"{worst.sequence}, position {worst.position}: id {worst.token}{text}"),
+        ("top-1, top-10", f"{found.top1_agreement:.2%}, {found.topk_overlap:.2%} the same"),
+        ("largest logit difference", f"{found.max_logit_difference:.2e}"),
+        (
+            "compared",
+            f"{found.tokens} tokens in {report.sequences} sequences, the longest "
+            f"{report.longest_sequence} (sliding window {report.sliding_window})",
+        ),
+        ("reference", f"{report.reference}, float32, {report.reference_device}"),
+        ("native", f"{report.dtype}, {report.native_device}"),
+        ("time", f"{report.seconds:.1f} s"),
+    ]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,115 @@
+"""The only place that prints: results on stdout, progress and chatter on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Protocol
+
+PLAIN_INTERVAL_S = 5.0
+
+
+class Progress(Protocol):
+    """Something that is told how many bytes are done, and of which tensor."""
+
+    def advance(self, count: int, name: str) -> None: ...
+
+
+class NoProgress:
+    """Progress that nobody watches."""
+
+    def advance(self, count: int, name: str) -> None:
+        return None
+
+
+class ProgressBar:
+    """Bytes, rate, time left and the current tensor on stderr; plain lines without a terminal."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self.title, self.total = title, total
+        self._done, self._started = 0, time.monotonic()
+        self._next_line = self._started + PLAIN_INTERVAL_S
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> ProgressBar:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+                TransferSpeedColumn,
+            )
+
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn(binary_units=True),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("[dim]{task.fields[tensor]}"),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._task = self._bar.add_task(self.title, total=self.total, tensor="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, count: int, name: str) -> None:
+        self._done += count
+        if self._bar is not None:
+            self._bar.update(self._task, advance=count, tensor=name[-48:])
+        elif time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + PLAIN_INTERVAL_S
+            print(self._line(name), file=sys.stderr, flush=True)
+
+    def _line(self, name: str) -> str:
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        rate = self._done / seconds
+        left = (self.total - self._done) / rate if rate else float("inf")
+        share = self._done / self.total if self.total else 1.0
+        return (
+            f"{self.title} {share:4.0%}  {human_bytes(self._done)} of {human_bytes(self.total)}  "
+            f"{human_bytes(rate)}/s  {left:.0f} s left  {name}"
+        )
+
+
+def human_bytes(count: float) -> str:
+    """A number of bytes in binary units, such as `1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def show(renderable: object) -> None:
+    """Prints a rich renderable or a string on stdout."""
+    from rich.console import Console
+
+    Console(highlight=False, soft_wrap=isinstance(renderable, str)).print(renderable)
+
+
+def show_json(values: Mapping[str, object]) -> None:
+    """Prints one JSON object on stdout; NaN is refused, since strict readers refuse it too."""
+    print(json.dumps(values, indent=2, allow_nan=False))
+
+
+def note(text: str) -> None:
+    """Prints one line of chatter on stderr."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,178 @@
+"""Writes Orbax checkpoints array by array, region by region, straight through tensorstore.
+
+Arrays are declared first and regions written as they come, so no array is ever whole in memory. The
+data goes into the root store of the item (one OCDBT store, or one zarr v2 folder an array), which
+Orbax, MaxText and the gemma library restore as they are; `_METADATA` is Orbax's own JSON
+(`orbax/checkpoint/_src/metadata/tree.py`), written by hand so that a conversion needs no JAX.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma_convert.dtypes import TensorSpec, numpy_dtype
+from gemma_convert.mapping.notation import split_path
+from gemma_convert.mapping.region import Box
+
+Compression = Literal["none", "zstd"]
+
+ZSTD_LEVEL = {"zarr3": 3, "zarr2": 1}
+"""The levels that Orbax itself uses."""
+
+_DICT_KEY = 2
+"""orbax.checkpoint KeyType.DICT."""
+
+_PYTREE_HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
+
+
+@dataclass(frozen=True)
+class OrbaxFormat:
+    """How arrays are stored: OCDBT with zarr v3, or one zarr v2 folder an array."""
+
+    ocdbt: bool = True
+    compression: Compression = "none"
+
+    @property
+    def zarr(self) -> Literal["zarr3", "zarr2"]:
+        return "zarr3" if self.ocdbt else "zarr2"
+
+
+class OrbaxWriter:
+    """Writes one Orbax item folder: `declare` every array, `write` regions, then `finish`."""
+
+    def __init__(self, folder: Path, form: OrbaxFormat) -> None:
+        import tensorstore as ts
+
+        self._ts = ts
+        self.folder, self.form = folder, form
+        folder.mkdir(parents=True)
+        self._context = ts.Context({"file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}})
+        self._arrays: dict[str, Any] = {}
+
+    def declare(self, arrays: Mapping[str, tuple[TensorSpec, tuple[int, ...]]]) -> None:
+        """Creates every array, given its name (a path in the tables' notation), spec and chunk."""
+        transaction = self._ts.Transaction() if self.form.ocdbt else None
+        opened = {
+            name: self._ts.open(
+                self._spec(name, spec, chunk),
+                create=True,
+                context=self._context,
+                transaction=transaction,
+            )
+            for name, (spec, chunk) in arrays.items()
+        }
+        stores = {name: future.result() for name, future in opened.items()}
+        if transaction is not None:
+            transaction.commit_async().result()
+            stores = {name: store.with_transaction(None) for name, store in stores.items()}
+        self._arrays |= stores
+
+    def write(self, name: str, box: Box, values: NDArray[np.generic]) -> Any:
+        """A future of the commit of `values` into `box`; `values` must not change before it."""
+        where = tuple(slice(start, start + length) for start, length in box)
+        view = self._arrays[name][where] if where else self._arrays[name]
+        future = view.write(values, can_reference_source_data_indefinitely=True).commit
+        future.force()
+        return future
+
+    def finish(self, extra: Mapping[str, Mapping[str, object]]) -> None:
+        """Writes `_METADATA`; `extra` are leaves without arrays (name → value_metadata)."""
+        leaves: dict[str, Mapping[str, object]] = {
+            name: {"value_type": "np.ndarray", "skip_deserialize": False} for name in self._arrays
+        }
+        leaves |= extra
+        metadata = {
+            "tree_metadata": {
+                str(keys): {
+                    "key_metadata": [{"key": key, "key_type": _DICT_KEY} for key in keys],
+                    "value_metadata": dict(leaves[name]),
+                }
+                for name, keys in ((name, split_path(name)) for name in leaves)
+            },
+            "use_ocdbt": self.form.ocdbt,
+            "use_zarr3": self.form.ocdbt,
+            "store_array_data_equal_to_fill_value": True,
+            "custom_metadata": None,
+        }
+        (self.folder / "_METADATA").write_text(json.dumps(metadata), encoding="utf-8")
+
+    def _spec(self, name: str, spec: TensorSpec, chunk: tuple[int, ...]) -> dict[str, Any]:
+        key = ".".join(split_path(name))
+        store: dict[str, Any] = {"driver": "file", "path": f"{self.folder}/{key}/"}
+        if self.form.ocdbt:
+            base = {"driver": "file", "path": f"{self.folder}/"}
+            store = {"driver": "ocdbt", "base": base, "path": f"{key}/"}
+        metadata = _zarr3 if self.form.ocdbt else _zarr2
+        return {
+            "driver": "zarr3" if self.form.ocdbt else "zarr",
+            "kvstore": store,
+            "metadata": metadata(spec, chunk, self.form.compression),
+            "store_data_equal_to_fill_value": True,
+        }
+
+
+def _zarr3(spec: TensorSpec, chunk: tuple[int, ...], compression: Compression) -> dict[str, Any]:
+    codecs: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
+    if compression == "zstd":
+        codecs.append({"name": "zstd", "configuration": {"level": ZSTD_LEVEL["zarr3"]}})
+    return {
+        "shape": list(spec.shape),
+        "data_type": spec.dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
+        "codecs": codecs,
+        "fill_value": 0,
+    }
+
+
+def _zarr2(spec: TensorSpec, chunk: tuple[int, ...], compression: Compression) -> dict[str, Any]:
+    dtype = spec.dtype if spec.dtype == "bfloat16" else numpy_dtype(spec.dtype).str
+    zstd = {"id": "zstd", "level": ZSTD_LEVEL["zarr2"]}
+    return {
+        "shape": list(spec.shape),
+        "chunks": list(chunk),
+        "dtype": dtype,
+        "compressor": zstd if compression == "zstd" else None,
+        "dimension_separator": ".",
+        "fill_value": None,
+        "filters": None,
+        "order": "C",
+    }
+
+
+def write_step_metadata(
+    step: Path, item: str, custom: Mapping[str, object], started_ns: int
+) -> None:
+    """Writes `_CHECKPOINT_METADATA` and Orbax's success markers of a step folder with one item."""
+    metadata = {
+        "item_handlers": {item: _PYTREE_HANDLER},
+        "metrics": {},
+        "performance_metrics": {},
+        "init_timestamp_nsecs": started_ns,
+        "commit_timestamp_nsecs": time.time_ns(),
+        "custom_metadata": dict(custom),
+    }
+    (step / "_CHECKPOINT_METADATA").write_text(json.dumps(metadata), encoding="utf-8")
+    for folder in (step / item, step):
+        (folder / "commit_success.txt").write_text(
+            "Checkpoint commit was successful.\n", encoding="utf-8"
+        )
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes everything below `folder` durable: one fsync for each file and each folder."""
+    for root, _, files in os.walk(folder):
+        for path in [*(Path(root) / file for file in files), Path(root)]:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)

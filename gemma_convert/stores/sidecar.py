@@ -1,0 +1,180 @@
+"""The sidecar `hf/` beside a converted checkpoint: all that the native side does not hold.
+
+hf/                           the original's other files, byte for byte (config, tokenizer, …)
+hf/gemma-convert/manifest.json
+hf/gemma-convert/headers/     each shard's header verbatim
+hf/gemma-convert/carried.safetensors     tensors without a place in the layout
+hf/gemma-convert/exceptions.safetensors  values that do not come back: index and original bits
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from gemma_convert.dtypes import SAFETENSORS_NAMES
+from gemma_convert.errors import SourceError
+from gemma_convert.output import Progress
+from gemma_convert.stores.safetensors import SafetensorsFolder
+from gemma_convert.values import Array
+
+FOLDER = "hf"
+OWN = "gemma-convert"
+MANIFEST = "manifest.json"
+CARRIED = "carried.safetensors"
+EXCEPTIONS = "exceptions.safetensors"
+HEADERS = "headers"
+
+MANIFEST_SCHEMA = "gemma-convert/manifest/1"
+
+COPY_BYTES = 16 << 20
+
+_WEIGHT_SUFFIXES = {
+    ".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".onnx", ".pt", ".pth", ".safetensors",
+}  # fmt: skip
+_SKIPPED_FOLDERS = {".git", ".cache", "__pycache__", OWN}
+_NAMES = {numpy: safetensors for safetensors, numpy in SAFETENSORS_NAMES.items()}
+
+
+def other_files(folder: Path, shards: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """(files to carry, names that are listed and not carried), relative to `folder`.
+
+    Carried are regular files, or links to some at the top as in the hub's cache; not carried are
+    weights in other formats, caches, version control, and linked folders.
+    """
+    carried: list[Path] = []
+    listed: list[str] = []
+    for root, folders, files in os.walk(folder):
+        here = Path(root)
+        for name in sorted(folders):
+            path = here / name
+            if name in _SKIPPED_FOLDERS or path.is_symlink():
+                listed.append(f"{path.relative_to(folder)}/")
+        folders[:] = sorted(
+            name
+            for name in folders
+            if name not in _SKIPPED_FOLDERS and not (here / name).is_symlink()
+        )
+        for name in sorted(files):
+            path = here / name
+            relative = path.relative_to(folder)
+            if relative.name in shards and relative.parent == Path():
+                continue
+            linked_below = path.is_symlink() and relative.parent != Path()
+            if path.suffix in _WEIGHT_SUFFIXES or linked_below or not path.is_file():
+                listed.append(str(relative))
+            else:
+                carried.append(relative)
+    return carried, listed
+
+
+def copy_files(source: Path, target: Path, files: Sequence[Path]) -> dict[str, str]:
+    """Copies files byte for byte; name → sha256."""
+    digests = {}
+    for file in files:
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256()
+        try:
+            with (source / file).open("rb") as reader, (target / file).open("xb") as writer:
+                while piece := reader.read(COPY_BYTES):
+                    digest.update(piece)
+                    writer.write(piece)
+        except PermissionError as error:
+            raise SourceError(
+                "A file of the source cannot be read.", where=source / file, found=error.strerror
+            ) from None
+        digests[str(file)] = digest.hexdigest()
+    return digests
+
+
+def write_headers(folder: Path, reader: SafetensorsFolder) -> None:
+    """Writes each shard's header verbatim, length word included."""
+    (folder / HEADERS).mkdir(parents=True)
+    for shard in reader.shards:
+        (folder / HEADERS / f"{shard.file}.header").write_bytes(shard.header)
+
+
+def write_carried(
+    folder: Path, reader: SafetensorsFolder, names: Sequence[str], progress: Progress
+) -> dict[str, str]:
+    """Streams the named tensors into carried.safetensors; name → checksum (xxh3_128)."""
+    if not names:
+        return {}
+    specs = {
+        name: (_NAMES[reader.tensors[name].spec.dtype], list(reader.tensors[name].spec.shape))
+        for name in names
+    }
+    sizes = {name: reader.tensors[name].spec.nbytes for name in names}
+    checksums = {}
+    buffer = memoryview(bytearray(COPY_BYTES))
+    with (folder / CARRIED).open("xb") as file:
+        file.write(safetensors_header(specs, sizes))
+        for name in names:
+            digest = xxhash.xxh3_128()
+            for offset in range(0, sizes[name], COPY_BYTES):
+                piece = buffer[: min(COPY_BYTES, sizes[name] - offset)]
+                reader.read_into(reader.tensors[name], offset, piece)
+                digest.update(piece)
+                file.write(piece)
+                progress.advance(len(piece), name)
+            checksums[name] = digest.hexdigest()
+    return checksums
+
+
+def write_exceptions(folder: Path, values: Mapping[str, tuple[Array, Array]]) -> None:
+    """Writes index [count] int64 and original bits [count] of values that do not come back."""
+    arrays: dict[str, Array] = {}
+    for name, (places, originals) in values.items():
+        arrays[f"{name}/index"] = places.astype("<i8")
+        arrays[f"{name}/bits"] = originals
+    specs = {name: (_NAMES[array.dtype.name], list(array.shape)) for name, array in arrays.items()}
+    with (folder / EXCEPTIONS).open("xb") as file:
+        file.write(safetensors_header(specs, {name: a.nbytes for name, a in arrays.items()}))
+        for array in arrays.values():
+            file.write(np.ascontiguousarray(array).tobytes())
+
+
+def safetensors_header(
+    specs: Mapping[str, tuple[str, list[int]]], sizes: Mapping[str, int]
+) -> bytes:
+    """The length word and header of a safetensors file whose tensors lie in the given order."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for name, (dtype, shape) in specs.items():
+        end = place + sizes[name]
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, object]) -> None:
+    """Writes manifest.json."""
+    text = json.dumps({"schema": MANIFEST_SCHEMA, **manifest}, indent=1, ensure_ascii=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(checkpoint: Path) -> dict[str, object] | None:
+    """The manifest of a converted checkpoint, or None where it has no sidecar.
+
+    Raises SourceError for a manifest that is not one.
+    """
+    path = checkpoint / FOLDER / OWN / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError("The manifest cannot be read.", where=path, found=error) from None
+    if not isinstance(manifest, dict) or manifest.get("schema") != MANIFEST_SCHEMA:
+        raise SourceError(
+            "The manifest is of another version.", where=path, expected=MANIFEST_SCHEMA
+        )
+    return manifest

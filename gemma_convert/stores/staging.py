@@ -1,0 +1,170 @@
+"""Output that appears under its final name only when it is complete.
+
+Everything is written into a hidden sibling, `.NAME.partial`, which is renamed at the end. A lock
+keeps a second run away; an interrupted run leaves nothing under the final name.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+
+from gemma_convert.errors import TargetError
+
+LOCK = ".lock"
+
+
+class StagedFolder:
+    """A folder that is built as a sibling of `target` and renamed into place by `publish`.
+
+    Use as a context manager: leaving it without `publish` removes what was written. Raises
+    TargetError where `target` exists (unless `overwrite`), or another run builds it.
+    """
+
+    def __init__(self, target: Path, *, overwrite: bool = False) -> None:
+        self.target = target.absolute()
+        self.folder = self.target.with_name(f".{self.target.name}.partial")
+        self.overwrite = overwrite
+        self._lock: int | None = None
+        self._published = False
+
+    def __enter__(self) -> StagedFolder:
+        check_target(self.target, overwrite=self.overwrite)
+        try:
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(exist_ok=True)
+            self._take_lock()
+            for entry in self.folder.iterdir():
+                if entry.name != LOCK:
+                    _remove(entry)
+        except OSError as error:
+            raise TargetError(
+                "The target cannot be written.", where=self.folder, found=error.strerror
+            ) from None
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._published:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+
+    def publish(self) -> None:
+        """Renames the finished folder to its final name; an old one is removed only afterwards."""
+        (self.folder / LOCK).unlink()
+        old = self.target.with_name(f".{self.target.name}.replaced")
+        try:
+            if self.overwrite and os.path.lexists(self.target):
+                _remove(old)
+                self.target.rename(old)
+            self.folder.rename(self.target)
+        except OSError as error:
+            if os.path.lexists(old) and not os.path.lexists(self.target):
+                old.rename(self.target)
+            raise TargetError(
+                "The finished output cannot be renamed.", where=self.target, found=error.strerror
+            ) from None
+        self._published = True
+        _sync(self.target.parent)
+        _remove(old)
+
+    def _take_lock(self) -> None:
+        self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in {errno.EAGAIN, errno.EACCES}:
+                raise
+            self._published = True  # what lies there belongs to the other run
+            os.close(self._lock)
+            self._lock = None
+            raise TargetError(
+                "Another run is writing this target.",
+                where=self.target,
+                do="wait for it, or choose another target",
+            ) from None
+
+
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Raises TargetError where `target` may not be written or replaced."""
+    if not os.path.lexists(target):
+        return
+    if not overwrite:
+        raise TargetError(
+            "The target exists.",
+            where=target,
+            do="choose another target, or replace it with --overwrite",
+        )
+    if target.is_symlink() or not target.is_dir():
+        raise TargetError("The target is not a folder, so it is not replaced.", where=target)
+    if any(target.iterdir()) and not _is_checkpoint(target):
+        raise TargetError(
+            "The target is not a checkpoint, so it is not replaced.",
+            where=target,
+            do="choose another target, or remove it yourself",
+        )
+
+
+def check_apart(source: Path, target: Path) -> None:
+    """Raises TargetError where source and target lie in one another."""
+    inside, outside = source.resolve(), target.absolute().parent.resolve() / target.name
+    if inside == outside or inside in outside.parents or outside in inside.parents:
+        raise TargetError(
+            "Source and target lie in one another.",
+            where=target,
+            found=f"source {source}",
+            do="choose a target beside the source",
+        )
+
+
+def check_space(target: Path, needed: int) -> None:
+    """Raises TargetError where the file system of `target` has fewer than `needed` bytes free."""
+    folder = target.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise TargetError(
+            "There is not enough space for the target.",
+            where=folder,
+            expected=f"{needed:,} bytes free",
+            found=f"{free:,} bytes",
+            do="free some space, or choose a target on another file system",
+        )
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    marks = (
+        "_METADATA",
+        "_CHECKPOINT_METADATA",
+        "config.json",
+        "metadata.yaml",
+        "hf/gemma-convert",
+    )
+    return any((folder / mark).exists() for mark in marks) or any(
+        (entry / "items" / "_METADATA").exists() for entry in folder.iterdir() if entry.is_dir()
+    )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,214 @@
+"""Writes a tiny checkpoint: config, weights, tokenizer and processor files, all or nothing.
+
+The weight files equal what the safetensors library writes byte for byte:
+https://huggingface.co/docs/safetensors, section Format.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from gemma_convert.architecture import Family, parse_architecture
+from gemma_convert.dtypes import SAFETENSORS_NAMES
+from gemma_convert.errors import TargetError, UsageError
+from gemma_convert.mapping.inventory import huggingface_tensors
+from gemma_convert.tiny import tokenizer
+from gemma_convert.tiny.config import (
+    POOLING,
+    SIZES,
+    ConfigSpelling,
+    DType,
+    config_json,
+    generation_config_json,
+)
+from gemma_convert.tiny.weights import Array, random_weights
+
+KVShared = Literal["keep", "omit"]
+
+_STORED = {name: spelled for spelled, name in SAFETENSORS_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class TinyReport:
+    """What was made: tensors, the numbers in them, and their bytes without the files' headers."""
+
+    family: Family
+    path: Path
+    tensors: int
+    parameters: int
+    bytes: int
+
+
+def make_tiny(
+    family: Family,
+    out: Path,
+    *,
+    seed: int = 0,
+    layers: int | None = None,
+    kv_shared: KVShared = "keep",
+    shards: int = 1,
+    text_only: bool = False,
+    dtype: DType = "bfloat16",
+    config_spelling: ConfigSpelling = "published",
+) -> TinyReport:
+    """What was written into the folder `out`: a random checkpoint with the structure of `family`.
+
+    The same arguments give the same bytes. `layers` counts decoder layers; `kv_shared` says whether
+    KV-shared layers have the keys and values that published files carry and `save_pretrained` omits.
+    Raises UsageError for arguments that no checkpoint can have, TargetError where `out` is neither
+    missing nor an empty folder or cannot be written.
+    """
+    _check_choice("family", family, get_args(Family))
+    _check_choice("kv_shared", kv_shared, get_args(KVShared))
+    _check_choice("dtype", dtype, get_args(DType))
+    _check_choice("config_spelling", config_spelling, get_args(ConfigSpelling))
+    if seed < 0:
+        raise UsageError("A seed cannot be negative.", found=seed)
+    config = config_json(family, layers, text_only, dtype, config_spelling)
+    architecture = parse_architecture(config, out / "config.json")
+    shapes = huggingface_tensors(architecture, kv_leftovers=kv_shared == "keep")
+    if not 1 <= shards <= len(shapes):
+        raise UsageError(
+            "The weights cannot be split into that many shards.",
+            expected=f"1 to {len(shapes)}, the number of tensors",
+            found=shards,
+        )
+    _check_target(out)
+    tensors = random_weights(dict(sorted(shapes.items())), seed, dtype)
+    documents = _documents(family, text_only) | {"config.json": config}
+    _write_folder(out, documents, _split(tensors, shards))
+    return TinyReport(
+        family=family,
+        path=out,
+        tensors=len(tensors),
+        parameters=sum(array.size for array in tensors.values()),
+        bytes=sum(array.nbytes for array in tensors.values()),
+    )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(
+            f"There is no such {name.replace('_', ' ')}.", expected=", ".join(choices), found=value
+        )
+
+
+def _check_target(out: Path) -> None:
+    try:
+        free = out.is_dir() and not any(out.iterdir())
+        missing = not (out.exists() or out.is_symlink())
+    except OSError as error:
+        raise TargetError(
+            "The target folder cannot be read.", where=out, found=error.strerror
+        ) from None
+    if not (free or missing):
+        raise TargetError(
+            "The target exists already.",
+            where=out,
+            expected="no such folder, or an empty one",
+            do="give another folder, or remove this one",
+        )
+
+
+def _documents(family: Family, text_only: bool) -> dict[str, dict[str, object]]:
+    """The JSON files beside config.json, by name; those of a processor only with towers."""
+    sizes = SIZES[family]
+    documents = {
+        "generation_config.json": generation_config_json(),
+        "tokenizer.json": tokenizer.tokenizer_json(sizes.vocab),
+        "tokenizer_config.json": tokenizer.tokenizer_config_json(text_only),
+        "special_tokens_map.json": tokenizer.special_tokens_map_json(),
+    }
+    if text_only:
+        return documents
+    patch_size = sizes.vision.patch_size
+    mel_bands = 128 if sizes.audio is None else sizes.audio.channels[0]
+    return documents | {
+        "preprocessor_config.json": tokenizer.image_processor_json(patch_size, POOLING),
+        "processor_config.json": tokenizer.processor_json(patch_size, POOLING, mel_bands),
+    }
+
+
+def _split(tensors: Mapping[str, Array], shards: int) -> Iterator[dict[str, Array]]:
+    """The tensors in order, in `shards` parts of about equal bytes, none of them empty."""
+    total = sum(array.nbytes for array in tensors.values())
+    part: dict[str, Array] = {}
+    written, done = 0, 0
+    for number, (name, array) in enumerate(tensors.items()):
+        part[name] = array
+        written += array.nbytes
+        left = len(tensors) - number - 1
+        full = written * shards >= total * (done + 1) or left < shards - done
+        if full and done < shards - 1:
+            yield part
+            part, done = {}, done + 1
+    yield part
+
+
+def _write_folder(
+    out: Path, documents: Mapping[str, object], parts: Iterator[dict[str, Array]]
+) -> None:
+    """Writes into a sibling folder that takes the name `out` when it is complete."""
+    target = out.resolve()
+    partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        try:
+            for name, document in documents.items():
+                _write_json(partial / name, document)
+            template = partial / "chat_template.jinja"
+            template.write_text(tokenizer.CHAT_TEMPLATE, encoding="utf-8")
+            _write_weights(partial, list(parts))
+            partial.rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise TargetError(
+            "The checkpoint cannot be written.", where=out, found=error.strerror
+        ) from None
+
+
+def _write_json(path: Path, document: object) -> None:
+    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_weights(folder: Path, parts: list[dict[str, Array]]) -> None:
+    """The weight files: one, or several with an index."""
+    if len(parts) == 1:
+        _write_safetensors(folder / "model.safetensors", parts[0])
+        return
+    files = [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
+    for file, part in zip(files, parts, strict=True):
+        _write_safetensors(folder / file, part)
+    index = {
+        "metadata": {"total_size": sum(a.nbytes for part in parts for a in part.values())},
+        "weight_map": {name: f for f, part in zip(files, parts, strict=True) for name in part},
+    }
+    _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_safetensors(path: Path, tensors: Mapping[str, Array]) -> None:
+    """One safetensors file, in the order of the library: largest dtype first, then by name."""
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, array in ordered:
+        header[name] = {
+            "dtype": _STORED[array.dtype.name],
+            "shape": list(array.shape),
+            "data_offsets": [offset, offset + array.nbytes],
+        }
+        offset += array.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, array in ordered:
+            file.write(array.tobytes())

@@ -1,0 +1,392 @@
+"""The JAX forward pass over MaxText's tree equals transformers, and every planted mistake shows."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from maxtext_trees import CONFIGS, change, logits_of, make_model, maxtext_tree, write_maxtext
+
+from gemma_convert.architecture import parse_architecture, read_architecture
+from gemma_convert.errors import SourceError
+from gemma_convert.logits.divergence import compare
+from gemma_convert.native import maxtext
+from gemma_convert.native.restore import (
+    TEXT_MODULES,
+    find_items,
+    maxtext_facts,
+    restore_maxtext,
+)
+from gemma_convert.native.shapes import check_shapes
+
+ORACLE = os.environ.get("GEMMA_CONVERT_ORACLE")
+needs_oracle = pytest.mark.skipif(
+    ORACLE is None, reason="GEMMA_CONVERT_ORACLE is not set: no checkpoints of MaxText's own here"
+)
+LENGTH = 23
+LIMIT = 1e-5
+
+
+class Case:
+    """One tiny model with its ids, its reference logits and its facts."""
+
+    def __init__(self, kind):
+        model = make_model(kind)
+        self.kind = kind
+        self.text = parse_architecture(model.config.to_dict(), Path("config.json")).text
+        self.ids = np.random.default_rng(5).integers(3, 94, (2, LENGTH)).astype(np.int32)
+        self.logits = logits_of(model, self.ids)
+        self.tree = maxtext_tree(model)
+        self.scanned = None if kind == "ple" else maxtext_tree(model, scanned=True)
+
+    def kl(self, tree=None, text=None, dtype="float32"):
+        """Largest KL over all tokens of a run with another tree or other facts."""
+        found = np.asarray(maxtext.forward(tree or self.tree, text or self.text, self.ids, dtype))
+        vocab = found.shape[-1]
+        return compare(self.logits.reshape(-1, vocab), found.reshape(-1, vocab)).kl.max()
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return {kind: Case(kind) for kind in CONFIGS}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_forward_is_that_of_transformers(cases, kind):
+    case = cases[kind]
+    found = np.asarray(maxtext.forward(case.tree, case.text, case.ids))
+    assert found.dtype == np.float32 and found.shape == (2, LENGTH, 94)
+    np.testing.assert_allclose(found, case.logits, atol=2e-3)
+    assert case.kl() < 1e-7
+    assert case.logits.std() > 0.5  # logits that are all alike would prove nothing
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_scanned_tree_gives_the_same_logits_bit_for_bit(cases, kind):
+    case = cases[kind]
+    one = maxtext.forward(case.tree, case.text, case.ids)
+    other = maxtext.forward(case.scanned, case.text, case.ids)
+    np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_scanned_layers_are_taken_from_their_place():
+    blocks = {
+        "local_layers": {"a": np.arange(4 * 2 * 2).reshape(4, 2, 2)},
+        "global_layer": {"a": 100 + np.arange(4 * 2).reshape(4, 2)},
+    }
+    model = make_model("dense")
+    text = parse_architecture(model.config.to_dict(), Path("config.json")).text
+    tree = {"decoder": {"scanned_blocks": blocks}}
+    found = [maxtext.layer_params(tree, text, index)["a"][1].item() for index in range(6)]
+    assert found == [4, 5, 102, 6, 7, 103]
+
+
+def test_layers_of_one_kind_are_compiled_once(cases):
+    case = cases["dense"]
+    maxtext.layer.clear_cache()
+    maxtext.forward(case.scanned, case.text, case.ids)
+    assert maxtext.layer._cache_size() == 2
+
+
+def test_head_over_slices_of_positions_is_the_whole(cases):
+    case = cases["moe"]
+    (hidden,) = maxtext.final_hidden(case.tree, case.text, [case.ids])
+    table = maxtext.output_table(case.tree, case.text)
+    parts = [
+        maxtext.head(table, hidden[:, start : start + 9], case.text)
+        for start in range(0, LENGTH, 9)
+    ]
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), case.logits, atol=2e-3)
+
+
+def test_batches_of_other_lengths_run_together(cases):
+    case = cases["ple"]
+    batches = [case.ids[:1, :11], case.ids]
+    short, whole = maxtext.final_hidden(case.tree, case.text, batches)
+    np.testing.assert_allclose(short[0], whole[0, :11], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_bfloat16_is_near_and_is_not_float32(cases, kind):
+    assert 1e-6 < cases[kind].kl(dtype="bfloat16") < 0.5
+
+
+# Facts of the architecture, each wrong once.
+WRONG_FACTS = {
+    "window one too long": ("dense", lambda text: replace(text, window=text.window + 1)),
+    "window one too short": ("dense", lambda text: replace(text, window=text.window - 1)),
+    "full layers rotate all pairs": (
+        "dense",
+        lambda text: replace(text, rope_full=replace(text.rope_full, fraction=1.0)),
+    ),
+    "sliding layers rotate a quarter": (
+        "dense",
+        lambda text: replace(text, rope_sliding=replace(text.rope_sliding, fraction=0.25)),
+    ),
+    "bases of rotation swapped": (
+        "dense",
+        lambda text: replace(
+            text,
+            rope_sliding=replace(text.rope_sliding, theta=text.rope_full.theta),
+            rope_full=replace(text.rope_full, theta=text.rope_sliding.theta),
+        ),
+    ),
+    "no soft cap": ("dense", lambda text: replace(text, logit_softcap=None)),
+    "other epsilon": ("dense", lambda text: replace(text, norm_epsilon=1e-2)),
+    "one expert too many": ("moe", lambda text: replace(text, experts_per_token=3)),
+    "one expert too few": ("moe", lambda text: replace(text, experts_per_token=1)),
+    "keys and values of another layer": (
+        "ple",
+        lambda text: replace(
+            text,
+            layers=tuple(
+                layer if layer.owns_kv else replace(layer, kv_source=layer.kv_source - 2)
+                for layer in text.layers
+            ),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FACTS)
+def test_wrong_fact_shows(cases, name):
+    kind, wrong = WRONG_FACTS[name]
+    case = cases[kind]
+    assert case.kl(text=wrong(case.text)) > 10 * LIMIT
+
+
+L1, L2 = "decoder/layers_1", "decoder/layers_2"
+QUERY = f"{L1}/self_attention/query/kernel"
+ROUTED = f"{L1}/mlp/moe_block/MoeBlock_0"
+
+
+def swap(first, second):
+    """Swaps two arrays or subtrees of a tree."""
+
+    def swapped(tree):
+        def at(path):
+            below = tree
+            for name in path.split("/"):
+                below = below[name]
+            return below
+
+        one, other = at(first), at(second)
+        return change(change(tree, first, lambda _: other), second, lambda _: one)
+
+    return swapped
+
+
+def alter(path, function):
+    return lambda tree: change(tree, path, function)
+
+
+def heads_as_head_dim(kernel):
+    embed, heads, head_dim = kernel.shape
+    return kernel.reshape(embed, head_dim, heads).transpose(0, 2, 1)
+
+
+MISTAKES = {
+    "heads and head_dim swapped": ("dense", alter(QUERY, heads_as_head_dim)),
+    "two heads swapped": ("dense", alter(QUERY, lambda kernel: kernel[:, [1, 0, 2, 3]])),
+    "gate and up swapped": ("dense", swap(f"{L1}/mlp/wi_0", f"{L1}/mlp/wi_1")),
+    "keys and values swapped": (
+        "dense",
+        swap(f"{L1}/self_attention/key", f"{L1}/self_attention/value"),
+    ),
+    "two layers swapped": ("dense", swap("decoder/layers_0", "decoder/layers_1")),
+    "a layer's scalar lost": ("dense", alter(f"{L2}/layer_scalar", np.ones_like)),
+    "a norm's weight lost": ("dense", alter(f"{L2}/post_ffw_norm/scale", np.ones_like)),
+    "a norm's weight with one added": (
+        "dense",
+        alter(f"{L2}/pre_ffw_norm/scale", lambda scale: scale + 1),
+    ),
+    "two norms swapped": ("dense", swap(f"{L2}/pre_ffw_norm", f"{L2}/post_ffw_norm")),
+    "head order of the output": (
+        "dense",
+        alter(f"{L1}/self_attention/out/kernel", lambda kernel: kernel[::-1]),
+    ),
+    "embedding not scaled": (
+        "dense",
+        alter("token_embedder/embedding", lambda table: table / np.float32(40**0.5)),
+    ),
+    "embedding scaled twice": (
+        "dense",
+        alter("token_embedder/embedding", lambda table: table * np.float32(40**0.5)),
+    ),
+    "rows of the embedding shifted": (
+        "dense",
+        alter("token_embedder/embedding", lambda table: np.roll(table, 1, axis=0)),
+    ),
+    "router's scale lost": ("moe", alter(f"{L1}/mlp/pre_forward_scale_2", np.ones_like)),
+    "experts' scale lost": ("moe", alter(f"{ROUTED}/per_expert_scale", np.ones_like)),
+    "experts' gate and up swapped": ("moe", swap(f"{ROUTED}/wi_0", f"{ROUTED}/wi_1")),
+    "experts shifted by one": ("moe", alter(f"{ROUTED}/wo", lambda wo: np.roll(wo, 1, axis=0))),
+    "norms of dense and experts swapped": (
+        "moe",
+        swap(f"{L1}/mlp/post_feedforward_layernorm_1", f"{L1}/mlp/post_feedforward_layernorm_2"),
+    ),
+    "per-layer embeddings shifted by a layer": (
+        "ple",
+        alter(
+            "decoder/per_layer_embedder/embed_tokens_per_layer",
+            lambda table: np.roll(table, 6, axis=1),
+        ),
+    ),
+    "per-layer projection's norm lost": (
+        "ple",
+        alter("decoder/per_layer_embedder/per_layer_projection_norm/scale", np.ones_like),
+    ),
+    "a layer's per-layer norm lost": (
+        "ple",
+        alter(f"{L1}/post_per_layer_input_norm/scale", np.ones_like),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_conversion_mistake_shows(cases, name):
+    kind, mistake = MISTAKES[name]
+    case = cases[kind]
+    assert case.kl(tree=mistake(case.tree)) > 10 * LIMIT
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_scan_out_of_order_shows(cases, axis):
+    case = cases["dense"]
+    path = "decoder/scanned_blocks/local_layers/mlp/wo/kernel"
+    wrong = change(case.scanned, path, lambda kernel: np.flip(kernel, axis))
+    assert case.kl(tree=wrong) > 10 * LIMIT
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_restore_reads_the_highest_step_without_the_optimizer(tmp_path):
+    def tree(value):
+        table = np.full((3, 2), value, np.float32)
+        return {"token_embedder": {"embedding": table}, "decoder": {"a": {"b": table.T.copy()}}}
+
+    for step in (9, 10):
+        rest = {"step": np.int32(step), "opt_state": [{"mu": np.ones((5, 2))}, None]}
+        write_maxtext(tree(step), tmp_path, step, rest)
+    (tmp_path / "11.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "12").mkdir()
+    before = contents(tmp_path)
+    items = find_items(tmp_path)
+    assert items == tmp_path / "10" / "items"
+    assert find_items(tmp_path / "9") == tmp_path / "9" / "items"
+    assert find_items(items) == items
+    found = restore_maxtext(items)
+    assert set(found) == {"token_embedder", "decoder"}
+    np.testing.assert_array_equal(found["decoder"]["a"]["b"], np.full((2, 3), 10, np.float32))
+    assert type(found["decoder"]["a"]["b"]) is np.ndarray
+    assert set(restore_maxtext(items, ["decoder"])) == {"decoder"}
+    facts = maxtext_facts(items)
+    assert facts["decoder/a/b"].shape == (2, 3) and facts["decoder/a/b"].dtype == "float32"
+    assert contents(tmp_path) == before
+
+
+def test_restore_does_not_read_optimizer_state(tmp_path):
+    write_maxtext({"decoder": {"a": np.ones(2)}}, tmp_path, 0, {"opt_state": {"mu": np.ones(7)}})
+    items = find_items(tmp_path)
+    seen = []
+    import orbax.checkpoint as ocp
+
+    original = ocp.type_handlers.NumpyHandler.deserialize
+
+    async def spy(self, infos, args=None):
+        seen.extend(info.name for info in infos)
+        return await original(self, infos, args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ocp.type_handlers.NumpyHandler, "deserialize", spy)
+        restore_maxtext(items)
+    assert seen == ["params.params.decoder.a"]
+
+
+def test_bfloat16_stays_bfloat16(tmp_path):
+    import ml_dtypes
+
+    table = np.arange(6).reshape(2, 3).astype(ml_dtypes.bfloat16)
+    write_maxtext({"decoder": {"a": table}}, tmp_path)
+    found = restore_maxtext(find_items(tmp_path))["decoder"]["a"]
+    assert found.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(found, table)
+
+
+def test_folders_that_hold_no_maxtext_tree_are_refused(tmp_path):
+    with pytest.raises(SourceError, match="no Orbax checkpoint"):
+        find_items(tmp_path)
+    with pytest.raises(SourceError, match="no Orbax checkpoint"):
+        find_items(tmp_path / "nowhere")
+    import orbax.checkpoint as ocp
+
+    for name, tree, missing in (
+        ("plain", {"decoder": {"a": np.ones(2)}}, "params"),
+        ("single", {"params": {"decoder": {"a": np.ones(2)}}}, r"params\.params"),
+    ):
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save((tmp_path / name).resolve(), tree)
+        with pytest.raises(SourceError, match=f"expected: {missing} in a tree"):
+            restore_maxtext(tmp_path / name)
+    write_maxtext({"decoder": {"a": np.ones(2)}}, tmp_path)
+    with pytest.raises(SourceError, match="token_embedder"):
+        restore_maxtext(find_items(tmp_path), TEXT_MODULES)
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_shapes_that_do_not_fit_are_named(cases, tmp_path, scanned):
+    case = cases["moe"]
+    write_maxtext(case.scanned if scanned else case.tree, tmp_path)
+    facts = maxtext_facts(find_items(tmp_path))
+    check_shapes(facts, case.text, tmp_path)
+    for text, found in (
+        (replace(case.text, vocab=95), r"embedding is \[94, 44\] instead of \[95, 44\]"),
+        (replace(case.text, experts=6), "MoeBlock_0/wi_0"),
+        (replace(case.text, layers=case.text.layers[:3]), "scanned_blocks|layers_3"),
+    ):
+        with pytest.raises(SourceError, match=found):
+            check_shapes(facts, text, tmp_path)
+    lost = {path: one for path, one in facts.items() if not path.endswith("per_expert_scale")}
+    with pytest.raises(SourceError, match="per_expert_scale is missing"):
+        check_shapes(lost, case.text, tmp_path)
+
+
+ORACLE_TREES = (
+    "e2b_unscanned",
+    "e2b_unscanned_training",
+    "e4b_unscanned",
+    "26b-a4b_scanned",
+    "26b-a4b_unscanned",
+    "31b_scanned",
+    "31b_scanned_training",
+    "31b_unscanned",
+)
+
+
+@needs_oracle
+@pytest.mark.parametrize("name", ORACLE_TREES)
+def test_maxtexts_own_trees_give_maxtexts_own_logits(name):
+    from safetensors.numpy import load_file
+
+    oracle = Path(ORACLE)
+    model = name.split("_")[0]
+    text = read_architecture(oracle / "hf" / model).text
+    items = find_items(oracle / "maxtext" / name)
+    check_shapes(maxtext_facts(items), text, items)
+    tree = restore_maxtext(items, TEXT_MODULES)
+    noise = 5e-3 if text.ple else 1e-4
+    theirs = load_file(oracle / "logits" / f"transformers_{model}.safetensors")
+    found = np.asarray(maxtext.forward(tree, text, theirs["input_ids"].astype(np.int32)))
+    np.testing.assert_allclose(found, theirs["logits"], atol=noise, rtol=0)
+    saved = oracle / "logits" / f"maxtext_{name.removesuffix('_training')}.safetensors"
+    np.testing.assert_allclose(found, load_file(saved)["logits"], atol=noise, rtol=0)
+    vocab = found.shape[-1]
+    divergence = compare(theirs["logits"].reshape(-1, vocab), found.reshape(-1, vocab))
+    assert divergence.kl.max() < 1e-6
