@@ -128,12 +128,12 @@ def to_native(
             text_only=text_only,
             where=str(source),
         )
-        check_apart(source, target)
-        check_target(target, overwrite=overwrite)
         files, listed = sidecar.other_files(source, [shard.file for shard in reader.shards])
         job = _Job(source, target, plan, reader, files, listed, OrbaxFormat(ocdbt, compression))
         if dry_run:
             return job.report(TransferResult(), started, dry_run=True)
+        check_apart(source, target)
+        check_target(target, overwrite=overwrite)
         check_space(target, job.needed_bytes())
         result = job.run(overwrite=overwrite, progress=progress)
         return job.report(result, started, dry_run=False)
@@ -152,7 +152,14 @@ class _Job:
     form: OrbaxFormat
 
     def needed_bytes(self) -> int:
-        carried = sum(self._spec(name).nbytes for name in self.plan.carried)
+        """Bytes that the target may take: arrays, carried tensors, and those that may have to be."""
+        at_risk = (
+            name
+            for name, source in self.plan.sources.items()
+            if source.spec.dtype == "float32" and name not in self.plan.rounded
+            if any(copy.scale is not None for copy in source.copies)
+        )
+        carried = sum(self._spec(name).nbytes for name in (*self.plan.carried, *at_risk))
         files = sum((self.source / file).stat().st_size for file in self.files)
         return self.plan.target_bytes + carried + files + SPARE_BYTES
 
@@ -185,9 +192,7 @@ class _Job:
             {name: (target.spec, target.chunk) for name, target in self.plan.targets.items()}
             | {"step": (TensorSpec("int32", ()), ())}
         )
-        result = Transfer(
-            self.plan, self.reader, writer, progress, keep_losses=not self.rounding()
-        ).run()
+        result = Transfer(self.plan, self.reader, writer, progress).run()
         writer.write("step", (), np.zeros((), np.int32)).result()
         writer.finish(
             {
@@ -217,11 +222,6 @@ class _Job:
             sidecar.write_exceptions(own, listed)
         sidecar.write_manifest(own, self._manifest(result, checksums, digests))
 
-    def rounding(self) -> bool:
-        """Whether the user asked for a dtype that rounds: then values are counted, not kept."""
-        policy = self.plan.policy
-        return policy.scaled == "bfloat16" or policy.dtype == "bfloat16"
-
     def _check_tied(self) -> None:
         """Raises SourceError where a tied tensor differs from the one that it must equal."""
         for name, other in self.plan.tied.items():
@@ -237,17 +237,11 @@ class _Job:
         return self.reader.tensors[name].spec
 
     def lossy_rows(self, result: TransferResult) -> tuple[LossyRow, ...]:
-        """Rows that were rounded on request, with the number of values that do not come back."""
-        if not self.rounding():
-            return ()
-        rows = []
-        for name, losses in result.losses.items():
-            copy = self.plan.sources[name].copies[0]
-            target = self.plan.targets[copy.target.tensor].spec.dtype
-            scaled = " × a root" if copy.scale is not None else ""
-            reason = f"{self._spec(name).dtype}{scaled} rounded to {target}"
-            rows.append(LossyRow(copy.row, name, reason, losses.count))
-        return tuple(rows)
+        """Rows that the dtype policy rounds, with the number of values that do not come back."""
+        return tuple(
+            LossyRow(self.plan.sources[name].copies[0].row, name, reason, _lost(result, name))
+            for name, reason in self.plan.rounded.items()
+        )
 
     def _manifest(
         self, result: TransferResult, carried: dict[str, str], digests: dict[str, str]
@@ -292,7 +286,7 @@ class _Job:
     def report(self, result: TransferResult, started: float, *, dry_run: bool) -> ToNativeReport:
         plan, seconds = self.plan, time.monotonic() - started
         multimodal = any(name.startswith("params/params/vision_encoder/") for name in plan.targets)
-        items = self.target / STEP / ITEMS
+        items = self.target.absolute() / STEP / ITEMS
         carried = dict(plan.carried) | {
             name: "its values do not come back from the stored dtype"
             for name, losses in result.losses.items()
@@ -331,6 +325,11 @@ def peak_memory() -> int:
     """Largest resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _lost(result: TransferResult, name: str) -> int:
+    losses = result.losses.get(name)
+    return losses.count if losses is not None else 0
 
 
 def _exceptions(result: TransferResult) -> int:

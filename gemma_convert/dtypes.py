@@ -76,6 +76,11 @@ def exact(source: str, target: str) -> bool:
     return source == target or (source, target) in _EXACT
 
 
+def rounds(source: str, target: str, *, scaled: bool) -> bool:
+    """Whether storing `source` as `target` rounds by its nature: to bfloat16, from more digits."""
+    return target == "bfloat16" and (scaled or source != "bfloat16")
+
+
 def widest(left: str, right: str) -> str:
     """The dtype that holds every value of both; two dtypes that are not alike meet in float32."""
     return left if left == right else "float32"

@@ -19,10 +19,10 @@ import numpy as np
 import xxhash
 
 from gemma_convert.dtypes import numpy_dtype
-from gemma_convert.errors import TargetError
 from gemma_convert.mapping.plan import GATHER_BYTES, Plan, SourceTensor
 from gemma_convert.mapping.region import Box, Ranges, RegionCopy, blocks
 from gemma_convert.output import Progress
+from gemma_convert.stores.orbax import write_error
 from gemma_convert.stores.safetensors import SafetensorsFolder, StoredTensor
 from gemma_convert.values import Array, bits, convert, lost_places, may_lose
 
@@ -78,8 +78,8 @@ class _Buffers:
 class Transfer:
     """Runs one plan from an open safetensors folder into a writer.
 
-    `keep_losses` says whether values that do not come back are listed with their original bits;
-    where the user asked for a lossy dtype they are only counted.
+    Values that do not come back are listed with their original bits; where the dtype policy rounds
+    a tensor by its nature (`plan.rounded`) they are only counted.
     """
 
     def __init__(
@@ -88,11 +88,9 @@ class Transfer:
         reader: SafetensorsFolder,
         writer: Writer,
         progress: Progress,
-        *,
-        keep_losses: bool,
     ) -> None:
         self.plan, self.reader, self.writer = plan, reader, writer
-        self.progress, self.keep_losses = progress, keep_losses
+        self.progress = progress
         self.result = TransferResult()
         self._sources, self._targets = _Buffers(SOURCE_BUFFERS), _Buffers(TARGET_BUFFERS)
         self._gathered: dict[str, tuple[Array, int]] = {}
@@ -208,7 +206,7 @@ class Transfer:
         def done(finished: Any) -> None:
             error = finished.exception()
             if error is not None:
-                self._fail(_write_error(error, name))
+                self._fail(write_error(error, name))
             if buffer is not None:
                 self._targets.give(buffer)
             with self._lock:
@@ -227,7 +225,7 @@ class Transfer:
         with self._lock:
             losses = self.result.losses.setdefault(copy.source.tensor, Losses())
             losses.count += len(places)
-            if not self.keep_losses or losses.whole:
+            if losses.whole or copy.source.tensor in self.plan.rounded:
                 return
             if losses.count > EXCEPTION_SHARE * source.spec.size:
                 losses.whole = True
@@ -260,12 +258,3 @@ def _flat_places(copy: RegionCopy, ranges: Ranges, places: Array, source: Source
         value = start + by_axis[extent.axis] if extent.at is None else extent.at
         flat = flat * extent.size + value
     return flat
-
-
-def _write_error(error: BaseException, name: str) -> TargetError:
-    return TargetError(
-        "The target cannot be written.",
-        where=name,
-        found=str(error).splitlines()[0][:300],
-        do="check free space and permissions of the target",
-    )

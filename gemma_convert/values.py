@@ -28,7 +28,8 @@ def convert(source: Array, target: Array, scale: float | None) -> None:
     elif target.dtype == np.float32:
         _widen(source, target)
         if scale is not None:
-            np.multiply(target, np.float32(scale), out=target)
+            with np.errstate(over="ignore"):
+                np.multiply(target, np.float32(scale), out=target)
     else:
         wide = np.empty(source.shape, np.float32)
         convert(source, wide, scale)

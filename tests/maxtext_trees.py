@@ -28,7 +28,7 @@ COMMON = {
     "head_dim": 12,
     "global_head_dim": 16,
     "sliding_window": 7,
-    "final_logit_softcapping": 30.0,
+    "final_logit_softcapping": 4.0,
     "max_position_embeddings": 256,
     "rope_parameters": ROPE,
     "hidden_size_per_layer_input": 0,
@@ -103,7 +103,7 @@ def logits_of(model, ids):
     import torch
 
     with torch.no_grad():
-        return model(input_ids=torch.tensor(ids)).logits.numpy()
+        return model(input_ids=torch.tensor(ids)).logits.float().numpy()
 
 
 def maxtext_tree(model, scanned=False):
@@ -118,7 +118,9 @@ def maxtext_tree(model, scanned=False):
     if config.hidden_size_per_layer_input:
         decoder["per_layer_embedder"] = {
             "embed_tokens_per_layer": weights["embed_tokens_per_layer.weight"],
-            "per_layer_model_projection": {"kernel": weights["per_layer_model_projection.weight"].T},
+            "per_layer_model_projection": {
+                "kernel": weights["per_layer_model_projection.weight"].T
+            },
             "per_layer_projection_norm": {"scale": weights["per_layer_projection_norm.weight"]},
         }
     if scanned:

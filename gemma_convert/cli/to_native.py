@@ -70,7 +70,7 @@ def command(
     Example: gemma-convert to-native gemma-4-E2B-it out --format maxtext
     """
     from gemma_convert.convert import to_native
-    from gemma_convert.output import ProgressBar, show, show_json
+    from gemma_convert.output import ProgressBar, note, show, show_json
 
     report = to_native(
         source,
@@ -86,12 +86,17 @@ def command(
         overwrite=overwrite,
         progress=ProgressBar,
     )
+    for row in report.lossy_rows:
+        note(f"warning: {row.tensor} is {row.reason}; {row.values} values will not come back")
     if as_json:
         show_json(report.as_json())
         return
     if dry_run:
         show(_arrays(report))
     show(_summary(report))
+    show("MaxText loads it with:")
+    for key, value in report.settings.items():
+        show(f"  {key}={value}")
 
 
 def _summary(report: ToNativeReport) -> RenderableType:
@@ -119,18 +124,13 @@ def _summary(report: ToNativeReport) -> RenderableType:
     if report.exceptions:
         table.add_row("exceptions", f"{report.exceptions} values kept with their original bits")
     for row in report.lossy_rows:
-        table.add_row(
-            "[bold]lossy[/bold]",
-            f"{row.tensor}: {row.reason}; {row.values} values will not come back",
-        )
+        table.add_row("lossy", f"{row.tensor}: {row.reason}, {row.values} of its values")
     if not report.dry_run:
         table.add_row(
             "time",
             f"{report.seconds:.1f} s, {human_bytes(report.bytes_per_second)}/s, "
             f"peak memory {human_bytes(report.peak_memory_bytes)}",
         )
-    settings = " ".join(f"{key}={value}" for key, value in report.settings.items())
-    table.add_row("MaxText", settings)
     return table
 
 

@@ -73,8 +73,9 @@ class Golden:
 
         with safe_open(str(self.path), framework="numpy") as file:
             stored = file.get_slice(f"logits.{index}")
-            for start in range(0, len(self.sequences[index].ids), rows):
-                yield stored[start : start + rows]
+            length = len(self.sequences[index].ids)
+            for start in range(0, length, rows):
+                yield stored[start : min(start + rows, length)]
 
     def check_belongs(self, hf: Path) -> None:
         """Nothing where `hf` is the checkpoint that these logits were computed from.

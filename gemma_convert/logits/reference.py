@@ -122,6 +122,7 @@ def _load(hf: Path, architecture: Architecture) -> tuple[Any, dict[str, Any]]:
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are reported below, by name
             output_loading_info=True,
         )
     except AttributeError as error:

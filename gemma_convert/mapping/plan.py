@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from gemma_convert.architecture import Architecture
-from gemma_convert.dtypes import DTypePolicy, TensorSpec, widest
+from gemma_convert.dtypes import DTypePolicy, TensorSpec, rounds, widest
 from gemma_convert.errors import MappingError
 from gemma_convert.mapping.coverage import check_source, check_targets
 from gemma_convert.mapping.inventory import HFTensor, axis_size, hf_tensors, indices
@@ -71,6 +71,18 @@ class Plan:
     @cached_property
     def source_bytes(self) -> int:
         return sum(source.spec.nbytes for source in self.sources.values())
+
+    @cached_property
+    def rounded(self) -> Mapping[str, str]:
+        """Source tensors that the dtype policy rounds → how."""
+        rounded = {}
+        for name, source in self.sources.items():
+            for copy in source.copies:
+                target = self.targets[copy.target.tensor].spec.dtype
+                if rounds(source.spec.dtype, target, scaled=copy.scale is not None):
+                    root = " × a root" if copy.scale is not None else ""
+                    rounded[name] = f"{source.spec.dtype}{root} rounded to {target}"
+        return rounded
 
     @cached_property
     def copies(self) -> tuple[RegionCopy, ...]:

@@ -293,9 +293,3 @@ def _read(path: Path) -> tuple[Mapping[str, Any], str]:
         raise MappingError(
             "A mapping table cannot be read.", where=path.name, found=error
         ) from None
-
-
-def huggingface_tensors(architecture, kv_leftovers):  # TEMPORARY shim
-    from gemma_convert.mapping.inventory import huggingface_tensors as f
-
-    return f(architecture, kv_leftovers)

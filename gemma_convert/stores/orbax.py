@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma_convert.dtypes import TensorSpec, numpy_dtype
+from gemma_convert.errors import TargetError
 from gemma_convert.mapping.notation import split_path
 from gemma_convert.mapping.region import Box
 
@@ -70,9 +71,12 @@ class OrbaxWriter:
             )
             for name, (spec, chunk) in arrays.items()
         }
-        stores = {name: future.result() for name, future in opened.items()}
-        if transaction is not None:
-            transaction.commit_async().result()
+        try:
+            stores = {name: future.result() for name, future in opened.items()}
+            if transaction is not None:
+                transaction.commit_async().result()
+        except ValueError as error:
+            raise write_error(error, self.folder) from None
             stores = {name: store.with_transaction(None) for name, store in stores.items()}
         self._arrays |= stores
 
@@ -118,6 +122,16 @@ class OrbaxWriter:
             "metadata": metadata(spec, chunk, self.form.compression),
             "store_data_equal_to_fill_value": True,
         }
+
+
+def write_error(error: BaseException, where: object) -> TargetError:
+    """What the user is told when tensorstore cannot write."""
+    return TargetError(
+        "The target cannot be written.",
+        where=where,
+        found=str(error).splitlines()[0][:300],
+        do="check free space and permissions of the target",
+    )
 
 
 def _zarr3(spec: TensorSpec, chunk: tuple[int, ...], compression: Compression) -> dict[str, Any]:

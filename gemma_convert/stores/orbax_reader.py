@@ -1,6 +1,6 @@
 """Reads the tree of an Orbax checkpoint with tensorstore: names, shapes and dtypes, no values.
 
-Works on what Orbax, MaxText and the gemma library write: OCDBT or one folder an array, zarr v2 or v3.
+Works on what Orbax, MaxText and the gemma library write: OCDBT or one folder an array, zarr 2 or 3.
 """
 
 from __future__ import annotations

@@ -19,14 +19,8 @@ from gemma_convert.dtypes import SAFETENSORS_NAMES
 from gemma_convert.errors import TargetError, UsageError
 from gemma_convert.mapping.inventory import huggingface_tensors
 from gemma_convert.tiny import tokenizer
-from gemma_convert.tiny.config import (
-    POOLING,
-    SIZES,
-    ConfigSpelling,
-    DType,
-    config_json,
-    generation_config_json,
-)
+from gemma_convert.tiny.config import ConfigSpelling, DType, config_json, generation_config_json
+from gemma_convert.tiny.sizes import POOLING, SIZES
 from gemma_convert.tiny.weights import Array, random_weights
 
 KVShared = Literal["keep", "omit"]
@@ -59,8 +53,8 @@ def make_tiny(
 ) -> TinyReport:
     """What was written into the folder `out`: a random checkpoint with the structure of `family`.
 
-    The same arguments give the same bytes. `layers` counts decoder layers; `kv_shared` says whether
-    KV-shared layers have the keys and values that published files carry and `save_pretrained` omits.
+    The same arguments give the same bytes. `layers` counts decoder layers; with `kv_shared` "keep"
+    KV-shared layers have keys and values, as in published files; `save_pretrained` omits them.
     Raises UsageError for arguments that no checkpoint can have, TargetError where `out` is neither
     missing nor an empty folder or cannot be written.
     """
@@ -68,17 +62,11 @@ def make_tiny(
     _check_choice("kv_shared", kv_shared, get_args(KVShared))
     _check_choice("dtype", dtype, get_args(DType))
     _check_choice("config_spelling", config_spelling, get_args(ConfigSpelling))
-    if seed < 0:
-        raise UsageError("A seed cannot be negative.", found=seed)
+    _check_count("seed", seed, 0, None)
     config = config_json(family, layers, text_only, dtype, config_spelling)
     architecture = parse_architecture(config, out / "config.json")
     shapes = huggingface_tensors(architecture, kv_leftovers=kv_shared == "keep")
-    if not 1 <= shards <= len(shapes):
-        raise UsageError(
-            "The weights cannot be split into that many shards.",
-            expected=f"1 to {len(shapes)}, the number of tensors",
-            found=shards,
-        )
+    _check_count("shards", shards, 1, len(shapes))
     _check_target(out)
     tensors = random_weights(dict(sorted(shapes.items())), seed, dtype)
     documents = _documents(family, text_only) | {"config.json": config}
@@ -95,7 +83,18 @@ def make_tiny(
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UsageError(
-            f"There is no such {name.replace('_', ' ')}.", expected=", ".join(choices), found=value
+            f"A tiny checkpoint cannot be made with this {name}.",
+            expected=", ".join(choices),
+            found=value,
+        )
+
+
+def _check_count(name: str, value: int, least: int, most: int | None) -> None:
+    if value < least or (most is not None and value > most):
+        raise UsageError(
+            f"A tiny checkpoint cannot be made with this number: {name}.",
+            expected=f"{least} or more" if most is None else f"{least} to {most}",
+            found=value,
         )
 
 

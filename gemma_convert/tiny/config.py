@@ -1,143 +1,20 @@
 """config.json and generation_config.json of a tiny model of each family, in both spellings.
 
 Features and keys are those of the published configs of google/gemma-4-{E2B,E4B,26B-A4B,31B}-it;
-the saved spelling is what transformers 5.23 writes with `save_pretrained`. Sizes are our own: no
-two axes of a model share one, so that no two can be confused by shape, and no hidden size has a
-whole root.
+the saved spelling is what transformers 5.23 writes with `save_pretrained`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from gemma_convert.architecture import MAX_LAYERS, Family
 from gemma_convert.errors import UsageError
-from gemma_convert.tiny.tokenizer import SPECIAL_TOKENS
+from gemma_convert.tiny.sizes import POOLING, SIZES, AudioSizes, FamilySizes
+from gemma_convert.tiny.tokenizer import SOFT_TOKENS, SPECIAL_TOKENS
 
 ConfigSpelling = Literal["published", "saved"]
 DType = Literal["bfloat16", "float32", "float16"]
-
-POOLING = 3
-
-
-@dataclass(frozen=True)
-class VisionSizes:
-    """Sizes of the vision tower; `heads * head_dim` differs from `embed` on purpose."""
-
-    embed: int
-    heads: int
-    mlp: int
-    patch_size: int
-    positions: int
-    head_dim: int = 8
-    layers: int = 3
-
-
-@dataclass(frozen=True)
-class AudioSizes:
-    """Sizes of the audio tower. It reads as many mel bands as its first convolution has channels.
-
-    `channels[0]` is a multiple of four, so that a quarter of the bands is left after two
-    convolutions, which is what the projection behind them is built for.
-    """
-
-    embed: int
-    output: int
-    channels: tuple[int, int]
-    heads: int = 4
-    layers: int = 2
-    kernel: int = 5
-
-
-@dataclass(frozen=True)
-class FamilySizes:
-    """Sizes and features of one family. `shared` is the published share of KV-shared layers."""
-
-    period: int
-    layers: int
-    vocab: int
-    embed: int
-    heads: int
-    kv_heads: int
-    full_head_dim: int
-    mlp: int
-    window: int
-    vision: VisionSizes
-    audio: AudioSizes | None = None
-    head_dim: int = 16
-    full_kv_heads: int | None = None
-    ple: int = 0
-    shared: tuple[int, int] = (0, 1)
-    double_wide: bool = False
-    experts: int = 0
-    experts_per_token: int = 0
-    expert_mlp: int = 0
-
-
-SIZES: dict[Family, FamilySizes] = {
-    "e2b": FamilySizes(
-        period=5,
-        layers=15,
-        vocab=307,
-        embed=44,
-        heads=12,
-        kv_heads=6,
-        full_head_dim=24,
-        mlp=68,
-        window=8,
-        ple=20,
-        shared=(4, 7),
-        double_wide=True,
-        vision=VisionSizes(embed=60, heads=7, mlp=76, patch_size=4, positions=233),
-        audio=AudioSizes(embed=36, output=26, channels=(52, 11)),
-    ),
-    "e4b": FamilySizes(
-        period=6,
-        layers=18,
-        vocab=311,
-        embed=52,
-        heads=14,
-        kv_heads=7,
-        full_head_dim=32,
-        mlp=84,
-        window=8,
-        ple=22,
-        shared=(3, 7),
-        vision=VisionSizes(embed=56, heads=9, mlp=100, patch_size=5, positions=239),
-        audio=AudioSizes(embed=40, output=34, channels=(60, 13)),
-    ),
-    "26b-a4b": FamilySizes(
-        period=6,
-        layers=12,
-        vocab=313,
-        embed=88,
-        heads=20,
-        kv_heads=10,
-        full_kv_heads=5,
-        full_head_dim=32,
-        mlp=104,
-        window=12,
-        experts=11,
-        experts_per_token=4,
-        expert_mlp=40,
-        vision=VisionSizes(embed=60, heads=7, mlp=76, patch_size=4, positions=241),
-    ),
-    "31b": FamilySizes(
-        period=6,
-        layers=12,
-        vocab=317,
-        embed=68,
-        heads=18,
-        kv_heads=9,
-        full_kv_heads=6,
-        full_head_dim=24,
-        mlp=116,
-        window=12,
-        vision=VisionSizes(embed=52, heads=7, mlp=92, patch_size=5, positions=251),
-    ),
-}
-"""The tiny model of each family."""
 
 
 def config_json(
@@ -177,7 +54,7 @@ def config_json(
         "transformers_version": version,
         "video_token_id": tokens["<|video|>"],
         "vision_config": _vision_config(sizes, spelling) | towers_dtype,
-        **({"vision_soft_tokens_per_image": 70} if published else {}),
+        **({"vision_soft_tokens_per_image": SOFT_TOKENS} if published else {}),
     }
 
 
@@ -295,7 +172,11 @@ def _vision_config(family: FamilySizes, spelling: ConfigSpelling) -> dict[str, o
     return {
         "attention_bias": False,
         "attention_dropout": 0.0,
-        **({"default_output_length": 70, "global_head_dim": sizes.head_dim} if published else {}),
+        **(
+            {"default_output_length": SOFT_TOKENS, "global_head_dim": sizes.head_dim}
+            if published
+            else {}
+        ),
         "head_dim": sizes.head_dim,
         "hidden_activation": "gelu_pytorch_tanh",
         "hidden_size": sizes.embed,

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The whole way on a tiny Gemma 4 E2B: make it, convert it, check the logits. Downloads no model.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+"$here/scripts/setup.sh"
+
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+convert="$here/.venv/bin/gemma-convert"
+
+"$convert" tiny e2b "$folder/gemma-4-tiny"
+"$convert" to-native "$folder/gemma-4-tiny" "$folder/maxtext" --format maxtext
+"$convert" inspect "$folder/maxtext"
+"$convert" logit-check "$folder/gemma-4-tiny" "$folder/maxtext"

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Makes .venv with everything that the checks and the tests need. Safe to run again.
+# Versions are pinned by scripts/constraints.txt; torch goes in first, so that no looser requirement
+# of another package pulls a different build.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python=${PYTHON:-python3}
+if ! "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'; then
+  echo "Python 3.11 to 3.13 is needed; PYTHON=... chooses another interpreter" >&2
+  exit 2
+fi
+
+wanted=$(cat pyproject.toml scripts/constraints.txt | cksum)
+if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
+  [ -x .venv/bin/python ] || "$python" -m venv .venv
+  torch=$(grep '^torch==' scripts/constraints.txt)
+  .venv/bin/python -m pip install --quiet "$torch"
+  .venv/bin/python -m pip install --quiet --constraint scripts/constraints.txt --editable '.[dev]'
+  echo "$wanted" > .venv/installed
+fi

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Lint, strict types and the tests. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+scripts/setup.sh
+
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+.venv/bin/python -m pytest --numprocesses "${PYTEST_WORKERS:-2}" "$@"

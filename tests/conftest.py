@@ -1,0 +1,50 @@
+"""Fixtures: the oracle folder, where there is one, and tiny checkpoints made once a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+FAMILIES = ("e2b", "e4b", "26b-a4b", "31b")
+CASES = (
+    ("e2b", False),
+    ("e4b", False),
+    ("26b-a4b", False),
+    ("26b-a4b", True),
+    ("31b", False),
+    ("31b", True),
+)
+"""Every (model, scanned) that MaxText has."""
+
+
+@pytest.fixture(scope="session")
+def oracle() -> Path:
+    """Checkpoints that the real frameworks wrote; set GEMMA_CONVERT_ORACLE to use them."""
+    folder = os.environ.get("GEMMA_CONVERT_ORACLE")
+    if not folder:
+        pytest.skip("GEMMA_CONVERT_ORACLE is not set: no checkpoints of the real frameworks here")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """tiny(family, **options): the folder of a tiny checkpoint, made once and never written to."""
+    from gemma_convert.tiny import make_tiny
+
+    root = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        root = root.parent
+
+    def make(family: str, **options) -> Path:
+        words = "-".join(f"{key}={value}" for key, value in sorted(options.items()))
+        folder = root / f"tiny-{family}-{words}"
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                make_tiny(family, folder, **options)
+        return folder
+
+    return make

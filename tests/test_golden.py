@@ -1,0 +1,175 @@
+"""Golden files: exact, readable by safetensors, refused for any other checkpoint."""
+
+import json
+import shutil
+import struct
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from maxtext_trees import config_of, logits_of, make_model, save_model
+
+from gemma_convert.errors import SourceError, TargetError
+from gemma_convert.logits import golden as golden_module
+from gemma_convert.logits.golden import load_golden, save_golden, weight_files
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model("ple")
+
+
+@pytest.fixture(scope="module")
+def hf(model, tmp_path_factory):
+    return save_model(model, tmp_path_factory.mktemp("hf"))
+
+
+@pytest.fixture(scope="module")
+def saved(hf, tmp_path_factory):
+    path = tmp_path_factory.mktemp("golden") / "logits.safetensors"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(golden_module, "SLICE_BYTES", 4 * 94 * 10)  # ten positions a slice
+        save_golden(hf, path)
+    return path
+
+
+@pytest.fixture
+def copy(hf, tmp_path):
+    return shutil.copytree(hf, tmp_path / "copy")
+
+
+def test_logits_are_those_of_transformers(model, saved):
+    golden = load_golden(saved)
+    assert golden.family == "e2b" and golden.vocab == 94
+    assert max(len(one.ids) for one in golden.sequences) > 7
+    for index, sequence in enumerate(golden.sequences):
+        slices = list(golden.slices(index, 9))
+        assert {len(one) for one in slices[:-1]} == {9} and 1 <= len(slices[-1]) <= 9
+        found = np.concatenate(slices)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, logits_of(model, [sequence.ids])[0], atol=1e-4)
+
+
+def test_file_is_plain_safetensors(saved):
+    from safetensors import safe_open
+
+    raw = saved.read_bytes()
+    assert struct.unpack("<Q", raw[:8])[0] % 8 == 0
+    with safe_open(str(saved), framework="numpy") as file:
+        assert sorted(file.keys()) == sorted(
+            f"{k}.{n}" for k in ("ids", "logits") for n in range(4)
+        )
+        assert file.get_tensor("ids.0").dtype == np.int32
+        facts = json.loads(file.metadata()["gemma-convert"])
+    assert facts["format"] == "gemma-convert/golden/1"
+    assert set(facts["versions"]) == {"transformers", "torch"}
+
+
+def test_its_own_checkpoint_is_accepted_with_and_without_weights(saved, hf, copy):
+    golden = load_golden(saved)
+    golden.check_belongs(hf)
+    (copy / "model.safetensors").unlink()
+    golden.check_belongs(copy)
+
+
+def test_another_config_is_refused(saved, copy):
+    (copy / "config.json").write_text(json.dumps(config_of(copy) | {"sliding_window": 8}))
+    with pytest.raises(SourceError, match="those of another checkpoint"):
+        load_golden(saved).check_belongs(copy)
+
+
+@pytest.mark.parametrize("place", [10, 0.3, -1])
+def test_other_weights_of_the_same_shape_are_refused(saved, copy, place):
+    path = copy / "model.safetensors"
+    raw = bytearray(path.read_bytes())
+    at = int(place * len(raw)) if isinstance(place, float) else place
+    raw[at] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(SourceError, match="model.safetensors"):
+        load_golden(saved).check_belongs(copy)
+
+
+def test_other_file_names_are_refused(saved, copy):
+    (copy / "model.safetensors").rename(copy / "other.safetensors")
+    with pytest.raises(SourceError, match="other.safetensors, model.safetensors"):
+        load_golden(saved).check_belongs(copy)
+
+
+def test_an_existing_file_is_kept_unless_told_otherwise(hf, tmp_path):
+    path = tmp_path / "golden.safetensors"
+    path.write_bytes(b"mine")
+    with pytest.raises(TargetError, match="exists already"):
+        save_golden(hf, path, tokens=3)
+    assert path.read_bytes() == b"mine"
+    golden = save_golden(hf, path, tokens=3, overwrite=True)
+    assert len(golden.sequences[0].ids) == 3
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_failure_leaves_nothing_behind(hf, tmp_path, monkeypatch):
+    def fail(self, ids, rows):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(golden_module.Reference, "logits", fail)
+    with pytest.raises(TargetError, match="No space left"):
+        save_golden(hf, tmp_path / "golden.safetensors", tokens=3)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(TargetError, match="folder"):
+        save_golden(hf, tmp_path / "no" / "golden.safetensors", tokens=3)
+
+
+def test_files_that_are_no_golden_files_are_refused(hf, saved, tmp_path):
+    for name, raw in {
+        "weights": (hf / "model.safetensors").read_bytes(),
+        "cut": saved.read_bytes()[:-5],
+        "text": b"not a safetensors file at all",
+        "newer": saved.read_bytes().replace(b"golden/1", b"golden/2"),
+    }.items():
+        (tmp_path / name).write_bytes(raw)
+        with pytest.raises(SourceError):
+            load_golden(tmp_path / name)
+    with pytest.raises(SourceError):
+        load_golden(tmp_path / "missing")
+
+
+def test_checkpoints_that_do_not_fill_the_model_are_refused(copy, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    path = copy / "model.safetensors"
+    weights = load_file(path)
+    name = "model.layers.1.self_attn.q_norm.weight"
+    lost = {key: value for key, value in weights.items() if key != name}
+    save_file(lost, path, {"format": "pt"})
+    with pytest.raises(SourceError, match=f"1 missing: {name}"):
+        save_golden(copy, tmp_path / "golden", tokens=3)
+    save_file(weights | {name: np.ones(5, np.float32)}, path, {"format": "pt"})
+    with pytest.raises(SourceError, match=f"1 of another shape: .*{name}"):
+        save_golden(copy, tmp_path / "golden", tokens=3)
+    extra = {"model.layers.1.mlp.side_proj.weight": np.ones((2, 3), np.float32)}
+    save_file(weights | extra, path, {"format": "pt"})
+    with pytest.raises(SourceError, match="1 unexpected: .*side_proj"):
+        save_golden(copy, tmp_path / "golden", tokens=3)
+
+
+def test_keys_and_values_of_sharing_layers_may_be_there(copy, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    path = copy / "model.safetensors"
+    weights = load_file(path)
+    extra = {
+        f"model.layers.{layer}.self_attn.{name}": np.ones(shape, np.float32)
+        for layer, head_dim in ((6, 12), (7, 16))
+        for name, shape in (("k_proj.weight", (2 * head_dim, 38)), ("k_norm.weight", (head_dim,)))
+    }
+    assert not extra.keys() & weights.keys()
+    save_file(weights | extra, path, {"format": "pt"})
+    save_golden(copy, tmp_path / "golden", tokens=3)
+
+
+def test_weight_files_differ_by_header_size_and_samples(copy):
+    (one,) = weight_files(copy)
+    assert one == weight_files(copy)[0] and one.name == "model.safetensors"
+    assert one != replace(one, samples="0" * 64)
+    (copy / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 40))
+    with pytest.raises(SourceError, match="not a safetensors file"):
+        weight_files(copy)
