@@ -23,6 +23,15 @@ FAMILIES = ("e2b", "e4b", "26b-a4b", "31b")
 BOUNDS = ("input_min", "input_max", "output_min", "output_max")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small only wait for each other's threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     root = tmp_path_factory.mktemp("tiny")
@@ -326,6 +335,20 @@ def test_both_spellings_are_one_architecture(family, text_only, tmp_path):
             theirs = config.per_layer_config[layer.index]
             assert theirs.head_dim == layer.head_dim
             assert theirs.num_key_value_heads == layer.kv_heads
+
+
+@pytest.mark.parametrize("text_only", (False, True))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_saved_spelling_is_what_transformers_writes(family, text_only, tmp_path):
+    from transformers import AutoConfig
+
+    ours = make_tiny(family, tmp_path / "o", config_spelling="saved", text_only=text_only).path
+    AutoConfig.from_pretrained(ours).save_pretrained(tmp_path / "theirs")
+    written, expected = (
+        json.loads((folder / "config.json").read_text()) for folder in (ours, tmp_path / "theirs")
+    )
+    del written["transformers_version"], expected["transformers_version"]
+    assert written == expected
 
 
 @pytest.mark.parametrize("dtype", ("float32", "float16"))

@@ -77,8 +77,7 @@ class OrbaxWriter:
                 transaction.commit_async().result()
         except ValueError as error:
             raise write_error(error, self.folder) from None
-            stores = {name: store.with_transaction(None) for name, store in stores.items()}
-        self._arrays |= stores
+        self._arrays |= {name: store.with_transaction(None) for name, store in stores.items()}
 
     def write(self, name: str, box: Box, values: NDArray[np.generic]) -> Any:
         """A future of the commit of `values` into `box`; `values` must not change before it."""
