@@ -152,7 +152,7 @@ class _Job:
     form: OrbaxFormat
 
     def needed_bytes(self) -> int:
-        """Bytes that the target may take: arrays, carried tensors, and those that may have to be."""
+        """Bytes that the target may take; tensors that may have to be carried count twice."""
         at_risk = (
             name
             for name, source in self.plan.sources.items()

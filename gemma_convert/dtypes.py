@@ -34,6 +34,9 @@ SAFETENSORS_NAMES = {
 }
 """safetensors' spelling → numpy's (with ml_dtypes)."""
 
+SAFETENSORS_SPELLINGS = {numpy: stored for stored, numpy in SAFETENSORS_NAMES.items()}
+"""numpy's name → safetensors' spelling."""
+
 CONVERTED = ("bfloat16", "float16", "float32")
 """Dtypes that weights may have."""
 

@@ -28,7 +28,7 @@ def convert(source: Array, target: Array, scale: float | None) -> None:
     elif target.dtype == np.float32:
         _widen(source, target)
         if scale is not None:
-            with np.errstate(over="ignore"):
+            with np.errstate(over="ignore", invalid="ignore"):
                 np.multiply(target, np.float32(scale), out=target)
     else:
         wide = np.empty(source.shape, np.float32)
@@ -40,9 +40,10 @@ def restore(target: Array, dtype: str, scale: float | None) -> Array:
     """The values that `target` gives when it is converted back to `dtype`."""
     back = np.empty(target.shape, np.float32)
     _widen(target, back)
-    if scale is not None:
-        np.divide(back, np.float32(scale), out=back)
-    return back if dtype == "float32" else back.astype(numpy_dtype(dtype))
+    with np.errstate(invalid="ignore"):
+        if scale is not None:
+            np.divide(back, np.float32(scale), out=back)
+        return back if dtype == "float32" else back.astype(numpy_dtype(dtype))
 
 
 def may_lose(source: str, target: str, scale: float | None) -> bool:

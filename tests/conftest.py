@@ -21,6 +21,14 @@ CASES = (
 """Every (model, scanned) that MaxText has."""
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_torch_thread() -> None:
+    """Test workers share the cores; torch's threads on top of them only get in the way."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def oracle() -> Path:
     """Checkpoints that the real frameworks wrote; set GEMMA_CONVERT_ORACLE to use them."""

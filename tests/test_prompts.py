@@ -43,7 +43,7 @@ def write_config(folder, vocab=400, ple_vocab=None):
 
 
 def write_tokenizer(folder, begin="<bos>"):
-    """A tokenizer of single bytes with begin, end and image tokens; it adds its begin token itself."""
+    """A tokenizer of single bytes, which puts its begin token first by itself where it has one."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gemma_convert.dtypes import SAFETENSORS_NAMES, TensorSpec
+from numpy.typing import NDArray
+
+from gemma_convert.dtypes import SAFETENSORS_NAMES, SAFETENSORS_SPELLINGS, TensorSpec
 from gemma_convert.errors import SourceError
 
 SINGLE = "model.safetensors"
@@ -149,6 +151,35 @@ def read_shard_specs(path: Path) -> dict[str, TensorSpec]:
     finally:
         os.close(descriptor)
     return {tensor.name: tensor.spec for tensor in tensors}
+
+
+def safetensors_header(specs: Mapping[str, TensorSpec]) -> bytes:
+    """The length word and header of a file whose tensors lie in the order of `specs`."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for name, spec in specs.items():
+        entries[name] = {
+            "dtype": SAFETENSORS_SPELLINGS[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [place, place + spec.nbytes],
+        }
+        place += spec.nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_safetensors(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Writes a new file with small arrays, as the safetensors library orders them.
+
+    That is by size of the dtype, largest first, then by name; the bytes equal the library's.
+    """
+    ordered = dict(sorted(arrays.items(), key=lambda entry: (-entry[1].itemsize, entry[0])))
+    specs = {name: TensorSpec(array.dtype.name, array.shape) for name, array in ordered.items()}
+    with path.open("xb") as file:
+        file.write(safetensors_header(specs))
+        for array in ordered.values():
+            file.write(array.tobytes())
 
 
 def _weight_files(folder: Path) -> tuple[list[str], Mapping[str, str] | None]:

@@ -15,13 +15,15 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import xxhash
 
-from gemma_convert.dtypes import SAFETENSORS_NAMES
 from gemma_convert.errors import SourceError
 from gemma_convert.output import Progress
-from gemma_convert.stores.safetensors import SafetensorsFolder
+from gemma_convert.stores.safetensors import (
+    SafetensorsFolder,
+    safetensors_header,
+    write_safetensors,
+)
 from gemma_convert.values import Array
 
 FOLDER = "hf"
@@ -39,7 +41,6 @@ _WEIGHT_SUFFIXES = {
     ".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".onnx", ".pt", ".pth", ".safetensors",
 }  # fmt: skip
 _SKIPPED_FOLDERS = {".git", ".cache", "__pycache__", OWN}
-_NAMES = {numpy: safetensors for safetensors, numpy in SAFETENSORS_NAMES.items()}
 
 
 def other_files(folder: Path, shards: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -106,19 +107,15 @@ def write_carried(
     """Streams the named tensors into carried.safetensors; name → checksum (xxh3_128)."""
     if not names:
         return {}
-    specs = {
-        name: (_NAMES[reader.tensors[name].spec.dtype], list(reader.tensors[name].spec.shape))
-        for name in names
-    }
-    sizes = {name: reader.tensors[name].spec.nbytes for name in names}
+    specs = {name: reader.tensors[name].spec for name in names}
     checksums = {}
     buffer = memoryview(bytearray(COPY_BYTES))
     with (folder / CARRIED).open("xb") as file:
-        file.write(safetensors_header(specs, sizes))
+        file.write(safetensors_header(specs))
         for name in names:
             digest = xxhash.xxh3_128()
-            for offset in range(0, sizes[name], COPY_BYTES):
-                piece = buffer[: min(COPY_BYTES, sizes[name] - offset)]
+            for offset in range(0, specs[name].nbytes, COPY_BYTES):
+                piece = buffer[: min(COPY_BYTES, specs[name].nbytes - offset)]
                 reader.read_into(reader.tensors[name], offset, piece)
                 digest.update(piece)
                 file.write(piece)
@@ -133,26 +130,7 @@ def write_exceptions(folder: Path, values: Mapping[str, tuple[Array, Array]]) ->
     for name, (places, originals) in values.items():
         arrays[f"{name}/index"] = places.astype("<i8")
         arrays[f"{name}/bits"] = originals
-    specs = {name: (_NAMES[array.dtype.name], list(array.shape)) for name, array in arrays.items()}
-    with (folder / EXCEPTIONS).open("xb") as file:
-        file.write(safetensors_header(specs, {name: a.nbytes for name, a in arrays.items()}))
-        for array in arrays.values():
-            file.write(np.ascontiguousarray(array).tobytes())
-
-
-def safetensors_header(
-    specs: Mapping[str, tuple[str, list[int]]], sizes: Mapping[str, int]
-) -> bytes:
-    """The length word and header of a safetensors file whose tensors lie in the given order."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    place = 0
-    for name, (dtype, shape) in specs.items():
-        end = place + sizes[name]
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [place, end]}
-        place = end
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    write_safetensors(folder / EXCEPTIONS, arrays)
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, object]) -> None:

@@ -36,6 +36,12 @@ class StagedFolder:
         check_target(self.target, overwrite=self.overwrite)
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
+            if self.folder.is_symlink():
+                raise TargetError(
+                    "A link stands where the output is to be built.",
+                    where=self.folder,
+                    do="remove the link",
+                )
             self.folder.mkdir(exist_ok=True)
             self._take_lock()
             for entry in self.folder.iterdir():

@@ -7,25 +7,22 @@ https://huggingface.co/docs/safetensors, section Format.
 from __future__ import annotations
 
 import json
-import secrets
-import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from gemma_convert.architecture import Family, parse_architecture
-from gemma_convert.dtypes import SAFETENSORS_NAMES
 from gemma_convert.errors import TargetError, UsageError
 from gemma_convert.mapping.inventory import huggingface_tensors
+from gemma_convert.stores.safetensors import write_safetensors
+from gemma_convert.stores.staging import StagedFolder, check_target
 from gemma_convert.tiny import tokenizer
 from gemma_convert.tiny.config import ConfigSpelling, DType, config_json, generation_config_json
 from gemma_convert.tiny.sizes import POOLING, SIZES
 from gemma_convert.tiny.weights import Array, random_weights
 
 KVShared = Literal["keep", "omit"]
-
-_STORED = {name: spelled for spelled, name in SAFETENSORS_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,10 @@ class TinyReport:
     tensors: int
     parameters: int
     bytes: int
+
+    def as_json(self) -> dict[str, object]:
+        """The report for `--json`."""
+        return {"schema": "gemma-convert/tiny/1", **asdict(self), "path": str(self.path)}
 
 
 def make_tiny(
@@ -55,8 +56,8 @@ def make_tiny(
 
     The same arguments give the same bytes. `layers` counts decoder layers; with `kv_shared` "keep"
     KV-shared layers have keys and values, as in published files; `save_pretrained` omits them.
-    Raises UsageError for arguments that no checkpoint can have, TargetError where `out` is neither
-    missing nor an empty folder or cannot be written.
+    Raises UsageError for arguments that no checkpoint can have, TargetError where `out`
+    exists or cannot be written.
     """
     _check_choice("family", family, get_args(Family))
     _check_choice("kv_shared", kv_shared, get_args(KVShared))
@@ -67,7 +68,7 @@ def make_tiny(
     architecture = parse_architecture(config, out / "config.json")
     shapes = huggingface_tensors(architecture, kv_leftovers=kv_shared == "keep")
     _check_count("shards", shards, 1, len(shapes))
-    _check_target(out)
+    check_target(out, overwrite=False)
     tensors = random_weights(dict(sorted(shapes.items())), seed, dtype)
     documents = _documents(family, text_only) | {"config.json": config}
     _write_folder(out, documents, _split(tensors, shards))
@@ -95,23 +96,6 @@ def _check_count(name: str, value: int, least: int, most: int | None) -> None:
             f"A tiny checkpoint cannot be made with this number: {name}.",
             expected=f"{least} or more" if most is None else f"{least} to {most}",
             found=value,
-        )
-
-
-def _check_target(out: Path) -> None:
-    try:
-        free = out.is_dir() and not any(out.iterdir())
-        missing = not (out.exists() or out.is_symlink())
-    except OSError as error:
-        raise TargetError(
-            "The target folder cannot be read.", where=out, found=error.strerror
-        ) from None
-    if not (free or missing):
-        raise TargetError(
-            "The target exists already.",
-            where=out,
-            expected="no such folder, or an empty one",
-            do="give another folder, or remove this one",
         )
 
 
@@ -153,21 +137,15 @@ def _split(tensors: Mapping[str, Array], shards: int) -> Iterator[dict[str, Arra
 def _write_folder(
     out: Path, documents: Mapping[str, object], parts: Iterator[dict[str, Array]]
 ) -> None:
-    """Writes into a sibling folder that takes the name `out` when it is complete."""
-    target = out.resolve()
-    partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+    """Writes all files into the folder `out`, which appears when it is complete."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-        try:
+        with StagedFolder(out) as staged:
             for name, document in documents.items():
-                _write_json(partial / name, document)
-            template = partial / "chat_template.jinja"
+                _write_json(staged.folder / name, document)
+            template = staged.folder / "chat_template.jinja"
             template.write_text(tokenizer.CHAT_TEMPLATE, encoding="utf-8")
-            _write_weights(partial, list(parts))
-            partial.rename(target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            _write_weights(staged.folder, list(parts))
+            staged.publish()
     except OSError as error:
         raise TargetError(
             "The checkpoint cannot be written.", where=out, found=error.strerror
@@ -181,33 +159,13 @@ def _write_json(path: Path, document: object) -> None:
 def _write_weights(folder: Path, parts: list[dict[str, Array]]) -> None:
     """The weight files: one, or several with an index."""
     if len(parts) == 1:
-        _write_safetensors(folder / "model.safetensors", parts[0])
+        write_safetensors(folder / "model.safetensors", parts[0])
         return
     files = [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
     for file, part in zip(files, parts, strict=True):
-        _write_safetensors(folder / file, part)
+        write_safetensors(folder / file, part)
     index = {
         "metadata": {"total_size": sum(a.nbytes for part in parts for a in part.values())},
         "weight_map": {name: f for f, part in zip(files, parts, strict=True) for name in part},
     }
     _write_json(folder / "model.safetensors.index.json", index)
-
-
-def _write_safetensors(path: Path, tensors: Mapping[str, Array]) -> None:
-    """One safetensors file, in the order of the library: largest dtype first, then by name."""
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, array in ordered:
-        header[name] = {
-            "dtype": _STORED[array.dtype.name],
-            "shape": list(array.shape),
-            "data_offsets": [offset, offset + array.nbytes],
-        }
-        offset += array.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, array in ordered:
-            file.write(array.tobytes())

@@ -1,0 +1,212 @@
+"""The safetensors reader: regions by pread, and every broken file in one clear message."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from gemma_convert.dtypes import SAFETENSORS_NAMES, TensorSpec
+from gemma_convert.errors import SourceError
+from gemma_convert.stores.safetensors import SafetensorsFolder, safetensors_header
+
+GOOD = {
+    "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+    "b": {"dtype": "I64", "shape": [], "data_offsets": [24, 32]},
+}
+
+
+def write(folder: Path, header: object, data: bytes = bytes(32), length: int | None = None) -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    word = (len(text) if length is None else length).to_bytes(8, "little")
+    (folder / "model.safetensors").write_bytes(word + text + data)
+
+
+def error(folder: Path) -> str:
+    with pytest.raises(SourceError) as caught, SafetensorsFolder(folder):
+        pass
+    assert caught.value.exit_code == 3
+    assert str(folder) in caught.value.message
+    return caught.value.message
+
+
+def test_reads_what_the_library_writes(tmp_path):
+    arrays = {
+        "w": np.arange(60, dtype=np.float32).reshape(3, 4, 5),
+        "scalar": np.array(7, np.int64),
+        "none": np.zeros((0, 4), np.float16),
+        "flags": np.array([True, False]),
+    }
+    save_file(arrays, tmp_path / "model.safetensors")
+    with SafetensorsFolder(tmp_path) as reader:
+        assert reader.specs == {
+            name: TensorSpec(array.dtype.name, array.shape) for name, array in arrays.items()
+        }
+        assert [t.name for t in reader.shards[0].tensors] == list(reader.tensors)
+        for name, array in arrays.items():
+            buffer = bytearray(array.nbytes)
+            reader.read_into(reader.tensors[name], 0, memoryview(buffer))
+            assert bytes(buffer) == array.tobytes()
+        part = bytearray(20)
+        reader.read_into(reader.tensors["w"], 40, memoryview(part))
+        assert bytes(part) == arrays["w"].tobytes()[40:60]
+        assert (
+            reader.shards[0].header
+            == (tmp_path / "model.safetensors").read_bytes()[: len(reader.shards[0].header)]
+        )
+
+
+def test_header_that_we_write_is_read_by_the_library(tmp_path):
+    from safetensors import safe_open
+
+    specs = {"x": TensorSpec("float32", (2,)), "ü": TensorSpec("bfloat16", (3, 1))}
+    header = safetensors_header(specs)
+    assert len(header) % 8 == 0
+    (tmp_path / "f.safetensors").write_bytes(header + bytes(14))
+    with safe_open(tmp_path / "f.safetensors", framework="pt") as file:
+        assert set(file.keys()) == {"x", "ü"}
+        assert file.get_slice("ü").get_shape() == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 20]}}, "24 bytes"),
+        ({"a": {"dtype": "F33", "shape": [2, 3], "data_offsets": [0, 24]}}, "unknown dtype"),
+        ({"a": {"dtype": "F32", "shape": [-2, -3], "data_offsets": [0, 24]}}, "malformed"),
+        ({"a": {"dtype": "F32", "shape": [2.0, 3], "data_offsets": [0, 24]}}, "malformed"),
+        ({"a": {"dtype": "F32", "shape": [True, 6], "data_offsets": [0, 24]}}, "malformed"),
+        ({"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0]}}, "malformed"),
+        ({"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [24, 0]}}, "-24 bytes"),
+        (
+            {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [4, 28]}},
+            "overlap or leave a gap",
+        ),
+        ({"b": {"dtype": "I64", "shape": [], "data_offsets": [16, 24]}}, "overlap or leave a gap"),
+        ({"b": {"dtype": "I64", "shape": [], "data_offsets": [32, 40]}}, "truncated"),
+        ({"b": {"dtype": "I64", "shape": [1 << 40], "data_offsets": [24, 32]}}, "bytes"),
+        ({"b": {"dtype": "I64", "shape": [1] * 40, "data_offsets": [24, 32]}}, "malformed"),
+        ({"b": {"dtype": "I64", "shape": []}}, "not dtype, shape and data_offsets"),
+        ({"b": 5}, "not dtype, shape and data_offsets"),
+        ({"c": {"dtype": "I64", "shape": [0], "data_offsets": [40, 40]}}, "truncated"),
+    ],
+)
+def test_broken_entries(tmp_path, change, text):
+    write(tmp_path, GOOD | change)
+    assert text in error(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"", "truncated"),
+        (b"\x05\0\0", "truncated"),
+        ((10**15).to_bytes(8, "little") + b"{}", "truncated"),
+        ((2).to_bytes(8, "little") + b"[]", "not a JSON object"),
+        ((2).to_bytes(8, "little") + b"{]", "not valid JSON"),
+        ((3).to_bytes(8, "little") + b'"\xff"', "not valid JSON"),
+        ((9).to_bytes(8, "little") + b'{"a":NaN}', "not valid JSON"),
+        ((17).to_bytes(8, "little") + b'{"a":1,"a":{}}   ', "not valid JSON"),
+        ((200_000).to_bytes(8, "little") + b"[" * 200_000, "not valid JSON"),
+        ((2).to_bytes(8, "little") + b"{}" + b"more", "after its last tensor"),
+    ],
+)
+def test_broken_headers(tmp_path, content, text):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert text in error(tmp_path)
+
+
+def test_every_truncation_is_noticed(tmp_path):
+    write(tmp_path, GOOD)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    for length in range(len(whole)):
+        (tmp_path / "model.safetensors").write_bytes(whole[:length])
+        error(tmp_path)
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+def test_damaged_bytes_never_end_in_another_error(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("fuzz")
+    write(folder, GOOD)
+    whole = bytearray((folder / "model.safetensors").read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(whole) - 1))
+        whole[place] = data.draw(st.integers(0, 255))
+    (folder / "model.safetensors").write_bytes(whole)
+    try:
+        with SafetensorsFolder(folder) as reader:
+            for tensor in reader.tensors.values():
+                reader.read_into(tensor, 0, memoryview(bytearray(tensor.spec.nbytes)))
+    except SourceError:
+        pass
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../secret.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..", "", "x.bin", 5,
+     "a\\b.safetensors", "a\0.safetensors", "\n.safetensors"],
+)  # fmt: skip
+def test_index_may_only_name_plain_files(tmp_path, name):
+    index = {"weight_map": {"a": name}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "not a plain file name" in error(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("index", "text"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "no weight_map"),
+        ('{"weight_map": {}}', "no weight_map"),
+        ('{"weight_map": {"a": "absent.safetensors"}}', "A shard is missing"),
+        ('{"weight_map": {"zzz": "model-1.safetensors"}}', "does not hold a tensor"),
+        ('{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}', "two shards"),
+    ],
+)
+def test_broken_indexes(tmp_path, index, text):
+    write(tmp_path, GOOD)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-1.safetensors")
+    write(tmp_path, GOOD)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-2.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    assert text in error(tmp_path)
+
+
+def test_folders_that_are_no_checkpoint(tmp_path):
+    assert "no such folder" in error(tmp_path / "absent")
+    (tmp_path / "file").write_text("")
+    assert "not a folder" in error(tmp_path / "file")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    message = error(tmp_path)
+    assert "pytorch_model.bin" in message
+    assert "never read" in message
+    (tmp_path / "model.safetensors").mkdir()
+    assert "not a file" in error(tmp_path)
+
+
+def test_a_pipe_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    assert "not a file" in error(tmp_path)
+
+
+def test_dtypes_have_the_sizes_that_the_format_says():
+    widths = {"8": 1, "16": 2, "32": 4, "64": 8}
+    for name, dtype in SAFETENSORS_NAMES.items():
+        digits = name.split("_")[0].lstrip("BFIUOL")
+        expected = widths.get(digits, 1)
+        assert TensorSpec(dtype, (3,)).nbytes == 3 * expected
+
+
+def test_random_bytes_as_a_file(tmp_path):
+    generator = random.Random(0)
+    for _ in range(200):
+        (tmp_path / "model.safetensors").write_bytes(generator.randbytes(generator.randrange(80)))
+        error(tmp_path)
