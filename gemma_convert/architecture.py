@@ -401,13 +401,12 @@ def _text(config: _Config) -> TextArchitecture:
     count = config.integer("num_hidden_layers")
     if count > MAX_LAYERS:
         raise config.error("num_hidden_layers", f"at most {MAX_LAYERS}", count)
-    if config.boolean("attention_bias", False):
-        raise config.error("attention_bias", "false: no layout has a place for biases", True)
+    _refuse_unknown_arithmetic(config)
     moe = config.boolean("enable_moe_block", False)
     key_as_value = config.boolean("attention_k_eq_v", False)
     double_wide = config.boolean("use_double_wide_mlp", False)
     shared = config.integer("num_kv_shared_layers", 0, least=0)
-    ple = config.integer("hidden_size_per_layer_input", 0, least=0)
+    ple = config.integer("hidden_size_per_layer_input", 256, least=0)
     vocab = config.integer("vocab_size")
     softcap = config.values.get("final_logit_softcapping")
     return TextArchitecture(
@@ -433,6 +432,18 @@ def _text(config: _Config) -> TextArchitecture:
     )
 
 
+def _refuse_unknown_arithmetic(config: _Config) -> None:
+    """Refuses what no published Gemma 4 has and what the native forward passes do not compute."""
+    if config.boolean("attention_bias", False):
+        raise config.error("attention_bias", "false: no layout has a place for biases", True)
+    activation = config.optional_text("hidden_activation") or "gelu_pytorch_tanh"
+    if activation != "gelu_pytorch_tanh":
+        raise config.error("hidden_activation", "gelu_pytorch_tanh", activation)
+    bidirectional = config.optional_text("use_bidirectional_attention")
+    if bidirectional not in {None, "vision"}:
+        raise config.error("use_bidirectional_attention", "null or vision", bidirectional)
+
+
 def _expert_mlp(config: _Config) -> int:
     old = config.optional_integer("expert_intermediate_size")
     return config.integer("moe_intermediate_size", old)
@@ -446,6 +457,8 @@ def _rope(config: _Config, kind: str, default: Rope) -> Rope:
     rope_type = section.optional_text("rope_type") or "default"
     if rope_type not in ("default", "proportional"):
         raise section.error("rope_type", "default or proportional", rope_type)
+    if section.number("factor", 1.0) != 1.0:
+        raise section.error("factor", "1", section.values["factor"])
     partial = rope_type == "proportional"
     return Rope(
         theta=section.number("rope_theta", default.theta),

@@ -100,9 +100,12 @@ def human_bytes(count: float) -> str:
 
 def show(renderable: object) -> None:
     """Prints a rich renderable or a string on stdout."""
-    from rich.console import Console
+    if isinstance(renderable, str):
+        print(renderable)
+    else:
+        from rich.console import Console
 
-    Console(highlight=False, soft_wrap=isinstance(renderable, str)).print(renderable)
+        Console(highlight=False).print(renderable)
 
 
 def show_json(values: Mapping[str, object]) -> None:

@@ -65,6 +65,14 @@ def test_names_are_listed_once_and_the_head_is_never_required(name):
         assert "lm_head.weight" not in huggingface_tensors(load_architecture(name), leftovers)
 
 
+def test_an_untied_head_is_required():
+    config = load_config(DENSE)
+    config["text_config"]["tie_word_embeddings"] = False
+    tensors = hf_tensors(parse_architecture(config, WHERE))
+    (head,) = [tensor for tensor in tensors if tensor.name == "lm_head.weight"]
+    assert head.required
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_text_only_model_has_shorter_names_and_no_towers(name):
     model = parse_architecture(text_only(load_config(name)), WHERE)

@@ -14,11 +14,11 @@ from gemma_convert.logits.divergence import compare
 from gemma_convert.native import maxtext
 from gemma_convert.native.restore import (
     TEXT_MODULES,
-    find_items,
     maxtext_facts,
     restore_maxtext,
 )
 from gemma_convert.native.shapes import check_shapes
+from gemma_convert.stores.orbax_reader import find_items
 
 ORACLE = os.environ.get("GEMMA_CONVERT_ORACLE")
 needs_oracle = pytest.mark.skipif(
@@ -120,6 +120,42 @@ def test_bfloat16_is_as_near_as_that_of_transformers(cases, kind):
     theirs = logits_of(make_model(kind).to(torch.bfloat16), case.ids)
     assert found.dtype == np.float32
     assert 1e-5 < mean_kl(found) < 2 * mean_kl(theirs)
+
+
+def test_router_weights_are_those_of_transformers():
+    # By themselves: a norm behind the experts hides their common factor in the logits.
+    import torch
+
+    model = make_model("moe")
+    hidden = np.random.default_rng(1).normal(size=(9, 44)).astype(np.float32)
+    with torch.no_grad():
+        _, weights, chosen = model.model.layers[1].router(torch.tensor(hidden))
+    expected = np.zeros((9, 5), np.float32)
+    np.put_along_axis(expected, chosen.numpy(), weights.numpy(), axis=1)
+    text = parse_architecture(model.config.to_dict(), Path("config.json")).text
+    params = maxtext_tree(model)["decoder"]["layers_1"]["mlp"]
+    found = maxtext.router(
+        params["moe_block"]["MoeBlock_0"],
+        params["pre_forward_scale_2"],
+        hidden[None],
+        maxtext.kind_of(text, text.layers[1]),
+    )
+    np.testing.assert_allclose(found[0], expected, atol=1e-5)
+
+
+def test_per_layer_inputs_are_those_of_transformers(cases):
+    # By themselves as well: each layer's last norm hides their common factor.
+    import torch
+
+    case, model = cases["ple"], make_model("ple").model
+    with torch.no_grad():
+        ids = torch.tensor(case.ids, dtype=torch.long)
+        embedded = model.embed_tokens(ids)
+        expected = model.project_per_layer_inputs(embedded, model.get_per_layer_inputs(ids))
+    found = maxtext.embed(case.tree, case.text, case.ids, "float32")
+    np.testing.assert_allclose(found, embedded.numpy(), rtol=1e-6)
+    found = maxtext.per_layer_inputs(case.tree, case.text, case.ids, found)
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
 
 
 # Facts of the architecture, each wrong once.

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from rich.console import RenderableType
 
     from gemma_convert.convert import ToNativeReport
@@ -92,7 +94,8 @@ def command(
         show_json(report.as_json())
         return
     if dry_run:
-        show(_arrays(report))
+        for line in _arrays(report):
+            show(line)
     show(_summary(report))
     show("MaxText loads it with:")
     for key, value in report.settings.items():
@@ -134,22 +137,16 @@ def _summary(report: ToNativeReport) -> RenderableType:
     return table
 
 
-def _arrays(report: ToNativeReport) -> RenderableType:
-    from rich.table import Table
-
-    table = Table("array", "dtype", "shape", "chunk", "from", box=None, pad_edge=False)
-    if report.plan is not None:
-        sources: dict[str, list[str]] = {}
-        for copy in report.plan.copies:
-            sources.setdefault(copy.target.tensor, []).append(copy.source.tensor)
-        for name, target in report.plan.targets.items():
-            first, *more = sources[name]
-            others = f" and {len(more)} more" if more else ""
-            table.add_row(
-                name,
-                target.spec.dtype,
-                str(list(target.spec.shape)),
-                str(list(target.chunk)),
-                first + others,
-            )
-    return table
+def _arrays(report: ToNativeReport) -> Iterator[str]:
+    """One line an array: where it goes, how it is stored, what it is made of."""
+    if report.plan is None:
+        return
+    sources: dict[str, list[str]] = {}
+    for copy in report.plan.copies:
+        sources.setdefault(copy.target.tensor, []).append(copy.source.tensor)
+    for name, target in report.plan.targets.items():
+        shape, chunk = list(target.spec.shape), list(target.chunk)
+        cut = "" if chunk == shape else f" in chunks of {chunk}"
+        first, *more = sources[name]
+        others = f" and {len(more)} more" if more else ""
+        yield f"{name} {target.spec.dtype} {shape}{cut} <- {first}{others}"

@@ -24,13 +24,9 @@ from gemma_convert.logits.limit import Dtype, choose_limit, find_lossy_rows
 from gemma_convert.logits.prompts import TokenSequence, check_ids, token_sequences
 from gemma_convert.logits.reference import TransformersLogits
 from gemma_convert.logits.report import LogitReport
-from gemma_convert.native.restore import (
-    TEXT_MODULES,
-    find_items,
-    maxtext_facts,
-    restore_maxtext,
-)
+from gemma_convert.native.restore import TEXT_MODULES, maxtext_facts, restore_maxtext
 from gemma_convert.native.shapes import check_shapes
+from gemma_convert.stores.orbax_reader import find_items
 
 if TYPE_CHECKING:
     import jax

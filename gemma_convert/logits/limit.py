@@ -19,6 +19,8 @@ PROOF_LIMIT = 1e-5
 INDICATION_LIMIT = 0.03
 """The limit of MaxText's own conversion scripts, per token."""
 
+SHOWN = 3
+
 _MANIFEST = "hf/gemma-convert/manifest.json"
 
 
@@ -44,8 +46,8 @@ def choose_limit(max_kl: float | None, dtype: Dtype, lossy_rows: Sequence[str]) 
         )
     if lossy_rows:
         warnings.append(
-            f"The checkpoint holds rounded values ({'; '.join(lossy_rows)}), so a pass is an "
-            "indication, not proof. Convert with --dtype float32 for a proof."
+            f"The checkpoint holds rounded values ({_some(lossy_rows)}), so a pass is an "
+            "indication, not proof. For a proof convert with --dtype keep --scaled-dtype float32."
         )
     exact = not warnings
     default = PROOF_LIMIT if exact else INDICATION_LIMIT
@@ -62,6 +64,11 @@ def choose_limit(max_kl: float | None, dtype: Dtype, lossy_rows: Sequence[str]) 
         reason=reason if max_kl is None else "as asked for",
         warnings=tuple(warnings),
     )
+
+
+def _some(rows: Sequence[str]) -> str:
+    more = f"; and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
+    return "; ".join(rows[:SHOWN]) + more
 
 
 def find_lossy_rows(
@@ -90,7 +97,7 @@ def _manifest_rows(path: Path) -> tuple[str, ...] | None:
     if not isinstance(rows, list):
         return None
     return tuple(
-        f"{row.get('row', '?')}: {row.get('reason', 'rounded')}"
+        f"{row.get('tensor') or row.get('row', '?')}: {row.get('reason', 'rounded')}"
         if isinstance(row, dict)
         else str(row)
         for row in rows

@@ -64,7 +64,7 @@ def _row_tensors(
                 row=row,
                 index=index,
                 shape=shape_of(row.view, architecture, index),
-                required=not optional and row.tied is None,
+                required=not optional and (row.tied is None or not architecture.text.tied),
             )
 
 

@@ -37,31 +37,6 @@ class ArrayFacts:
     dtype: str
 
 
-def find_items(path: Path) -> Path:
-    """The folder that holds the Orbax tree: `path`, its `items`, or that of its highest step.
-
-    Raises SourceError where there is no such folder.
-    """
-    for folder in (path, path / "items"):
-        if (folder / _CONTENT).is_file():
-            return folder
-    steps = sorted(
-        (int(folder.name), folder / "items")
-        for folder in (path.iterdir() if path.is_dir() else ())
-        if folder.name.isascii() and folder.name.isdecimal()
-    )
-    complete = [items for _, items in steps if (items / _CONTENT).is_file()]
-    if complete:
-        return complete[-1]
-    raise SourceError(
-        "There is no Orbax checkpoint here.",
-        where=path,
-        expected="<step>/items/_METADATA, items/_METADATA or _METADATA",
-        found=_contents(path),
-        do="give the folder that was written, its step folder, or the items folder in that",
-    )
-
-
 def maxtext_facts(items: Path) -> dict[str, ArrayFacts]:
     """Shapes and dtypes of the tree below params/params, by path with slashes; reads no array."""
     with _orbax(items) as handler:
@@ -171,10 +146,3 @@ def _numpy(tree: Mapping[str, Any]) -> Tree:
         name: _numpy(below) if isinstance(below, Mapping) else np.asarray(below)
         for name, below in tree.items()
     }
-
-
-def _contents(path: Path) -> str:
-    if not path.is_dir():
-        return "a file" if path.exists() else "nothing"
-    names = sorted(entry.name for entry in path.iterdir())
-    return ", ".join(names[:8]) or "an empty folder"

@@ -33,8 +33,9 @@ class OrbaxTree:
 def find_items(path: Path) -> Path:
     """The folder that holds the Orbax tree: `path`, its `items`, or that of its highest step.
 
-    Raises SourceError where there is no such folder.
+    The result is absolute, as Orbax asks for. Raises SourceError where there is no such folder.
     """
+    path = path.absolute()
     for folder in (path, path / "items"):
         if (folder / METADATA).is_file():
             return folder
