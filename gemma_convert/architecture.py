@@ -186,9 +186,7 @@ class Architecture:
             "vocab": text.vocab,
             "embed": text.embed,
             "layers": len(text.layers),
-            "gate_up": 2,
-            "kv": 2,
-            "bound": 4,
+            **ENUMERATED,
         }
         if text.ple:
             sizes |= {"ple": text.ple, "ple_vocab": text.ple_vocab}
@@ -250,6 +248,9 @@ audio_output conv_stages conv_time conv_frequency conv_in conv_out conv_last fre
 
 AXES = frozenset(_AXIS_WORDS.split())
 """Every axis word that has a size; the mapping tables may use these and no others."""
+
+ENUMERATED = {"gate_up": 2, "kv": 2, "bound": 4}
+"""Axes whose values have names in a layout, and how many they are."""
 
 LAYER_FACTS = frozenset({"owns_kv", "sliding", "key_as_value"})
 """Facts that hold for a layer, so that a row which asks for them has `{layer}` in its name."""
@@ -360,6 +361,12 @@ class _Config:
             raise self.error(key, f"a whole number from {least} to {MAX_SIZE - 1}", value)
         return value
 
+    def layers(self) -> int:
+        count = self.integer("num_hidden_layers")
+        if count > MAX_LAYERS:
+            raise self.error("num_hidden_layers", f"at most {MAX_LAYERS}", count)
+        return count
+
     def optional_integer(self, key: str) -> int | None:
         return None if self.values.get(key) is None else self.integer(key, least=0)
 
@@ -398,9 +405,7 @@ class _Config:
 
 
 def _text(config: _Config) -> TextArchitecture:
-    count = config.integer("num_hidden_layers")
-    if count > MAX_LAYERS:
-        raise config.error("num_hidden_layers", f"at most {MAX_LAYERS}", count)
+    count = config.layers()
     _refuse_unknown_arithmetic(config)
     moe = config.boolean("enable_moe_block", False)
     key_as_value = config.boolean("attention_k_eq_v", False)
@@ -533,8 +538,9 @@ def _layer_overrides(
         return [full if kind == "full_attention" else (head_dim, kv_heads) for kind in kinds]
     sizes = [(head_dim, kv_heads)] * len(kinds)
     for key in per_layer.values:
-        if not key.isdecimal() or int(key) >= len(kinds):
-            raise per_layer.error(key, f"a layer number below {len(kinds)}", key)
+        number = key.isascii() and key.isdecimal() and len(key) <= len(str(MAX_LAYERS))
+        if not number or int(key) >= len(kinds):
+            raise per_layer.error(key[:40], f"a layer number below {len(kinds)}", key)
         section = per_layer.section(key)
         if section is not None:
             sizes[int(key)] = (
@@ -553,7 +559,7 @@ def _vision(config: _Config) -> VisionArchitecture:
     rope = config.section("rope_parameters")
     return VisionArchitecture(
         embed=config.integer("hidden_size"),
-        layers=config.integer("num_hidden_layers"),
+        layers=config.layers(),
         heads=heads,
         head_dim=config.integer("head_dim"),
         mlp=config.integer("intermediate_size"),
@@ -580,7 +586,7 @@ def _audio(config: _Config) -> AudioArchitecture:
         raise config.error("num_attention_heads", f"a divisor of hidden_size {embed}", heads)
     return AudioArchitecture(
         embed=embed,
-        layers=config.integer("num_hidden_layers"),
+        layers=config.layers(),
         heads=heads,
         output=config.integer("output_proj_dims", 1536),
         channels=tuple(channels),

@@ -96,11 +96,15 @@ class DTypePolicy:
     dtype: Choice = "keep"
     scaled: ScaledChoice = "float32"
 
-    def target(self, source: str, *, scaled: bool) -> str:
-        """The dtype of a target whose source has dtype `source`; SourceError for integers."""
+    def target(self, source: str, *, scaled: bool, where: str) -> str:
+        """The dtype of a target whose source, the tensor `where`, has dtype `source`.
+
+        Raises SourceError for a dtype that weights do not have.
+        """
         if source not in CONVERTED:
             raise SourceError(
                 "A weight has a dtype that is not converted.",
+                where=f"tensor {where}",
                 expected=", ".join(CONVERTED),
                 found=source,
                 do="convert the original bfloat16 checkpoint",

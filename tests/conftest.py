@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from hypothesis import settings
 
 FAMILIES = ("e2b", "e4b", "26b-a4b", "31b")
 CASES = (
@@ -19,6 +20,10 @@ CASES = (
     ("31b", True),
 )
 """Every (model, scanned) that MaxText has."""
+
+
+settings.register_profile("shared machine", deadline=None, print_blob=True)
+settings.load_profile("shared machine")
 
 
 @pytest.fixture(scope="session", autouse=True)

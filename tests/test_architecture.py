@@ -24,7 +24,15 @@ from models import (
 from gemma_convert.architecture import Architecture, Rope, parse_architecture, read_architecture
 from gemma_convert.errors import SourceError
 
-MISSING = object()
+
+class Missing:
+    """Stands for a key that is left out."""
+
+    def __repr__(self):
+        return "missing"
+
+
+MISSING = Missing()
 
 TEXT = {
     E2B: {
@@ -419,7 +427,6 @@ def test_the_unified_12b_is_refused():
     assert "E2B, E4B, 26B-A4B or 31B" in caught.value.do
 
 
-@pytest.mark.xfail(strict=True, reason="layers of the towers have no upper bound yet")
 @pytest.mark.parametrize(
     ("name", "section"), [(E2B, "vision_config"), (E2B, "audio_config"), (DENSE, "vision_config")]
 )
@@ -430,7 +437,6 @@ def test_a_tower_with_a_billion_layers_is_refused(name, section):
         parse_architecture(config, WHERE)
 
 
-@pytest.mark.xfail(strict=True, reason="int() of such a key raises ValueError")
 def test_a_layer_number_with_thousands_of_digits_is_refused():
     config = load_config(E2B)
     config["text_config"]["per_layer_config"] = {"9" * 5000: {}}

@@ -191,7 +191,7 @@ def test_missing_tensor(tiny, out, tmp_path):
     kept = {name: file for name, file in weight_map.items() if "-00003-" not in file}
     index.write_text(json.dumps({"weight_map": kept}))
     message = convert(source, out)
-    assert "missing from the checkpoint" in message
+    assert "The checkpoint lacks" in message
     lost = next(name for name, file in weight_map.items() if "-00003-" in file)
     assert lost.rsplit(".", 3)[0].split(".")[0] in message
 

@@ -137,7 +137,6 @@ def test_an_error_of_a_view_names_the_text_and_the_part(text, what):
     assert (caught.value.where or "") in (text, text.split(" [")[0])
 
 
-@pytest.mark.xfail(strict=True, reason="tokens need no space between them yet")
 @pytest.mark.parametrize(
     "text", ["a [11]", "a [embed1]", "a [1embed]", "a [embed(heads head_dim)]"]
 )

@@ -10,7 +10,7 @@ from math import prod
 from gemma_convert.dtypes import TensorSpec
 from gemma_convert.errors import MappingError, SourceError
 from gemma_convert.mapping.inventory import HFTensor
-from gemma_convert.mapping.region import Box, RegionCopy
+from gemma_convert.mapping.region import Box, NotABoxError, RegionCopy
 
 SHOWN = 5
 
@@ -25,7 +25,7 @@ def check_source(
     missing = [name for name, tensor in expected.items() if tensor.required and name not in source]
     if missing:
         raise SourceError(
-            f"{_count(missing, 'tensor')} missing from the checkpoint.",
+            f"The checkpoint lacks {_count(missing)}.",
             where=where,
             expected=_some(f"{name} {list(expected[name].shape)}" for name in missing),
             do="check that every shard is there and that config.json belongs to these weights",
@@ -33,7 +33,7 @@ def check_source(
     unexpected = [name for name in source if name not in expected]
     if unexpected:
         raise SourceError(
-            f"{_count(unexpected, 'tensor')} that config.json does not account for.",
+            f"The checkpoint has {_count(unexpected)} that config.json does not account for.",
             where=where,
             found=_some(f"{name} {list(source[name].shape)}" for name in unexpected),
             do="check that config.json belongs to these weights",
@@ -42,7 +42,7 @@ def check_source(
     if misshapen:
         name = misshapen[0]
         raise SourceError(
-            f"{_count(misshapen, 'tensor')} with a shape that config.json does not ask for.",
+            f"The checkpoint has {_count(misshapen)} of a shape that config.json does not ask for.",
             where=f"{where}, tensor {name}",
             expected=list(expected[name].shape),
             found=list(source[name].shape),
@@ -65,11 +65,11 @@ def _refuse_quantized(source: Mapping[str, TensorSpec], where: str) -> None:
 def _check_groups(
     expected: Mapping[str, HFTensor], source: Mapping[str, TensorSpec], where: str
 ) -> None:
-    """The optional tensors of one row and layer are all there or all absent."""
-    groups: dict[tuple[str, int], list[str]] = defaultdict(list)
+    """The optional tensors of one layer are all there or all absent."""
+    groups: dict[int, list[str]] = defaultdict(list)
     for name, tensor in expected.items():
         if tensor.row.optional is not None and not tensor.required:
-            groups[tensor.row.where, tensor.index.get("layers", -1)].append(name)
+            groups[tensor.index.get("layers", -1)].append(name)
     for names in groups.values():
         present = [name for name in names if name in source]
         if present and len(present) < len(names):
@@ -85,7 +85,7 @@ def check_targets(copies: Sequence[RegionCopy], shapes: Mapping[str, tuple[int, 
     """Raises MappingError where copies overlap in a target or leave a part of it uncovered."""
     boxes: dict[str, list[tuple[Box, RegionCopy]]] = defaultdict(list)
     for copy in copies:
-        boxes[copy.target.tensor].append((copy.target.box({}), copy))
+        boxes[copy.target.tensor].append((_box(copy), copy))
     for name, shape in shapes.items():
         overlap = _overlap(boxes[name])
         if overlap is not None:
@@ -104,6 +104,15 @@ def check_targets(copies: Sequence[RegionCopy], shapes: Mapping[str, tuple[int, 
             )
 
 
+def _box(copy: RegionCopy) -> Box:
+    try:
+        return copy.target.box({})
+    except NotABoxError as error:
+        raise MappingError(
+            "The parts of a tensor are not boxes of its target.", where=copy.row, found=error
+        ) from None
+
+
 def _overlap(entries: list[tuple[Box, RegionCopy]]) -> tuple[RegionCopy, RegionCopy] | None:
     """Two entries whose boxes meet, or None. Boxes on one regular grid need no pairwise look."""
     if len(entries) < 2:
@@ -120,8 +129,8 @@ def _overlap(entries: list[tuple[Box, RegionCopy]]) -> tuple[RegionCopy, RegionC
     return None
 
 
-def _count(names: Sequence[str], word: str) -> str:
-    return f"1 {word} is" if len(names) == 1 else f"{len(names)} {word}s are"
+def _count(names: Sequence[str]) -> str:
+    return "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
 
 
 def _some(names: object) -> str:

@@ -79,12 +79,16 @@ class View:
         """All axes: those in the name, then those in the shape. Units are not axes."""
         return self.pattern.axes + tuple(axis for dim in self.dims for axis in dim)
 
-    def __str__(self) -> str:
-        shape = " ".join(
+    @property
+    def shape_text(self) -> str:
+        """What stands in the brackets."""
+        return " ".join(
             UNIT if not dim else dim[0] if len(dim) == 1 else f"({' '.join(dim)})"
             for dim in self.dims
         )
-        return f"{self.pattern.text} [{shape}]"
+
+    def __str__(self) -> str:
+        return f"{self.pattern.text} [{self.shape_text}]"
 
 
 def parse_view(text: str) -> View:
@@ -97,6 +101,8 @@ def parse_view(text: str) -> View:
     if not bracket or not shape.endswith("]") or not name or " " in name:
         raise MappingError("A view is a name and its axes in brackets.", where=text)
     view = View(Pattern(name), _parse_dims(shape[:-1], text))
+    if " ".join(shape[:-1].split()) != view.shape_text:
+        raise MappingError("Axes are separated by spaces.", where=text, expected=str(view))
     twice = sorted({axis for axis in view.axes if view.axes.count(axis) > 1})
     if twice:
         raise MappingError(f"The axis `{twice[0]}` is used twice.", where=text)

@@ -124,7 +124,11 @@ def plan_to_native(
         [copy for group in copies.values() for copy in group],
         {name: target.spec.shape for name, target in targets.items()},
     )
-    sources = {name: _source(name, group, source[name], targets) for name, group in copies.items()}
+    widths = _widths(copies, source, targets)
+    sources = {
+        name: _source(name, group, source[name], widths[group[0].row])
+        for name, group in copies.items()
+    }
     return Plan(
         layout=table.layout,
         scanned=scanned,
@@ -216,7 +220,7 @@ def _targets(
     targets: dict[str, TargetTensor] = {}
     for name, group in copies.items():
         for copy in group:
-            dtype = policy.target(source[name].dtype, scaled=copy.scale is not None)
+            dtype = policy.target(source[name].dtype, scaled=copy.scale is not None, where=name)
             shape, before = copy.target.shape, targets.get(copy.target.tensor)
             if before is not None:
                 dtype = widest(before.spec.dtype, dtype)
@@ -233,11 +237,25 @@ def _targets(
     return targets
 
 
+def _widths(
+    copies: Mapping[str, list[RegionCopy]],
+    source: Mapping[str, TensorSpec],
+    targets: Mapping[str, TargetTensor],
+) -> dict[str, int]:
+    """row → bytes of its widest element on either side: one width, so that blocks are alike."""
+    widths: dict[str, int] = {}
+    for name, group in copies.items():
+        sizes = [targets[copy.target.tensor].spec.itemsize for copy in group]
+        row = group[0].row
+        widths[row] = max(widths.get(row, 0), source[name].itemsize, *sizes)
+    return widths
+
+
 def _source(
     name: str,
     copies: list[RegionCopy],
     spec: TensorSpec,
-    targets: Mapping[str, TargetTensor],
+    width: int,
 ) -> SourceTensor:
     whole = Region(
         name,
@@ -246,8 +264,7 @@ def _source(
     leading = frozenset.intersection(
         *(frozenset(dim[0].axis for dim in copy.target.dims if dim) for copy in copies)
     )
-    itemsize = max([spec.itemsize, *(targets[copy.target.tensor].spec.itemsize for copy in copies)])
-    steps = split_steps(whole, itemsize, BLOCK_BYTES, leading)
+    steps = split_steps(whole, width, BLOCK_BYTES, leading)
     first = {axis: (0, step) for axis, step in steps.items()}
     for copy in copies:
         try:

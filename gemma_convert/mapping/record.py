@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from gemma_convert.architecture import LAYER_FACTS
+from gemma_convert.architecture import ENUMERATED, LAYER_FACTS
 from gemma_convert.errors import MappingError
 from gemma_convert.mapping.notation import (
     Condition,
@@ -16,6 +16,8 @@ from gemma_convert.mapping.notation import (
 )
 
 T = TypeVar("T")
+
+_SINGULAR = {"rows": "row", "stacks": "stack"}
 
 
 class Record:
@@ -63,22 +65,30 @@ class Record:
                 error.what, where=f"{self.where}: {error.where}", found=error.found
             ) from None
 
-    def inside(self, key: str, name: str) -> Record:
-        return Record(self.values[key][name], f"{self.where}, {key}.{name}")
-
     def records(self, key: str) -> list[Record]:
         values = self.values.get(key, [])
         if not isinstance(values, list):
             raise self.error(f"`{key}` is a list.", found=type(values).__name__)
         return [
-            Record(value, f"{self.where}, {key} {place}") for place, value in enumerate(values, 1)
+            Record(value, f"{self.where}, {_SINGULAR.get(key, key)} {place}")
+            for place, value in enumerate(values, 1)
         ]
 
+    def table(self, key: str) -> Record:
+        """The TOML table under `key`, empty where there is none."""
+        return Record(self.values.get(key, {}), f"{self.where}, {key}")
+
     def spellings(self) -> Spellings:
+        """axis → the names of its values, for axes whose values have names."""
         spellings = {}
-        for word, names in self.values.get("spellings", {}).items():
+        for word, names in self.table("spellings").values.items():
             axis = self.checked(axis_of, word, f"spellings.{word}")
-            if not isinstance(names, list) or len(set(map(str, names))) != len(names):
-                raise self.error(f"The spellings of `{word}` are a list of distinct names.")
+            count = ENUMERATED.get(axis, 0)
+            if not isinstance(names, list) or not len(set(map(str, names))) == len(names) == count:
+                raise self.error(
+                    f"The spellings of `{word}` are a list of distinct names.",
+                    expected=f"{count} names" if count else f"none: {word} is counted",
+                    found=names,
+                )
             spellings[axis] = tuple(map(str, names))
         return spellings

@@ -169,6 +169,11 @@ def parse_inventory(data: Mapping[str, Any], file: str) -> Inventory:
             record.only("name", "when", "optional", "tied")
             name = record.text("name")
             view = record.checked(parse_view, prefix + name)
+            short = record.checked(parse_view, text_only + name).pattern
+            if short.axes != view.pattern.axes:
+                raise record.error(
+                    "The text-only name has other placeholders.", expected=prefix, found=text_only
+                )
             rows.append(
                 HFRow(
                     view=view,
@@ -177,7 +182,7 @@ def parse_inventory(data: Mapping[str, Any], file: str) -> Inventory:
                     if record.has("optional")
                     else None,
                     tied=record.text("tied") if record.has("tied") else None,
-                    text_only_name=parse_view(text_only + name).pattern,
+                    text_only_name=short,
                     where=record.where,
                 )
             )
@@ -192,9 +197,8 @@ def parse_table(data: Mapping[str, Any], file: str, inventory: Inventory) -> Tab
     )
     rows = [row for section in top.records("section") for row in _native_rows(section, inventory)]
     carried = tuple(_carried_row(record, inventory) for record in top.records("carried"))
-    placements = {
-        name: _placement(name, top.inside("placement", name)) for name in data.get("placement", {})
-    }
+    forms = top.table("placement")
+    placements = {name: _placement(name, forms.table(name)) for name in forms.values}
     table = Table(
         layout=top.text("layout"),
         container=top.text("container"),
@@ -270,7 +274,7 @@ def _placement(name: str, record: Record) -> Placement:
         for entry in record.records("refused")
     )
     after = record.values.get("after")
-    if not isinstance(after, int) or after < 0:
+    if not isinstance(after, int) or isinstance(after, bool) or after < 0:
         raise record.error("`after` is a number of dimensions.", found=after)
     axis = record.checked(axis_of, record.text("axis"), name)
     return Placement(name, axis, after, refused, tuple(stacks))
