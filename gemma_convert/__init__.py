@@ -24,6 +24,7 @@ from gemma_convert.version import __version__
 
 if TYPE_CHECKING:
     from gemma_convert.convert import ToNativeReport, to_native
+    from gemma_convert.export import ToHFReport, to_hf
     from gemma_convert.inspection import InspectReport, inspect
     from gemma_convert.logits.check import logit_check
     from gemma_convert.logits.golden import save_golden
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "ToNativeReport": "gemma_convert.convert",
     "to_native": "gemma_convert.convert",
+    "ToHFReport": "gemma_convert.export",
+    "to_hf": "gemma_convert.export",
     "InspectReport": "gemma_convert.inspection",
     "inspect": "gemma_convert.inspection",
     "LogitReport": "gemma_convert.logits.report",
@@ -48,6 +51,7 @@ __all__ = [
     "LogitReport",
     "SourceError",
     "TargetError",
+    "ToHFReport",
     "ToNativeReport",
     "UsageError",
     "__version__",
@@ -55,6 +59,7 @@ __all__ = [
     "logit_check",
     "make_tiny",
     "save_golden",
+    "to_hf",
     "to_native",
 ]
 

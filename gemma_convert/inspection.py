@@ -116,8 +116,7 @@ def _orbax(path: Path, items: Path) -> InspectReport:
     specs = {name: spec for name, spec in arrays.items() if name.startswith(_PARAMETERS)}
     extras = tuple(sorted({name.partition("/")[0] for name in arrays if name not in specs}))
     scanned = any("/scanned_blocks/" in name for name in specs)
-    roots = (items, items.parent, items.parent.parent)
-    root = next((root for root in roots if (root / sidecar.FOLDER / CONFIG).is_file()), None)
+    root = sidecar.sidecar_root(items)
     if root is None:
         return _report(path, MAXTEXT, specs, scanned=scanned, extras=extras)
     config = root / sidecar.FOLDER / CONFIG

@@ -160,7 +160,7 @@ class Transfer:
         block = buffer[: prod(lengths) * dtype.itemsize].view(dtype).reshape(lengths)
         for copy in source.copies:
             if copy.source.meets(ranges):
-                part = block[_selection(copy, ranges)].transpose(copy.permutation)
+                part = block[selection(copy, ranges)].transpose(copy.permutation)
                 self._write(copy, ranges, part, source)
 
     def _write(self, copy: RegionCopy, ranges: Ranges, part: Array, source: SourceTensor) -> None:
@@ -241,12 +241,18 @@ class Transfer:
         self._failed.set()
 
 
-def _selection(copy: RegionCopy, ranges: Ranges) -> tuple[int | slice, ...]:
-    """Index of a copy's part in a block with one dimension for every axis of the source tensor."""
-    return tuple(
-        slice(None) if extent.at is None else extent.at - ranges.get(extent.axis, (0, 0))[0]
+def selection(copy: RegionCopy, block: Ranges, ranges: Ranges | None = None) -> tuple[Any, ...]:
+    """Index of a copy's part in a block that has one dimension for every axis of the source tensor.
+
+    `block` says where the block begins; `ranges` restricts the free axes, counted from there.
+    """
+    places = (
+        slice(*(ranges or {}).get(extent.axis, (None,)))
+        if extent.at is None
+        else extent.at - block.get(extent.axis, (0, 0))[0]
         for extent in copy.source.extents
     )
+    return (*places, ...)
 
 
 def _flat_places(copy: RegionCopy, ranges: Ranges, places: Array, source: SourceTensor) -> Array:

@@ -1,4 +1,4 @@
-"""Reads the tree of an Orbax checkpoint with tensorstore: names, shapes and dtypes, no values.
+"""Reads Orbax checkpoints with tensorstore: the tree without its values, and arrays by region.
 
 Works on what Orbax, MaxText and the gemma library write: OCDBT or one folder an array, zarr 2 or 3.
 """
@@ -6,13 +6,18 @@ Works on what Orbax, MaxText and the gemma library write: OCDBT or one folder an
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gemma_convert.dtypes import TensorSpec
 from gemma_convert.errors import SourceError
-from gemma_convert.mapping.notation import join_path
+from gemma_convert.mapping.notation import join_path, split_path
+from gemma_convert.mapping.region import Box
+from gemma_convert.values import Array
 
 METADATA = "_METADATA"
 MAX_METADATA_BYTES = 256 << 20
@@ -22,10 +27,11 @@ _WITHOUT_ARRAY = ("Dict", "List", "None", "Tuple", "NamedTuple")
 
 @dataclass(frozen=True)
 class OrbaxTree:
-    """The arrays of one item folder: name (a path in the tables' notation) → spec."""
+    """The arrays of one item folder: name (a path in the tables' notation) → spec, and chunk."""
 
     folder: Path
     arrays: dict[str, TensorSpec]
+    chunks: dict[str, tuple[int, ...]]
     ocdbt: bool
     zarr3: bool
 
@@ -61,7 +67,7 @@ def read_orbax_tree(folder: Path) -> OrbaxTree:
     """The arrays of an Orbax item folder; raises SourceError where it is not one."""
     metadata = _load_metadata(folder / METADATA)
     ocdbt, zarr3 = bool(metadata.get("use_ocdbt")), bool(metadata.get("use_zarr3"))
-    names: dict[str, str] = {}
+    names: list[str] = []
     for entry in metadata["tree_metadata"].values():
         try:
             keys = [str(key["key"]) for key in entry["key_metadata"]]
@@ -71,8 +77,8 @@ def read_orbax_tree(folder: Path) -> OrbaxTree:
                 "Orbax' metadata is malformed.", where=folder / METADATA, found=str(entry)[:200]
             ) from None
         if kind not in _WITHOUT_ARRAY:
-            names[join_path(keys)] = ".".join(keys)
-    return OrbaxTree(folder, _specs(folder, names, ocdbt, zarr3), ocdbt, zarr3)
+            names.append(join_path(keys))
+    return OrbaxTree(folder, *_specs(folder, names, ocdbt, zarr3), ocdbt, zarr3)
 
 
 def _load_metadata(path: Path) -> dict[str, Any]:
@@ -91,28 +97,71 @@ def _load_metadata(path: Path) -> dict[str, Any]:
     return metadata
 
 
-def _specs(folder: Path, names: dict[str, str], ocdbt: bool, zarr3: bool) -> dict[str, TensorSpec]:
+@dataclass(frozen=True)
+class OrbaxArray:
+    """One open array: its spec, and the chunk that is decoded at once."""
+
+    name: str
+    folder: Path
+    spec: TensorSpec
+    chunk: tuple[int, ...]
+    store: Any
+
+    def read(self, box: Box) -> Array:
+        """The values in `box`, as a new array; raises SourceError where they cannot be read."""
+        where = tuple(slice(start, start + length) for start, length in box)
+        try:
+            values = (self.store[where] if where else self.store).read(order="C").result()
+        except ValueError as error:
+            raise _broken(self.folder, self.name, error) from None
+        return np.asarray(values)
+
+
+def open_array(tree: OrbaxTree, name: str, cache_bytes: int = 0) -> OrbaxArray:
+    """One array of a tree. `cache_bytes` keeps decoded chunks, for one that is read in slices."""
+    import tensorstore as ts
+
+    context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
+    try:
+        store = _open(tree.folder, name, tree.ocdbt, tree.zarr3, context).result()
+    except ValueError as error:
+        raise _broken(tree.folder, name, error) from None
+    return OrbaxArray(name, tree.folder, tree.arrays[name], tree.chunks[name], store)
+
+
+def _specs(
+    folder: Path, names: Sequence[str], ocdbt: bool, zarr3: bool
+) -> tuple[dict[str, TensorSpec], dict[str, tuple[int, ...]]]:
     import tensorstore as ts
 
     context = ts.Context()
-    folder = folder.absolute()
-    opened = {}
-    for name, key in names.items():
-        store: dict[str, Any] = {"driver": "file", "path": f"{folder}/{key}/"}
-        if ocdbt:
-            base = {"driver": "file", "path": f"{folder}/"}
-            store = {"driver": "ocdbt", "base": base, "path": f"{key}/"}
-        spec = {"driver": "zarr3" if zarr3 else "zarr", "kvstore": store}
-        opened[name] = ts.open(spec, open=True, read=True, context=context)
-    specs = {}
+    opened = {name: _open(folder, name, ocdbt, zarr3, context) for name in names}
+    specs, chunks = {}, {}
     for name, future in opened.items():
         try:
             array = future.result()
         except ValueError as error:
-            raise SourceError(
-                "An array of the checkpoint is missing or broken.",
-                where=f"{folder}, array {name}",
-                found=str(error).splitlines()[0][:300],
-            ) from None
+            raise _broken(folder, name, error) from None
         specs[name] = TensorSpec(array.dtype.name, tuple(array.shape))
-    return specs
+        chunks[name] = tuple(array.chunk_layout.read_chunk.shape or array.shape)
+    return specs, chunks
+
+
+def _open(folder: Path, name: str, ocdbt: bool, zarr3: bool, context: Any) -> Any:
+    import tensorstore as ts
+
+    key, folder = ".".join(split_path(name)), folder.absolute()
+    store: dict[str, Any] = {"driver": "file", "path": f"{folder}/{key}/"}
+    if ocdbt:
+        base = {"driver": "file", "path": f"{folder}/"}
+        store = {"driver": "ocdbt", "base": base, "path": f"{key}/"}
+    spec = {"driver": "zarr3" if zarr3 else "zarr", "kvstore": store}
+    return ts.open(spec, open=True, read=True, context=context)
+
+
+def _broken(folder: Path, name: str, error: Exception) -> SourceError:
+    return SourceError(
+        "An array of the checkpoint is missing or broken.",
+        where=f"{folder}, array {name}",
+        found=str(error).splitlines()[0][:300],
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -51,17 +51,19 @@ class Shard:
 
 
 class SafetensorsFolder:
-    """An open safetensors checkpoint: one file, or shards with an index.
+    """An open safetensors checkpoint: one file, or shards with an index; or just the named `files`.
 
     Use as a context manager. `tensors` is in file order. Symbolic links to shards are followed, as
     a snapshot in the hub's cache needs; names in an index must be plain file names.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Sequence[str] | None = None) -> None:
         self.folder = folder
         self._descriptors: dict[str, int] = {}
         try:
-            files, weight_map = _weight_files(folder)
+            weight_map = None
+            if files is None:
+                files, weight_map = _weight_files(folder)
             self.shards = tuple(self._open(file) for file in files)
             self.tensors = _collect(self.shards, weight_map, folder)
         except BaseException:
@@ -138,7 +140,7 @@ class SafetensorsFolder:
         if not stat.S_ISREG(status.st_mode):
             raise SourceError("A shard is not a file.", where=path)
         header = _read_header(descriptor, status.st_size, path)
-        tensors = _parse_header(header, status.st_size, file, path)
+        tensors = parse_header(header, status.st_size, file, path)
         return Shard(file, header, tensors, status.st_size, status.st_mtime_ns)
 
 
@@ -147,7 +149,7 @@ def read_shard_specs(path: Path) -> dict[str, TensorSpec]:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         size = os.fstat(descriptor).st_size
-        tensors = _parse_header(_read_header(descriptor, size, path), size, path.name, path)
+        tensors = parse_header(_read_header(descriptor, size, path), size, path.name, path)
     finally:
         os.close(descriptor)
     return {tensor.name: tensor.spec for tensor in tensors}
@@ -257,8 +259,11 @@ def _read_header(descriptor: int, size: int, path: Path) -> bytes:
     return word + os.pread(descriptor, length, 8)
 
 
-def _parse_header(header: bytes, size: int, file: str, path: Path) -> tuple[StoredTensor, ...]:
-    """The tensors of one file in the order of their bytes; they must fill the file without gaps."""
+def parse_header(header: bytes, size: int, file: str, path: Path) -> tuple[StoredTensor, ...]:
+    """The tensors of a file of `size` bytes, in the order of their bytes, given its header.
+
+    They must fill the file without gaps. Raises SourceError, naming `path`, where they do not.
+    """
     entries = _load_header(header, path)
     tensors: list[tuple[int, int, StoredTensor]] = []
     data = size - len(header)

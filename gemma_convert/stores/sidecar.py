@@ -139,6 +139,12 @@ def write_manifest(folder: Path, manifest: Mapping[str, object]) -> None:
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
+def sidecar_root(items: Path) -> Path | None:
+    """The folder of a converted checkpoint whose sidecar belongs to `items`, or None."""
+    roots = (items, items.parent, items.parent.parent)
+    return next((root for root in roots if (root / FOLDER / "config.json").is_file()), None)
+
+
 def read_manifest(checkpoint: Path) -> dict[str, object] | None:
     """The manifest of a converted checkpoint, or None where it has no sidecar.
 

@@ -1,0 +1,141 @@
+"""`gemma-convert to-hf`: a native checkpoint → Hugging Face."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gemma_convert.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from gemma_convert.export import ToHFReport
+
+SHOWN = 5
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+class DType(StrEnum):
+    KEEP = "keep"
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+
+
+class KVShared(StrEnum):
+    KEEP = "keep"
+    OMIT = "omit"
+
+
+def command(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SRC", help="Native checkpoint: the run, the step or its items."),
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
+    like: Annotated[
+        Path | None,
+        typer.Option(help="The Hugging Face original, or a converted checkpoint of it."),
+    ] = None,
+    dtype: Annotated[
+        DType, typer.Option(help="Dtype of the weights; keep is the original's.")
+    ] = DType.KEEP,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="New shards up to this size, such as 5GB.")
+    ] = None,
+    kv_shared: Annotated[
+        KVShared, typer.Option(help="Keys and values of KV-shared layers that the original had.")
+    ] = KVShared.KEEP,
+    text_only: Annotated[
+        bool, typer.Option("--text-only", help="Export the text model alone (Gemma4ForCausalLM).")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be written, and stop.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT, once the new one is complete.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Convert a native checkpoint back to Hugging Face.
+
+    Examples: gemma-convert to-hf out back
+
+    gemma-convert to-hf run/checkpoints/1000 exported --like gemma-4-E2B-it
+    """
+    from gemma_convert.export import to_hf
+    from gemma_convert.output import ProgressBar, note, show, show_json
+
+    report = to_hf(
+        source,
+        target,
+        like=like,
+        dtype=dtype.value,
+        max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
+        kv_shared=kv_shared.value,
+        text_only=text_only,
+        dry_run=dry_run,
+        overwrite=overwrite,
+        progress=ProgressBar,
+    )
+    if report.rounded:
+        note(f"warning: {sum(report.rounded.values()):,} values were rounded to the target's dtype")
+    if as_json:
+        show_json(report.as_json())
+    else:
+        show(_summary(report))
+
+
+def parse_size(text: str) -> int:
+    """Bytes that `5GB` (decimal) or `5GiB` (binary) means; raises UsageError for other text."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UsageError("--max-shard-size is a size.", expected="such as 5GB", found=text)
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** _POWERS[match[2].lower()])
+
+
+def _summary(report: ToHFReport) -> RenderableType:
+    from rich.table import Table
+
+    from gemma_convert.output import human_bytes
+
+    table = Table.grid(padding=(0, 2))
+    form = "scanned" if report.scanned else "unscanned"
+    done = "would export" if report.dry_run else "exported"
+    table.add_row(done, f"{report.family} from {report.layout}, {form}")
+    shards = "1 file" if len(report.shards) == 1 else f"{len(report.shards)} shards"
+    table.add_row("tensors", f"{report.tensors} ({human_bytes(report.bytes_written)}) in {shards}")
+    if report.tensors_from_original:
+        table.add_row("from the original", f"{report.tensors_from_original} tensors")
+    table.add_row("other files", str(len(report.files)))
+    table.add_row("largest chunk", f"{human_bytes(report.largest_decode_bytes)}, decoded at once")
+    if report.dry_run:
+        return table
+    if report.rounded:
+        count = sum(report.rounded.values())
+        table.add_row("rounded", f"{count:,} values in {len(report.rounded)} tensors")
+    table.add_row("original", _against_original(report))
+    table.add_row(
+        "time",
+        f"{report.seconds:.1f} s, {human_bytes(report.bytes_per_second)}/s, "
+        f"peak memory {human_bytes(report.peak_memory_bytes)}",
+    )
+    return table
+
+
+def _against_original(report: ToHFReport) -> str:
+    if report.bit_for_bit:
+        return f"bit for bit: all {report.tensors} tensors have the checksums of the manifest"
+    if report.different:
+        more = f" and {len(report.different) - SHOWN} more" if len(report.different) > SHOWN else ""
+        names = ", ".join(report.different[:SHOWN]) + more
+        count = len(report.different)
+        return f"{report.identical} tensors equal the manifest's, {count} differ: {names}"
+    return f"{report.unchecked} tensors have no checksum to compare with"

@@ -1,0 +1,365 @@
+"""Exports a native checkpoint to Hugging Face: the same tables read from right to left."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from gemma_convert.convert import ProgressFactory, peak_memory
+from gemma_convert.dtypes import Choice, DTypePolicy, numpy_dtype
+from gemma_convert.errors import SourceError, TargetError
+from gemma_convert.mapping.plan import Plan, plan_to_native
+from gemma_convert.mapping.region import Ranges, RegionCopy
+from gemma_convert.mapping.table import load_table
+from gemma_convert.native_source import NativeArray, NativeSource, open_native
+from gemma_convert.output import NoProgress, Progress
+from gemma_convert.shards import Export, KVShared, plan_export
+from gemma_convert.stores import sidecar
+from gemma_convert.stores.orbax import sync_folder
+from gemma_convert.stores.orbax_reader import find_items
+from gemma_convert.stores.original import Original, open_original
+from gemma_convert.stores.safetensors_writer import SafetensorsWriter
+from gemma_convert.stores.staging import StagedFolder, check_apart, check_space, check_target
+from gemma_convert.transfer import WORKERS, selection
+from gemma_convert.values import Array, bits, convert, restore
+
+PIECE_BYTES = 16 << 20
+SPARE_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class ToHFReport:
+    """What an export did. `identical` counts tensors whose checksum is the manifest's."""
+
+    source: str
+    target: str
+    layout: str
+    scanned: bool
+    family: str
+    dry_run: bool
+    tensors: int
+    tensors_from_original: int
+    bytes_written: int
+    shards: tuple[str, ...]
+    rounded: dict[str, int]
+    identical: int
+    different: tuple[str, ...]
+    unchecked: int
+    largest_decode_bytes: int
+    files: tuple[str, ...]
+    seconds: float
+    bytes_per_second: float
+    peak_memory_bytes: int
+
+    @property
+    def bit_for_bit(self) -> bool:
+        """Whether every tensor is known to equal the original's, bit for bit."""
+        return not self.dry_run and self.identical == self.tensors
+
+    def as_json(self) -> dict[str, object]:
+        """The report for `--json`."""
+        return {"schema": "gemma-convert/to-hf/1", **asdict(self), "bit_for_bit": self.bit_for_bit}
+
+
+def to_hf(
+    source: str | Path,
+    target: str | Path,
+    *,
+    like: str | Path | None = None,
+    dtype: Choice = "keep",
+    max_shard_size: int | None = None,
+    kv_shared: KVShared = "keep",
+    text_only: bool = False,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    progress: ProgressFactory | None = None,
+) -> ToHFReport:
+    """A report of the export of a native checkpoint to Hugging Face.
+
+    `like` names the original, or a converted checkpoint of it; by default the sidecar of `source`
+    says what the original was. Raises SourceError, TargetError or UsageError with one clear
+    message; then nothing is left behind.
+    """
+    started, source, target = time.monotonic(), Path(source), Path(target)
+    items = find_items(source)
+    native = open_native(items)
+    with open_original(source, None if like is None else Path(like)) as original:
+        plan = plan_native(native, original, items)
+        export = plan_export(plan, original, dtype, max_shard_size, kv_shared, text_only)
+        job = _Export(native, original, plan, export)
+        if not dry_run:
+            check_apart(source, target)
+            check_target(target, overwrite=overwrite)
+            check_space(target, export.nbytes + export.file_bytes(original.folder) + SPARE_BYTES)
+            _run(job, target, overwrite, progress)
+        return job.report(source, target, started, dry_run=dry_run)
+
+
+def plan_native(native: NativeSource, original: Original, items: Path) -> Plan:
+    """The plan that makes the native tree from the original; read from right to left it exports.
+
+    Raises SourceError where the tree is not that of the original's config.json.
+    """
+    towers = any("vision_encoder" in name for name in native.specs)
+    plan = plan_to_native(
+        original.architecture,
+        load_table("maxtext"),
+        original.specs,
+        DTypePolicy(),
+        scanned=native.scanned,
+        text_only=not towers,
+        where=str(original.folder),
+    )
+    missing = [name for name in plan.targets if name not in native.specs]
+    unknown = [name for name in native.specs if name not in plan.targets]
+    if missing or unknown:
+        raise SourceError(
+            "The native tree is not that of the original's config.json.",
+            where=f"{items} and {original.folder}",
+            expected=f"{len(plan.targets)} arrays" + (f", such as {missing[0]}" if missing else ""),
+            found=f"{len(native.specs)} arrays" + (f", such as {unknown[0]}" if unknown else ""),
+            do="name the Hugging Face checkpoint of the same model with --like",
+        )
+    for name, planned in plan.targets.items():
+        if native.specs[name].shape != planned.spec.shape:
+            raise SourceError(
+                "The native tree is not that of the original's config.json: a shape differs.",
+                where=f"{items}, array {name}",
+                expected=list(planned.spec.shape),
+                found=list(native.specs[name].shape),
+                do="name the Hugging Face checkpoint of the same model with --like",
+            )
+    return plan
+
+
+def _run(job: _Export, target: Path, overwrite: bool, progress: ProgressFactory | None) -> None:
+    with (
+        StagedFolder(target, overwrite=overwrite) as staged,
+        progress("to huggingface", job.export.nbytes)
+        if progress
+        else nullcontext(NoProgress()) as bar,
+    ):
+        try:
+            job.write(staged.folder, bar)
+            sync_folder(staged.folder)
+        except OSError as error:
+            raise TargetError(
+                "The target cannot be written.",
+                where=target,
+                found=error.strerror or error,
+                do="check free space and permissions of the target",
+            ) from error
+        staged.publish()
+
+
+class _Export:
+    """One export: native arrays in, tensors of the shards out."""
+
+    def __init__(
+        self, native: NativeSource, original: Original, plan: Plan, export: Export
+    ) -> None:
+        self.native, self.original, self.plan, self.export = native, original, plan, export
+        self.rounded: dict[str, int] = {}
+        self.identical = 0
+        self.different: list[str] = []
+        self.unchecked = 0
+        self._lock = threading.Lock()
+        self._copies: dict[str, list[RegionCopy]] = {}
+        for copy in plan.copies:
+            self._copies.setdefault(copy.target.tensor, []).append(copy)
+        self.largest_decode = native.largest_chunk(list(self._copies))
+
+    def write(self, folder: Path, progress: Progress) -> None:
+        """Writes every shard and every other file into `folder`."""
+        sidecar.copy_files(self.original.folder, folder, self.export.files)
+        for name, text in self.export.edited.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        with SafetensorsWriter(folder, self.export.shards) as writer:
+            with ThreadPoolExecutor(WORKERS, thread_name_prefix="export") as pool:
+                for name, copies in self._copies.items():
+                    self._write_array(name, copies, writer, pool, progress)
+            for name, origin in self.export.stored.items():
+                self._write_stored(name, origin, writer, progress)
+            for name, origin in self.export.tied.items():
+                self._write_tied(name, origin, writer, progress)
+            self._apply_exceptions(writer)
+            self._check(writer)
+
+    def _write_array(
+        self,
+        name: str,
+        copies: list[RegionCopy],
+        writer: SafetensorsWriter,
+        pool: ThreadPoolExecutor,
+        progress: Progress,
+    ) -> None:
+        array = self.native.open(name, copies)
+        jobs: set[Future[None]] = set()
+        for ranges in array.ranges():
+            for copy in copies:
+                while len(jobs) > WORKERS:
+                    jobs = _finish_some(jobs)
+                jobs.add(pool.submit(self._write_part, array, copy, ranges, writer, progress))
+        while jobs:
+            jobs = _finish_some(jobs)
+
+    def _write_part(
+        self,
+        array: NativeArray,
+        copy: RegionCopy,
+        ranges: Ranges,
+        writer: SafetensorsWriter,
+        progress: Progress,
+    ) -> None:
+        """Reads one part of a native array and puts it into its place in a Hugging Face tensor."""
+        name = self.export.names[copy.source.tensor]
+        values = array.read(copy.target.box(ranges)).reshape(copy.target.lengths(ranges))
+        lengths = tuple(extent.size for extent in copy.source.extents)
+        part = writer.array(name).reshape(lengths)[selection(copy, {}, ranges)]
+        part = part.transpose(copy.permutation)
+        dtype = writer.spec(name).dtype
+        back = restore_exactly(values, dtype, copy.scale)
+        if copy.scale is not None and self.original.holds(copy.source.tensor):
+            self._keep_originals(copy, ranges, values, back)
+        lost = _rounded(values, back, copy.scale)
+        bits(part)[...] = bits(back)
+        if lost:
+            with self._lock:
+                self.rounded[name] = self.rounded.get(name, 0) + lost
+        with self._lock:
+            writer.let_go(back.nbytes)
+            progress.advance(back.nbytes, name)
+
+    def _keep_originals(self, copy: RegionCopy, ranges: Ranges, values: Array, back: Array) -> None:
+        """Where the original still converts to the native value, it is what comes back."""
+        spec = self.original.specs[copy.source.tensor]
+        if copy.permutation != tuple(range(len(copy.permutation))) or back.dtype.name != spec.dtype:
+            return
+        row = int(np.prod(spec.shape[1:]))
+        start, stop = ranges.get(copy.source.axes[0], (0, spec.shape[0]))
+        stored = self.original.read(copy.source.tensor, start * row, (stop - start) * row)
+        stored = stored.reshape(back.shape)
+        again = np.empty(values.shape, values.dtype)
+        convert(stored, again, copy.scale)
+        np.copyto(bits(back), bits(stored), where=bits(again) == bits(values))
+
+    def _write_stored(
+        self, name: str, origin: str, writer: SafetensorsWriter, progress: Progress
+    ) -> None:
+        """Copies a tensor that the original has and the native side has not."""
+        spec, target = self.original.specs[origin], writer.array(name).reshape(-1)
+        step = max(1, PIECE_BYTES // spec.itemsize)
+        for start in range(0, spec.size, step):
+            values = self.original.read(origin, start, min(step, spec.size - start))
+            piece = target[start : start + values.size]
+            convert(values, piece, None)
+            lost = _rounded(values, piece, None)
+            if lost:
+                self.rounded[name] = self.rounded.get(name, 0) + lost
+            writer.let_go(piece.nbytes)
+            progress.advance(piece.nbytes, name)
+
+    def _write_tied(
+        self, name: str, origin: str, writer: SafetensorsWriter, progress: Progress
+    ) -> None:
+        """A tied output head is the embedding once more."""
+        source, target = writer.array(origin).reshape(-1), writer.array(name).reshape(-1)
+        step = max(1, PIECE_BYTES // source.itemsize)
+        for start in range(0, source.size, step):
+            bits(target)[start : start + step] = bits(source)[start : start + step]
+            writer.let_go(step * source.itemsize)
+            progress.advance(min(step, source.size - start) * source.itemsize, name)
+
+    def _apply_exceptions(self, writer: SafetensorsWriter) -> None:
+        """Puts back values that the native dtype could not hold, where they are still theirs."""
+        for origin, (places, originals) in self.original.exceptions.items():
+            name = self.export.names.get(origin)
+            source = self.plan.sources.get(origin)
+            if name is None or source is None or writer.spec(name).dtype != source.spec.dtype:
+                continue
+            copy = source.copies[0]
+            stored = originals.view(numpy_dtype(source.spec.dtype))
+            native = np.empty(
+                stored.shape, numpy_dtype(self.native.specs[copy.target.tensor].dtype)
+            )
+            convert(stored, native, copy.scale)
+            expected = bits(restore_exactly(native, source.spec.dtype, copy.scale))
+            flat = bits(writer.array(name).reshape(-1))
+            ours = flat[places] == expected
+            flat[places[ours]] = originals[ours]
+
+    def _check(self, writer: SafetensorsWriter) -> None:
+        """Compares every tensor with the checksum that the manifest has of it."""
+        renamed = {new: old for old, new in self.export.names.items()}
+        for shard in self.export.shards:
+            for tensor in shard.tensors:
+                known = self.original.checksums.get(renamed[tensor.name])
+                if known is None:
+                    self.unchecked += 1
+                elif _checksum(writer, tensor.name) == known:
+                    self.identical += 1
+                else:
+                    self.different.append(tensor.name)
+
+    def report(self, source: Path, target: Path, started: float, *, dry_run: bool) -> ToHFReport:
+        """The report of this export."""
+        seconds = time.monotonic() - started
+        return ToHFReport(
+            source=str(source),
+            target=str(target),
+            layout=self.plan.layout,
+            scanned=self.plan.scanned,
+            family=self.plan.architecture.family,
+            dry_run=dry_run,
+            tensors=len(self.export.names),
+            tensors_from_original=len(self.export.stored),
+            bytes_written=self.export.nbytes,
+            shards=tuple(shard.file for shard in self.export.shards),
+            rounded=self.rounded,
+            identical=self.identical,
+            different=tuple(self.different),
+            unchecked=self.unchecked,
+            largest_decode_bytes=self.largest_decode,
+            files=tuple(sorted({*map(str, self.export.files), *self.export.edited})),
+            seconds=seconds,
+            bytes_per_second=0.0 if dry_run else self.export.nbytes / seconds,
+            peak_memory_bytes=peak_memory(),
+        )
+
+
+def restore_exactly(values: Array, dtype: str, scale: float | None) -> Array:
+    """`values` in the dtype of the Hugging Face side; equal dtypes keep their bits."""
+    if scale is None and values.dtype == numpy_dtype(dtype):
+        return values
+    return restore(values, dtype, scale)
+
+
+def _rounded(values: Array, back: Array, scale: float | None) -> int:
+    """How many values do not give themselves again when they are converted once more."""
+    if scale is None and values.dtype == back.dtype:
+        return 0
+    again = np.empty(values.shape, values.dtype)
+    convert(back, again, scale)
+    return int(np.count_nonzero(bits(again) != bits(values)))
+
+
+def _finish_some(jobs: set[Future[None]]) -> set[Future[None]]:
+    done, pending = wait(jobs, return_when="FIRST_COMPLETED")
+    for job in done:
+        job.result()
+    return pending
+
+
+def _checksum(writer: SafetensorsWriter, name: str) -> str:
+    digest, data = xxhash.xxh3_128(), writer.array(name).reshape(-1).view(np.uint8)
+    for start in range(0, data.size, PIECE_BYTES):
+        digest.update(data[start : start + PIECE_BYTES].data)
+        writer.let_go(PIECE_BYTES)
+    return digest.hexdigest()

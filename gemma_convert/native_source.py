@@ -1,0 +1,141 @@
+"""A native checkpoint as a source: its tree under the names of the tables, read by region.
+
+Accepts what MaxText's converter and its training runs write: parameters below `params.params`
+(Linen), or at the root with `.value` leaves (NNX), beside a step and optimizer state that are never
+read.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from gemma_convert.dtypes import TensorSpec
+from gemma_convert.errors import SourceError
+from gemma_convert.mapping.plan import BLOCK_BYTES
+from gemma_convert.mapping.region import Box, Ranges, RegionCopy
+from gemma_convert.stores.orbax_reader import OrbaxArray, OrbaxTree, open_array, read_orbax_tree
+from gemma_convert.values import Array
+
+PARAMETERS = "params/params/"
+_VALUE = "/value"
+_MODULES = ("token_embedder/", "decoder/", "vision_encoder/")
+
+
+@dataclass(frozen=True)
+class NativeSource:
+    """The arrays of a native tree: name in the tables → spec, and the name they have on disk."""
+
+    tree: OrbaxTree
+    specs: Mapping[str, TensorSpec]
+    stored: Mapping[str, str]
+
+    @property
+    def scanned(self) -> bool:
+        return any("/scanned_blocks/" in name for name in self.specs)
+
+    def largest_chunk(self, names: Sequence[str]) -> int:
+        """Bytes of the largest chunk of the named arrays; a chunk is decoded at once."""
+        chunks = (self.tree.chunks[self.stored[name]] for name in names)
+        return max(
+            (prod(c) * self.specs[n].itemsize for n, c in zip(names, chunks, strict=True)),
+            default=0,
+        )
+
+    def open(self, name: str, copies: list[RegionCopy]) -> NativeArray:
+        """One array, to be read region by region as `copies` (native side: target) need it."""
+        array = open_array(self.tree, self.stored[name])
+        reading = _Reading(copies, array)
+        if reading.cache_bytes:
+            array = open_array(self.tree, self.stored[name], reading.cache_bytes)
+        return NativeArray(array, reading)
+
+
+@dataclass(frozen=True)
+class NativeArray:
+    """One open array and the ranges in which it is read."""
+
+    array: OrbaxArray
+    reading: _Reading
+
+    def ranges(self) -> Iterator[Ranges]:
+        return self.reading.ranges()
+
+    def read(self, box: Box) -> Array:
+        """The values in `box`; raises SourceError where they cannot be read."""
+        return self.array.read(box)
+
+
+class _Reading:
+    """How an array is cut for reading: along whole chunks, so that each is decoded once."""
+
+    def __init__(self, copies: list[RegionCopy], array: OrbaxArray) -> None:
+        dims = copies[0].target.dims
+        shape, chunk = array.spec.shape, array.chunk
+        self._steps: dict[str, tuple[int, int]] = {}
+        lengths = []
+        for extents, size, step in zip(dims, shape, chunk, strict=True):
+            if len(extents) == 1 and extents[0].at is None:
+                self._steps[extents[0].axis] = (min(step, size), size)
+                lengths.append(min(step, size))
+            else:
+                free = prod(extent.size for extent in extents if extent.at is None)
+                lengths.append(free)
+        self._grow(dims, lengths, array.spec.itemsize)
+        shared = any(
+            any(extent.at is not None for extent in extents) and step > 1
+            for extents, step in zip(dims, chunk, strict=True)
+        )
+        slab = prod(
+            self._steps[extents[0].axis][0] if len(extents) == 1 and extents[0].at is None else size
+            for extents, size in zip(dims, shape, strict=True)
+        )
+        self.cache_bytes = slab * array.spec.itemsize + (1 << 20) if shared else 0
+
+    def _grow(self, dims: Any, lengths: list[int], itemsize: int) -> None:
+        """Takes several chunks at once, while they stay within a block."""
+        for place in reversed(range(len(dims))):
+            extents = dims[place]
+            if len(extents) != 1 or extents[0].at is not None:
+                continue
+            step, size = self._steps[extents[0].axis]
+            others = prod(lengths[:place] + lengths[place + 1 :]) * itemsize
+            count = max(1, BLOCK_BYTES // max(1, others * step))
+            step = min(size, step * count)
+            self._steps[extents[0].axis] = (step, size)
+            lengths[place] = step
+
+    def ranges(self) -> Iterator[Ranges]:
+        spans = [
+            [(start, min(start + step, size)) for start in range(0, size, step)]
+            for step, size in self._steps.values()
+        ]
+        for combination in itertools.product(*spans):
+            yield dict(zip(self._steps, combination, strict=True))
+
+
+def open_native(items: Path) -> NativeSource:
+    """The native tree in an Orbax item folder, under the names of the mapping tables.
+
+    Raises SourceError where it has no parameters in a form that is known.
+    """
+    tree = read_orbax_tree(items)
+    stored = {name: name for name in tree.arrays if name.startswith(PARAMETERS)}
+    if not stored:
+        for name in tree.arrays:
+            path = name.removeprefix("params/").removesuffix(_VALUE)
+            if name.endswith(_VALUE) and path.startswith(_MODULES):
+                stored[PARAMETERS + path] = name
+    if not stored:
+        raise SourceError(
+            "The checkpoint holds no MaxText parameters.",
+            where=items,
+            expected="params.params.<module>, or <module>….value",
+            found=", ".join(sorted({name.split("/")[0] for name in tree.arrays})[:8]),
+        )
+    specs = {name: tree.arrays[path] for name, path in stored.items()}
+    return NativeSource(tree, specs, stored)

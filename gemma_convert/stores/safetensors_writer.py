@@ -1,0 +1,85 @@
+"""Writes safetensors shards region by region: header first, space reserved, then values in place.
+
+Shards are mapped, so that a part of a tensor may be written in any layout; written pages are let go
+soon, and space is reserved beforehand, since a full disk kills a process that writes through a map.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gemma_convert.dtypes import TensorSpec, numpy_dtype
+from gemma_convert.stores.safetensors import StoredTensor
+from gemma_convert.values import Array
+
+LET_GO_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class OutputShard:
+    """One file to be written: its header, length word included, and where its tensors lie."""
+
+    file: str
+    header: bytes
+    tensors: tuple[StoredTensor, ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.header) + sum(tensor.spec.nbytes for tensor in self.tensors)
+
+
+class SafetensorsWriter:
+    """Open shards that take values; use as a context manager. A full disk is an OSError."""
+
+    def __init__(self, folder: Path, shards: Sequence[OutputShard]) -> None:
+        self._maps: dict[str, mmap.mmap] = {}
+        self._tensors: dict[str, StoredTensor] = {}
+        self._written = 0
+        for shard in shards:
+            with (folder / shard.file).open("x+b") as file:
+                file.write(shard.header)
+                file.flush()
+                _reserve(file.fileno(), shard.size)
+                self._maps[shard.file] = mmap.mmap(file.fileno(), shard.size)
+            self._tensors |= {tensor.name: tensor for tensor in shard.tensors}
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for mapped in self._maps.values():
+            with contextlib.suppress(BufferError):  # an array in a traceback keeps its map open
+                mapped.close()
+
+    def spec(self, name: str) -> TensorSpec:
+        return self._tensors[name].spec
+
+    def array(self, name: str) -> Array:
+        """The tensor in its file, writable. Drop it before the writer is closed."""
+        tensor = self._tensors[name]
+        flat = np.frombuffer(
+            self._maps[tensor.file], np.uint8, count=tensor.spec.nbytes, offset=tensor.start
+        )
+        return flat.view(numpy_dtype(tensor.spec.dtype)).reshape(tensor.spec.shape)
+
+    def let_go(self, count: int) -> None:
+        """Says that `count` bytes more were written; now and then their pages are let go."""
+        self._written += count
+        if self._written >= LET_GO_BYTES:
+            self._written = 0
+            for mapped in self._maps.values():
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.ftruncate(descriptor, size)
