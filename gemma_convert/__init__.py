@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from gemma_convert.logits.golden import save_golden
     from gemma_convert.logits.report import LogitReport
     from gemma_convert.tiny import make_tiny
+    from gemma_convert.verification import VerifyReport, verify
 
 _HOMES = {
     "ToNativeReport": "gemma_convert.convert",
@@ -42,6 +43,8 @@ _HOMES = {
     "logit_check": "gemma_convert.logits.check",
     "save_golden": "gemma_convert.logits.golden",
     "make_tiny": "gemma_convert.tiny",
+    "VerifyReport": "gemma_convert.verification",
+    "verify": "gemma_convert.verification",
 }
 
 __all__ = [
@@ -54,6 +57,7 @@ __all__ = [
     "ToHFReport",
     "ToNativeReport",
     "UsageError",
+    "VerifyReport",
     "__version__",
     "inspect",
     "logit_check",
@@ -61,6 +65,7 @@ __all__ = [
     "save_golden",
     "to_hf",
     "to_native",
+    "verify",
 ]
 
 

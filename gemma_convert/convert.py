@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from gemma_convert.stores.orbax import (
     Compression,
     OrbaxFormat,
     OrbaxWriter,
+    Region,
     sync_folder,
     write_step_metadata,
 )
@@ -201,10 +202,16 @@ class _Job:
             }
         )
         write_step_metadata(folder / STEP, ITEMS, {"scan_layers": self.plan.scanned}, started)
-        self._write_sidecar(folder / sidecar.FOLDER, result, progress)
+        self._write_sidecar(folder / sidecar.FOLDER, result, writer.regions, progress)
         return result
 
-    def _write_sidecar(self, folder: Path, result: TransferResult, progress: Progress) -> None:
+    def _write_sidecar(
+        self,
+        folder: Path,
+        result: TransferResult,
+        regions: Mapping[str, list[Region]],
+        progress: Progress,
+    ) -> None:
         own = folder / sidecar.OWN
         own.mkdir(parents=True)
         digests = sidecar.copy_files(self.source, folder, self.files)
@@ -220,7 +227,8 @@ class _Job:
         }
         if listed:
             sidecar.write_exceptions(own, listed)
-        sidecar.write_manifest(own, self._manifest(result, checksums, digests))
+        manifest = self._manifest(result, checksums, digests)
+        sidecar.write_manifest(own, manifest | {"regions": regions})
 
     def _check_tied(self) -> None:
         """Raises SourceError where a tied tensor differs from the one that it must equal."""

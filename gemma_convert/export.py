@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
 from gemma_convert.convert import ProgressFactory, peak_memory
-from gemma_convert.dtypes import Choice, DTypePolicy, numpy_dtype
-from gemma_convert.errors import SourceError, TargetError
-from gemma_convert.mapping.plan import Plan, plan_to_native
+from gemma_convert.dtypes import Choice, numpy_dtype
+from gemma_convert.errors import TargetError
+from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.region import Ranges, RegionCopy
-from gemma_convert.mapping.table import load_table
-from gemma_convert.native_source import NativeArray, NativeSource, open_native
+from gemma_convert.native_source import (
+    NativeSource,
+    for_each_part,
+    open_native,
+    plan_native,
+    source_part,
+)
 from gemma_convert.output import NoProgress, Progress
 from gemma_convert.shards import Export, KVShared, plan_export
 from gemma_convert.stores import sidecar
@@ -27,7 +32,6 @@ from gemma_convert.stores.orbax_reader import find_items
 from gemma_convert.stores.original import Original, open_original
 from gemma_convert.stores.safetensors_writer import SafetensorsWriter
 from gemma_convert.stores.staging import StagedFolder, check_apart, check_space, check_target
-from gemma_convert.transfer import WORKERS, selection
 from gemma_convert.values import Array, bits, convert, restore
 
 PIECE_BYTES = 16 << 20
@@ -102,43 +106,6 @@ def to_hf(
         return job.report(source, target, started, dry_run=dry_run)
 
 
-def plan_native(native: NativeSource, original: Original, items: Path) -> Plan:
-    """The plan that makes the native tree from the original; read from right to left it exports.
-
-    Raises SourceError where the tree is not that of the original's config.json.
-    """
-    towers = any("vision_encoder" in name for name in native.specs)
-    plan = plan_to_native(
-        original.architecture,
-        load_table("maxtext"),
-        original.specs,
-        DTypePolicy(),
-        scanned=native.scanned,
-        text_only=not towers,
-        where=str(original.folder),
-    )
-    missing = [name for name in plan.targets if name not in native.specs]
-    unknown = [name for name in native.specs if name not in plan.targets]
-    if missing or unknown:
-        raise SourceError(
-            "The native tree is not that of the original's config.json.",
-            where=f"{items} and {original.folder}",
-            expected=f"{len(plan.targets)} arrays" + (f", such as {missing[0]}" if missing else ""),
-            found=f"{len(native.specs)} arrays" + (f", such as {unknown[0]}" if unknown else ""),
-            do="name the Hugging Face checkpoint of the same model with --like",
-        )
-    for name, planned in plan.targets.items():
-        if native.specs[name].shape != planned.spec.shape:
-            raise SourceError(
-                "The native tree is not that of the original's config.json: a shape differs.",
-                where=f"{items}, array {name}",
-                expected=list(planned.spec.shape),
-                found=list(native.specs[name].shape),
-                do="name the Hugging Face checkpoint of the same model with --like",
-            )
-    return plan
-
-
 def _run(job: _Export, target: Path, overwrite: bool, progress: ProgressFactory | None) -> None:
     with (
         StagedFolder(target, overwrite=overwrite) as staged,
@@ -171,10 +138,7 @@ class _Export:
         self.different: list[str] = []
         self.unchecked = 0
         self._lock = threading.Lock()
-        self._copies: dict[str, list[RegionCopy]] = {}
-        for copy in plan.copies:
-            self._copies.setdefault(copy.target.tensor, []).append(copy)
-        self.largest_decode = native.largest_chunk(list(self._copies))
+        self.largest_decode = native.largest_chunk(list(plan.targets))
 
     def write(self, folder: Path, progress: Progress) -> None:
         """Writes every shard and every other file into `folder`."""
@@ -182,9 +146,11 @@ class _Export:
         for name, text in self.export.edited.items():
             (folder / name).write_text(text, encoding="utf-8")
         with SafetensorsWriter(folder, self.export.shards) as writer:
-            with ThreadPoolExecutor(WORKERS, thread_name_prefix="export") as pool:
-                for name, copies in self._copies.items():
-                    self._write_array(name, copies, writer, pool, progress)
+
+            def write(copy: RegionCopy, ranges: Ranges, values: Array) -> None:
+                self._write_part(copy, ranges, values, writer, progress)
+
+            for_each_part(self.native, self.plan, write)
             for name, origin in self.export.stored.items():
                 self._write_stored(name, origin, writer, progress)
             for name, origin in self.export.tied.items():
@@ -192,38 +158,17 @@ class _Export:
             self._apply_exceptions(writer)
             self._check(writer)
 
-    def _write_array(
-        self,
-        name: str,
-        copies: list[RegionCopy],
-        writer: SafetensorsWriter,
-        pool: ThreadPoolExecutor,
-        progress: Progress,
-    ) -> None:
-        array = self.native.open(name, copies)
-        jobs: set[Future[None]] = set()
-        for ranges in array.ranges():
-            for copy in copies:
-                while len(jobs) > WORKERS:
-                    jobs = _finish_some(jobs)
-                jobs.add(pool.submit(self._write_part, array, copy, ranges, writer, progress))
-        while jobs:
-            jobs = _finish_some(jobs)
-
     def _write_part(
         self,
-        array: NativeArray,
         copy: RegionCopy,
         ranges: Ranges,
+        values: Array,
         writer: SafetensorsWriter,
         progress: Progress,
     ) -> None:
-        """Reads one part of a native array and puts it into its place in a Hugging Face tensor."""
+        """Puts one part of a native array into its place in a Hugging Face tensor."""
         name = self.export.names[copy.source.tensor]
-        values = array.read(copy.target.box(ranges)).reshape(copy.target.lengths(ranges))
-        lengths = tuple(extent.size for extent in copy.source.extents)
-        part = writer.array(name).reshape(lengths)[selection(copy, {}, ranges)]
-        part = part.transpose(copy.permutation)
+        part = source_part(copy, ranges, writer.array(name))
         dtype = writer.spec(name).dtype
         back = restore_exactly(values, dtype, copy.scale)
         if copy.scale is not None and self.original.holds(copy.source.tensor):
@@ -242,10 +187,11 @@ class _Export:
         spec = self.original.specs[copy.source.tensor]
         if copy.permutation != tuple(range(len(copy.permutation))) or back.dtype.name != spec.dtype:
             return
-        row = int(np.prod(spec.shape[1:]))
+        row = prod(spec.shape[1:])
         start, stop = ranges.get(copy.source.axes[0], (0, spec.shape[0]))
-        stored = self.original.read(copy.source.tensor, start * row, (stop - start) * row)
-        stored = stored.reshape(back.shape)
+        rows = self.original.read(copy.source.tensor, start * row, (stop - start) * row)
+        inner = {axis: span for axis, span in ranges.items() if axis != copy.source.axes[0]}
+        stored = source_part(copy, inner, rows.reshape(stop - start, *spec.shape[1:]))
         again = np.empty(values.shape, values.dtype)
         convert(stored, again, copy.scale)
         np.copyto(bits(back), bits(stored), where=bits(again) == bits(values))
@@ -348,13 +294,6 @@ def _rounded(values: Array, back: Array, scale: float | None) -> int:
     again = np.empty(values.shape, values.dtype)
     convert(back, again, scale)
     return int(np.count_nonzero(bits(again) != bits(values)))
-
-
-def _finish_some(jobs: set[Future[None]]) -> set[Future[None]]:
-    done, pending = wait(jobs, return_when="FIRST_COMPLETED")
-    for job in done:
-        job.result()
-    return pending
 
 
 def _checksum(writer: SafetensorsWriter, name: str) -> str:

@@ -8,17 +8,21 @@ read.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from gemma_convert.dtypes import TensorSpec
+from gemma_convert.dtypes import DTypePolicy, TensorSpec
 from gemma_convert.errors import SourceError
-from gemma_convert.mapping.plan import BLOCK_BYTES
+from gemma_convert.mapping.plan import BLOCK_BYTES, Plan, plan_to_native
 from gemma_convert.mapping.region import Box, Ranges, RegionCopy
+from gemma_convert.mapping.table import load_table
 from gemma_convert.stores.orbax_reader import OrbaxArray, OrbaxTree, open_array, read_orbax_tree
+from gemma_convert.stores.original import Original
+from gemma_convert.transfer import WORKERS, selection
 from gemma_convert.values import Array
 
 PARAMETERS = "params/params/"
@@ -37,6 +41,12 @@ class NativeSource:
     @property
     def scanned(self) -> bool:
         return any("/scanned_blocks/" in name for name in self.specs)
+
+    def without(self, module: str) -> NativeSource:
+        """The source without one module of the tree, such as `vision_encoder/`."""
+        start = PARAMETERS + module
+        specs = {name: spec for name, spec in self.specs.items() if not name.startswith(start)}
+        return replace(self, specs=specs)
 
     def largest_chunk(self, names: Sequence[str]) -> int:
         """Bytes of the largest chunk of the named arrays; a chunk is decoded at once."""
@@ -139,3 +149,91 @@ def open_native(items: Path) -> NativeSource:
         )
     specs = {name: tree.arrays[path] for name, path in stored.items()}
     return NativeSource(tree, specs, stored)
+
+
+def plan_native(native: NativeSource, original: Original, items: Path) -> Plan:
+    """The plan that makes the native tree from the original; read from right to left it exports.
+
+    Raises SourceError where the tree is not that of the original's config.json.
+    """
+    towers = any("vision_encoder" in name for name in native.specs)
+    plan = plan_to_native(
+        original.architecture,
+        load_table("maxtext"),
+        original.specs,
+        DTypePolicy(),
+        scanned=native.scanned,
+        text_only=not towers,
+        where=str(original.folder),
+    )
+    missing = [name for name in plan.targets if name not in native.specs]
+    unknown = [name for name in native.specs if name not in plan.targets]
+    if missing or unknown:
+        raise SourceError(
+            "The native tree is not that of the original's config.json.",
+            where=f"{items} and {original.folder}",
+            expected=f"{len(plan.targets)} arrays" + (f", such as {missing[0]}" if missing else ""),
+            found=f"{len(native.specs)} arrays" + (f", such as {unknown[0]}" if unknown else ""),
+            do="name the Hugging Face checkpoint of the same model with --like",
+        )
+    for name, planned in plan.targets.items():
+        if native.specs[name].shape != planned.spec.shape:
+            raise SourceError(
+                "The native tree is not that of the original's config.json: a shape differs.",
+                where=f"{items}, array {name}",
+                expected=list(planned.spec.shape),
+                found=list(native.specs[name].shape),
+                do="name the Hugging Face checkpoint of the same model with --like",
+            )
+    return plan
+
+
+Action = Callable[[RegionCopy, Ranges, Array], None]
+
+
+def for_each_part(native: NativeSource, plan: Plan, action: Action) -> None:
+    """Calls `action(copy, ranges, values)` for every part of every array, on a few threads.
+
+    `plan` makes the native tree from Hugging Face tensors; `values` has one dimension for each free
+    axis of the copy's native side. Every chunk is decoded once.
+    """
+    groups: dict[str, list[RegionCopy]] = {}
+    for copy in plan.copies:
+        groups.setdefault(copy.target.tensor, []).append(copy)
+
+    def run(array: NativeArray, copy: RegionCopy, ranges: Ranges) -> None:
+        values = array.read(copy.target.box(ranges))
+        action(copy, ranges, values.reshape(copy.target.lengths(ranges)))
+
+    with ThreadPoolExecutor(WORKERS, thread_name_prefix="native") as pool:
+        jobs: set[Future[None]] = set()
+        for name, copies in groups.items():
+            array = native.open(name, copies)
+            for ranges in array.ranges():
+                for copy in copies:
+                    jobs = _finish(jobs, WORKERS)
+                    jobs.add(pool.submit(run, array, copy, ranges))
+            if array.reading.cache_bytes:
+                jobs = _finish(jobs, 0)
+        _finish(jobs, 0)
+
+
+def _finish(jobs: set[Future[None]], most: int) -> set[Future[None]]:
+    """Waits until at most `most` jobs are under way; raises what a job raised."""
+    while len(jobs) > most:
+        done, jobs = wait(jobs, return_when=FIRST_COMPLETED)
+        for job in done:
+            job.result()
+    return jobs
+
+
+def source_part(copy: RegionCopy, ranges: Ranges, tensor: Array) -> Array:
+    """The part of a Hugging Face tensor that `copy` and `ranges` take, in the native order of axes.
+
+    `tensor` may be a block of the whole one, as long as `ranges` counts from its beginning.
+    """
+    sizes = [extent.size for extent in copy.source.extents]
+    if sizes and tensor.shape and tensor.size != prod(sizes):
+        sizes[0] = tensor.size // prod(sizes[1:])
+    part: Array = tensor.reshape(sizes)[selection(copy, {}, ranges)]
+    return part.transpose(copy.permutation)

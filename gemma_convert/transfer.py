@@ -111,7 +111,7 @@ class Transfer:
                     for ranges, buffer in self._read(name, source):
                         pool.submit(self._guarded, source, ranges, buffer)
                         if self._failure is not None:
-                            break
+                            raise self._failure
         except BaseException as error:
             self._fail(error)
         self._drain()

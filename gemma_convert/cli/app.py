@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gemma_convert.cli import golden, inspect, logit_check, tiny, to_hf, to_native
+from gemma_convert.cli import golden, inspect, logit_check, tiny, to_hf, to_native, verify
 from gemma_convert.errors import GemmaConvertError
 from gemma_convert.version import __version__
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 app.command("to-native")(to_native.command)
 app.command("to-hf")(to_hf.command)
+app.command("verify")(verify.command)
 app.command("inspect")(inspect.command)
 app.command("logit-check")(logit_check.command)
 app.command("golden")(golden.command)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from gemma_convert.dtypes import TensorSpec, numpy_dtype
@@ -47,6 +48,15 @@ class OrbaxFormat:
         return "zarr3" if self.ocdbt else "zarr2"
 
 
+Region = tuple[Box, str]
+"""A box of an array and the checksum of its values."""
+
+
+def checksum(values: NDArray[Any]) -> str:
+    """xxh3_128 of the values' bytes in C order."""
+    return xxhash.xxh3_128(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data).hexdigest()
+
+
 class OrbaxWriter:
     """Writes one Orbax item folder: `declare` every array, `write` regions, then `finish`."""
 
@@ -58,6 +68,8 @@ class OrbaxWriter:
         folder.mkdir(parents=True)
         self._context = ts.Context({"file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}})
         self._arrays: dict[str, Any] = {}
+        self.regions: dict[str, list[Region]] = {}
+        """array → the regions written, each with its checksum."""
 
     def declare(self, arrays: Mapping[str, tuple[TensorSpec, tuple[int, ...]]]) -> None:
         """Creates every array, given its name (a path in the tables' notation), spec and chunk."""
@@ -81,6 +93,7 @@ class OrbaxWriter:
 
     def write(self, name: str, box: Box, values: NDArray[np.generic]) -> Any:
         """A future of the commit of `values` into `box`; `values` must not change before it."""
+        self.regions.setdefault(name, []).append((box, checksum(values)))
         where = tuple(slice(start, start + length) for start, length in box)
         view = self._arrays[name][where] if where else self._arrays[name]
         future = view.write(values, can_reference_source_data_indefinitely=True).commit

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 from numpy.typing import NDArray
 
-from gemma_convert.dtypes import SAFETENSORS_NAMES, SAFETENSORS_SPELLINGS, TensorSpec
+from gemma_convert.dtypes import SAFETENSORS_NAMES, SAFETENSORS_SPELLINGS, TensorSpec, numpy_dtype
 from gemma_convert.errors import SourceError
 
 SINGLE = "model.safetensors"
@@ -107,6 +108,13 @@ class SafetensorsFolder:
                     do="leave the source alone until the conversion ends, then start again",
                 )
             done += count
+
+    def mapped(self, tensor: StoredTensor) -> NDArray[Any]:
+        """The tensor as a read-only view of its file, for files that nobody else changes."""
+        if not tensor.spec.size:
+            return np.empty(tensor.spec.shape, numpy_dtype(tensor.spec.dtype))
+        data = np.memmap(self.folder / tensor.file, np.uint8, "r", tensor.start, tensor.spec.nbytes)
+        return np.asarray(data).view(numpy_dtype(tensor.spec.dtype)).reshape(tensor.spec.shape)
 
     def check_unchanged(self) -> None:
         """Raises SourceError where a shard is not what it was when it was opened."""

@@ -1,0 +1,64 @@
+"""`gemma-convert verify`: read a converted checkpoint again and prove it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from gemma_convert.verification import VerifyReport
+
+SHOWN = 20
+
+
+def command(
+    path: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A converted checkpoint, or an exported folder.")
+    ],
+    against: Annotated[
+        Path | None,
+        typer.Option(help="What it was converted from; the manifest's checksums by default."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Read a converted checkpoint again and compare every value with where it came from.
+
+    Exits 1, and names the tensors, where something differs.
+
+    Examples: gemma-convert verify out --against gemma-4-E2B-it
+
+    gemma-convert verify exported --against out
+    """
+    from gemma_convert.output import ProgressBar, show, show_json
+    from gemma_convert.verification import verify
+
+    report = verify(path, against=against, progress=ProgressBar)
+    if as_json:
+        show_json(report.as_json())
+    else:
+        show(_table(report))
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def _table(report: VerifyReport) -> RenderableType:
+    from rich.table import Table
+
+    from gemma_convert.output import human_bytes
+
+    table = Table.grid(padding=(0, 2))
+    table.add_row("verified" if report.passed else "DIFFERENT", f"{report.path}")
+    table.add_row("against", report.against)
+    table.add_row("read again", f"{report.checked} tensors, {human_bytes(report.bytes)}")
+    if report.within_rounding:
+        table.add_row("rounding", f"{report.within_rounding:,} values are equal but for it")
+    for name, how in list(report.different.items())[:SHOWN]:
+        table.add_row(name, how)
+    if len(report.different) > SHOWN:
+        table.add_row("", f"and {len(report.different) - SHOWN} more")
+    table.add_row("time", f"{report.seconds:.1f} s")
+    return table
