@@ -7,8 +7,8 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,31 +16,25 @@ import numpy as np
 
 from gemma_convert.architecture import read_architecture
 from gemma_convert.dtypes import Choice, DTypePolicy, ScaledChoice, TensorSpec
-from gemma_convert.errors import SourceError, TargetError
+from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.mapping.plan import Plan, plan_to_native
 from gemma_convert.mapping.table import HUGGINGFACE, load_table, mappings_folder
-from gemma_convert.output import NoProgress, Progress
+from gemma_convert.native_source import open_native
+from gemma_convert.output import Progress
+from gemma_convert.relayout import Relayout, plan_relayout
 from gemma_convert.settings import maxtext_settings
+from gemma_convert.step import ITEMS, STEP, ProgressFactory, Regions, Step, publish_step
 from gemma_convert.stores import sidecar
-from gemma_convert.stores.orbax import (
-    Compression,
-    OrbaxFormat,
-    OrbaxWriter,
-    Region,
-    sync_folder,
-    write_step_metadata,
-)
-from gemma_convert.stores.safetensors import SafetensorsFolder
-from gemma_convert.stores.staging import StagedFolder, check_apart, check_space, check_target
-from gemma_convert.transfer import Losses, Transfer, TransferResult
+from gemma_convert.stores.orbax import Compression, OrbaxFormat
+from gemma_convert.stores.orbax_reader import find_items
+from gemma_convert.stores.original import open_original
+from gemma_convert.stores.safetensors import INDEX, SINGLE, SafetensorsFolder
+from gemma_convert.stores.staging import check_apart, check_space, check_target
+from gemma_convert.transfer import Losses, TransferResult
 from gemma_convert.version import __version__
-
-STEP, ITEMS = "0", "items"
 
 SPARE_BYTES = 16 << 20
 """Asked for beside the tensors: metadata of the store, manifest, headers."""
-
-ProgressFactory = Callable[[str, int], AbstractContextManager[Progress]]
 
 
 @dataclass(frozen=True)
@@ -102,6 +96,7 @@ def to_native(
     target: str | Path,
     *,
     layout: str = "maxtext",
+    like: str | Path | None = None,
     scan_layers: bool = False,
     dtype: Choice = "keep",
     scaled_dtype: ScaledChoice = "float32",
@@ -110,33 +105,53 @@ def to_native(
     compression: Compression = "none",
     dry_run: bool = False,
     overwrite: bool = False,
+    resume: bool = False,
     progress: ProgressFactory | None = None,
 ) -> ToNativeReport:
-    """A report of the conversion of a Hugging Face checkpoint into a native layout.
+    """A report of the conversion of a checkpoint into a native layout.
 
-    `target` appears when everything is in it. Raises SourceError, TargetError or UsageError with
-    one clear message; then nothing is left behind.
+    `source` is a Hugging Face folder, or a native checkpoint, whose bits are then copied; `like`
+    names the Hugging Face original of one that has no sidecar. `target` appears when everything is
+    in it. Raises SourceError, TargetError or UsageError with one clear message; then nothing is
+    left behind.
     """
     started, source, target = time.monotonic(), Path(source), Path(target)
-    architecture = read_architecture(source)
-    with SafetensorsFolder(source) as reader:
-        plan = plan_to_native(
-            architecture,
-            load_table(layout),
-            reader.specs,
-            DTypePolicy(dtype, scaled_dtype),
-            scanned=scan_layers,
-            text_only=text_only,
-            where=str(source),
-        )
-        files, listed = sidecar.other_files(source, [shard.file for shard in reader.shards])
-        job = _Job(source, target, plan, reader, files, listed, OrbaxFormat(ocdbt, compression))
+    policy, form = DTypePolicy(dtype, scaled_dtype), OrbaxFormat(ocdbt, compression)
+    job: _Job | _NativeJob
+    with ExitStack() as stack:
+        if is_native(source):
+            if text_only:
+                raise UsageError(
+                    "--text-only needs a Hugging Face source.", do="export it with to-hf first"
+                )
+            items = find_items(source)
+            original = stack.enter_context(
+                open_original(source, None if like is None else Path(like))
+            )
+            native = open_native(items)
+            plan, blocks = plan_relayout(native, original, items, policy, scan_layers)
+            relayout = Relayout(items, target, native, original, plan, blocks, form)
+            job = _NativeJob(source, target, plan, relayout)
+        else:
+            architecture = read_architecture(source)
+            reader = stack.enter_context(SafetensorsFolder(source))
+            plan = plan_to_native(
+                architecture,
+                load_table(layout),
+                reader.specs,
+                policy,
+                scanned=scan_layers,
+                text_only=text_only,
+                where=str(source),
+            )
+            files, listed = sidecar.other_files(source, [shard.file for shard in reader.shards])
+            job = _Job(source, target, plan, reader, files, listed, form)
         if dry_run:
             return job.report(TransferResult(), started, dry_run=True)
         check_apart(source, target)
         check_target(target, overwrite=overwrite)
         check_space(target, job.needed_bytes())
-        result = job.run(overwrite=overwrite, progress=progress)
+        result = job.run(overwrite=overwrite, resume=resume, progress=progress)
         return job.report(result, started, dry_run=False)
 
 
@@ -164,52 +179,35 @@ class _Job:
         files = sum((self.source / file).stat().st_size for file in self.files)
         return self.plan.target_bytes + carried + files + SPARE_BYTES
 
-    def run(self, *, overwrite: bool, progress: ProgressFactory | None) -> TransferResult:
+    def run(
+        self, *, overwrite: bool, resume: bool, progress: ProgressFactory | None
+    ) -> TransferResult:
         carried = sum(self._spec(name).nbytes for name in self.plan.carried)
-        title, total = f"to {self.plan.layout}", self.plan.source_bytes + carried
         self._check_tied()
-        with (
-            StagedFolder(self.target, overwrite=overwrite) as staged,
-            progress(title, total) if progress else nullcontext(NoProgress()) as bar,
-        ):
-            try:
-                result = self._write(staged.folder, bar)
-                sync_folder(staged.folder)
-            except OSError as error:
-                raise TargetError(
-                    "The target cannot be written.",
-                    where=self.target,
-                    found=error.strerror or error,
-                    do="check free space and permissions of the target",
-                ) from error
-            staged.publish()
-        return result
+        source = [(shard.file, shard.size, shard.modified_ns) for shard in self.reader.shards]
+        headers = [hashlib.sha256(shard.header).hexdigest() for shard in self.reader.shards]
+        step = Step(self.plan, self.reader, self.form, {"source": source, "headers": headers})
 
-    def _write(self, folder: Path, progress: Progress) -> TransferResult:
-        started = time.time_ns()
-        (folder / STEP).mkdir()
-        writer = OrbaxWriter(folder / STEP / ITEMS, self.form)
-        writer.declare(
-            {name: (target.spec, target.chunk) for name, target in self.plan.targets.items()}
-            | {"step": (TensorSpec("int32", ()), ())}
+        def write(folder: Path, bar: Progress) -> TransferResult:
+            result = step.write(folder, bar)
+            self._write_sidecar(folder / sidecar.FOLDER, result, step.regions, bar)
+            return result
+
+        return publish_step(
+            step,
+            self.target,
+            write,
+            self.plan.source_bytes + carried,
+            overwrite=overwrite,
+            resume=resume,
+            progress=progress,
         )
-        result = Transfer(self.plan, self.reader, writer, progress).run()
-        writer.write("step", (), np.zeros((), np.int32)).result()
-        writer.finish(
-            {
-                "step": {"value_type": "scalar", "skip_deserialize": False},
-                "opt_state": {"value_type": "Dict", "skip_deserialize": True},
-            }
-        )
-        write_step_metadata(folder / STEP, ITEMS, {"scan_layers": self.plan.scanned}, started)
-        self._write_sidecar(folder / sidecar.FOLDER, result, writer.regions, progress)
-        return result
 
     def _write_sidecar(
         self,
         folder: Path,
         result: TransferResult,
-        regions: Mapping[str, list[Region]],
+        regions: Mapping[str, Regions],
         progress: Progress,
     ) -> None:
         own = folder / sidecar.OWN
@@ -228,7 +226,8 @@ class _Job:
         if listed:
             sidecar.write_exceptions(own, listed)
         manifest = self._manifest(result, checksums, digests)
-        sidecar.write_manifest(own, manifest | {"regions": regions})
+        listed_regions = {name: list(boxes.items()) for name, boxes in regions.items()}
+        sidecar.write_manifest(own, manifest | {"regions": listed_regions})
 
     def _check_tied(self) -> None:
         """Raises SourceError where a tied tensor differs from the one that it must equal."""
@@ -244,13 +243,6 @@ class _Job:
     def _spec(self, name: str) -> TensorSpec:
         return self.reader.tensors[name].spec
 
-    def lossy_rows(self, result: TransferResult) -> tuple[LossyRow, ...]:
-        """Rows that the dtype policy rounds, with the number of values that do not come back."""
-        return tuple(
-            LossyRow(self.plan.sources[name].copies[0].row, name, reason, _lost(result, name))
-            for name, reason in self.plan.rounded.items()
-        )
-
     def _manifest(
         self, result: TransferResult, carried: dict[str, str], digests: dict[str, str]
     ) -> dict[str, object]:
@@ -263,7 +255,7 @@ class _Job:
             "dtype": plan.policy.dtype,
             "scaled_dtype": plan.policy.scaled,
             "mapping_sha256": _mapping_digests(plan.layout),
-            "lossy_rows": [asdict(row) for row in self.lossy_rows(result)],
+            "lossy_rows": [asdict(row) for row in _lossy_rows(plan, result)],
             "exceptions": _exceptions(result),
             "shards": [
                 {"file": shard.file, "size": shard.size, "header": f"{shard.file}.header"}
@@ -292,47 +284,122 @@ class _Job:
         return "converted"
 
     def report(self, result: TransferResult, started: float, *, dry_run: bool) -> ToNativeReport:
-        plan, seconds = self.plan, time.monotonic() - started
-        multimodal = any(name.startswith("params/params/vision_encoder/") for name in plan.targets)
-        items = self.target.absolute() / STEP / ITEMS
-        carried = dict(plan.carried) | {
+        """The report of this conversion."""
+        carried = dict(self.plan.carried) | {
             name: "its values do not come back from the stored dtype"
             for name, losses in result.losses.items()
             if losses.whole
         }
-        return ToNativeReport(
-            source=str(self.source),
-            target=str(self.target),
-            layout=plan.layout,
-            scanned=plan.scanned,
-            family=plan.architecture.family,
-            dry_run=dry_run,
-            tensors_converted=len(plan.sources),
-            bytes_read=plan.source_bytes,
-            arrays_written=len(plan.targets),
-            bytes_written=plan.target_bytes,
+        report = _report(self.source, self.target, self.plan, result, started, dry_run=dry_run)
+        return replace(
+            report,
             tensors_carried=len(carried),
             bytes_carried=sum(self._spec(name).nbytes for name in carried),
             carried_why=dict(Counter(carried.values())),
-            tied=tuple(plan.tied),
-            lossy_rows=self.lossy_rows(result),
-            exceptions=_exceptions(result),
             files_carried=tuple(map(str, self.files)),
             not_carried=tuple(self.listed),
-            settings=maxtext_settings(
-                plan.architecture, items, scanned=plan.scanned, multimodal=multimodal
-            ),
-            seconds=seconds,
-            bytes_per_second=0.0 if dry_run else plan.source_bytes / seconds,
-            peak_memory_bytes=peak_memory(),
-            plan=plan,
         )
+
+
+@dataclass
+class _NativeJob:
+    """One conversion between native forms; its sidecar is the original's."""
+
+    source: Path
+    target: Path
+    plan: Plan
+    relayout: Relayout
+
+    def needed_bytes(self) -> int:
+        """Bytes that the target may take."""
+        folder = self.relayout.original.folder
+        kept = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        return self.plan.target_bytes + kept + SPARE_BYTES
+
+    def run(
+        self, *, overwrite: bool, resume: bool, progress: ProgressFactory | None
+    ) -> TransferResult:
+        return self.relayout.run(overwrite=overwrite, resume=resume, progress=progress)
+
+    def report(self, result: TransferResult, started: float, *, dry_run: bool) -> ToNativeReport:
+        """The report of this conversion."""
+        report = _report(self.source, self.target, self.plan, result, started, dry_run=dry_run)
+        return replace(
+            report,
+            tensors_carried=len(self.plan.carried),
+            bytes_carried=sum(
+                self.relayout.original.specs[name].nbytes for name in self.plan.carried
+            ),
+            carried_why=dict(Counter(self.plan.carried.values())),
+            files_carried=tuple(map(str, self.relayout.original.files)),
+        )
+
+
+def _report(
+    source: Path,
+    target: Path,
+    plan: Plan,
+    result: TransferResult,
+    started: float,
+    *,
+    dry_run: bool,
+) -> ToNativeReport:
+    """The parts of a report that the plan and the transfer tell."""
+    seconds = time.monotonic() - started
+    multimodal = any(name.startswith("params/params/vision_encoder/") for name in plan.targets)
+    items = target.absolute() / STEP / ITEMS
+    return ToNativeReport(
+        source=str(source),
+        target=str(target),
+        layout=plan.layout,
+        scanned=plan.scanned,
+        family=plan.architecture.family,
+        dry_run=dry_run,
+        tensors_converted=len(plan.sources),
+        bytes_read=plan.source_bytes,
+        arrays_written=len(plan.targets),
+        bytes_written=plan.target_bytes,
+        tensors_carried=0,
+        bytes_carried=0,
+        carried_why={},
+        tied=tuple(plan.tied),
+        lossy_rows=_lossy_rows(plan, result),
+        exceptions=_exceptions(result),
+        files_carried=(),
+        not_carried=(),
+        settings=maxtext_settings(
+            plan.architecture, items, scanned=plan.scanned, multimodal=multimodal
+        ),
+        seconds=seconds,
+        bytes_per_second=0.0 if dry_run else plan.source_bytes / seconds,
+        peak_memory_bytes=peak_memory(),
+        plan=plan,
+    )
+
+
+def is_native(source: Path) -> bool:
+    """Whether a folder holds a native checkpoint rather than Hugging Face files."""
+    if any((source / name).exists() for name in (SINGLE, INDEX)):
+        return False
+    try:
+        find_items(source)
+    except SourceError:
+        return False
+    return True
 
 
 def peak_memory() -> int:
     """Largest resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _lossy_rows(plan: Plan, result: TransferResult) -> tuple[LossyRow, ...]:
+    """Rows that the dtype policy rounds, with the number of values that do not come back."""
+    return tuple(
+        LossyRow(plan.sources[name].copies[0].row, name, reason, _lost(result, name))
+        for name, reason in plan.rounded.items()
+    )
 
 
 def _lost(result: TransferResult, name: str) -> int:

@@ -15,15 +15,17 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from gemma_convert.dtypes import DTypePolicy, TensorSpec
+from gemma_convert.dtypes import DTypePolicy, TensorSpec, numpy_dtype
 from gemma_convert.errors import SourceError
-from gemma_convert.mapping.plan import BLOCK_BYTES, Plan, plan_to_native
+from gemma_convert.mapping.plan import BLOCK_BYTES, Plan, SourceTensor, plan_to_native
 from gemma_convert.mapping.region import Box, Ranges, RegionCopy
 from gemma_convert.mapping.table import load_table
 from gemma_convert.stores.orbax_reader import OrbaxArray, OrbaxTree, open_array, read_orbax_tree
 from gemma_convert.stores.original import Original
 from gemma_convert.transfer import WORKERS, selection
-from gemma_convert.values import Array
+from gemma_convert.values import Array, convert
+
+OPEN_ARRAYS = 4
 
 PARAMETERS = "params/params/"
 _VALUE = "/value"
@@ -237,3 +239,38 @@ def source_part(copy: RegionCopy, ranges: Ranges, tensor: Array) -> Array:
         sizes[0] = tensor.size // prod(sizes[1:])
     part: Array = tensor.reshape(sizes)[selection(copy, {}, ranges)]
     return part.transpose(copy.permutation)
+
+
+class NativeBlocks:
+    """Blocks of Hugging Face tensors put together from a native tree, in the dtype they have there.
+
+    For native → native: values are neither cast nor scaled on the way, so that bits are copied.
+    """
+
+    def __init__(self, native: NativeSource, plan: Plan) -> None:
+        self._native, self._copies = native, {n: s.copies for n, s in plan.sources.items()}
+        self._groups: dict[str, list[RegionCopy]] = {}
+        for copy in plan.copies:
+            self._groups.setdefault(copy.target.tensor, []).append(copy)
+        self._arrays: dict[str, NativeArray] = {}
+
+    def read_block(self, source: SourceTensor, ranges: Ranges, offset: int, data: Array) -> None:
+        """Fills `data` with the block `ranges` of one tensor."""
+        del offset
+        block = data.view(numpy_dtype(source.spec.dtype)).reshape(source.region.lengths(ranges))
+        for copy in self._copies[source.region.tensor]:
+            if copy.source.meets(ranges):
+                values = self._array(copy.target.tensor).read(copy.target.box(ranges))
+                part = block[selection(copy, ranges)].transpose(copy.permutation)
+                convert(values.reshape(part.shape), part, None)
+
+    def _array(self, name: str) -> NativeArray:
+        """The open array; only the last few stay open, since their decoded chunks are kept."""
+        if name not in self._arrays:
+            while len(self._arrays) >= OPEN_ARRAYS:
+                self._arrays.pop(next(iter(self._arrays)))
+            self._arrays[name] = self._native.open(name, self._groups[name])
+        return self._arrays[name]
+
+    def check_unchanged(self) -> None:
+        return None

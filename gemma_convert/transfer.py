@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
@@ -23,7 +24,6 @@ from gemma_convert.mapping.plan import GATHER_BYTES, Plan, SourceTensor
 from gemma_convert.mapping.region import Box, Ranges, RegionCopy, blocks
 from gemma_convert.output import Progress
 from gemma_convert.stores.orbax import write_error
-from gemma_convert.stores.safetensors import SafetensorsFolder, StoredTensor
 from gemma_convert.values import Array, bits, convert, lost_places, may_lose
 
 WORKERS = 2
@@ -32,6 +32,16 @@ TARGET_BUFFERS = 4
 
 EXCEPTION_SHARE = 0.01
 """Above this share of values that do not come back, a tensor's original is carried whole."""
+
+
+class BlockReader(Protocol):
+    """Something that gives blocks of Hugging Face tensors, in the order of their bytes."""
+
+    def read_block(self, source: SourceTensor, ranges: Ranges, offset: int, data: Array) -> None:
+        """Fills `data` (bytes) with the block that begins at byte `offset` of the tensor."""
+
+    def check_unchanged(self) -> None:
+        """Raises SourceError where the source has changed since it was opened."""
 
 
 class Writer(Protocol):
@@ -78,19 +88,23 @@ class _Buffers:
 class Transfer:
     """Runs one plan from an open safetensors folder into a writer.
 
-    Values that do not come back are listed with their original bits; where the dtype policy rounds
-    a tensor by its nature (`plan.rounded`) they are only counted.
+    `finished(name, checksum)` is called when all regions of a source tensor are committed, except
+    for those that go into gathered targets. Values that do not come back are listed with their
+    original bits; where the dtype policy rounds a tensor by its nature (`plan.rounded`) they are
+    only counted.
     """
 
     def __init__(
         self,
         plan: Plan,
-        reader: SafetensorsFolder,
+        reader: BlockReader,
         writer: Writer,
         progress: Progress,
+        finished: Callable[[str, str], None] | None = None,
     ) -> None:
         self.plan, self.reader, self.writer = plan, reader, writer
-        self.progress = progress
+        self.progress, self._finished = progress, finished
+        self._open: Counter[str] = Counter()
         self.result = TransferResult()
         self._sources, self._targets = _Buffers(SOURCE_BUFFERS), _Buffers(TARGET_BUFFERS)
         self._gathered: dict[str, tuple[Array, int]] = {}
@@ -132,18 +146,36 @@ class Transfer:
                     future.result()
 
     def _read(self, name: str, source: SourceTensor) -> Iterator[tuple[Ranges, Array]]:
-        stored: StoredTensor = self.reader.tensors[name]
         digest, offset = xxhash.xxh3_128(), 0
+        self._hold(name)
         for ranges in blocks(source.region, source.steps):
             size = prod(source.region.lengths(ranges)) * source.spec.itemsize
             buffer = self._sources.take(size)
-            piece = buffer[:size].data
-            self.reader.read_into(stored, offset, piece)
-            digest.update(piece)
+            piece = buffer[:size]
+            self.reader.read_block(source, ranges, offset, piece)
+            digest.update(piece.data)
             offset += size
+            self._hold(name)
             yield ranges, buffer
             self.progress.advance(size, name)
         self.result.checksums[name] = digest.hexdigest()
+        self._release(name)
+
+    def _hold(self, name: str) -> None:
+        """One thing more must end before a source tensor is finished."""
+        with self._lock:
+            self._open[name] += 1
+
+    def _release(self, name: str) -> None:
+        with self._lock:
+            self._open[name] -= 1
+            ended = not self._open[name] and not self._failed.is_set()
+        gathered = any(
+            self.plan.targets[copy.target.tensor].spec.nbytes <= GATHER_BYTES
+            for copy in self.plan.sources[name].copies
+        )
+        if ended and self._finished and not gathered and name not in self.result.losses:
+            self._finished(name, self.result.checksums[name])
 
     def _guarded(self, source: SourceTensor, ranges: Ranges, buffer: Array) -> None:
         try:
@@ -153,6 +185,7 @@ class Transfer:
             self._fail(error)
         finally:
             self._sources.give(buffer)
+            self._release(source.region.tensor)
 
     def _convert(self, source: SourceTensor, ranges: Ranges, buffer: Array) -> None:
         lengths = source.region.lengths(ranges)
@@ -172,7 +205,7 @@ class Transfer:
             values = np.empty(part.shape, dtype)
             convert(part, values, copy.scale)
             self._note_losses(copy, ranges, part, values, source)
-            self._gather(copy.target.tensor, target.shape, box, values.reshape(shape))
+            self._gather(copy, target.shape, box, values.reshape(shape))
             return
         size = part.size * dtype.itemsize
         buffer = self._targets.take(size)
@@ -184,10 +217,11 @@ class Transfer:
         except BaseException:
             self._targets.give(buffer)
             raise
-        self._follow(future, copy.target.tensor, buffer)
+        self._follow(future, copy, buffer)
 
-    def _gather(self, name: str, shape: tuple[int, ...], box: Box, values: Array) -> None:
+    def _gather(self, copy: RegionCopy, shape: tuple[int, ...], box: Box, values: Array) -> None:
         """Puts a part into a small target, and writes the target when its last part is there."""
+        name = copy.target.tensor
         with self._lock:
             whole, missing = self._gathered.pop(name, (np.empty(shape, values.dtype), prod(shape)))
             whole[tuple(slice(at, at + length) for at, length in box)] = values
@@ -196,19 +230,21 @@ class Transfer:
                 self._gathered[name] = whole, missing
                 return
         everything = tuple((0, length) for length in shape)
-        self._follow(self.writer.write(name, everything, whole), name, None)
+        self._follow(self.writer.write(name, everything, whole), copy, None)
 
-    def _follow(self, future: Any, name: str, buffer: Array | None) -> None:
+    def _follow(self, future: Any, copy: RegionCopy, buffer: Array | None) -> None:
         """Gives the buffer back when the write is committed, and notes a failure."""
+        self._hold(copy.source.tensor)
         with self._lock:
             self._pending.add(future)
 
         def done(finished: Any) -> None:
             error = finished.exception()
             if error is not None:
-                self._fail(write_error(error, name))
+                self._fail(write_error(error, copy.target.tensor))
             if buffer is not None:
                 self._targets.give(buffer)
+            self._release(copy.source.tensor)
             with self._lock:
                 self._pending.discard(future)
 

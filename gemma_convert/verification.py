@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from gemma_convert.convert import ProgressFactory
 from gemma_convert.dtypes import DTypePolicy, TensorSpec, rounds
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.export import restore_exactly
@@ -28,6 +27,7 @@ from gemma_convert.native_source import (
     source_part,
 )
 from gemma_convert.output import NoProgress, Progress
+from gemma_convert.step import ProgressFactory
 from gemma_convert.stores import sidecar
 from gemma_convert.stores.orbax import checksum
 from gemma_convert.stores.orbax_reader import OrbaxArray, find_items, open_array

@@ -38,10 +38,14 @@ class Compression(StrEnum):
 
 def command(
     source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="Folder of a Hugging Face checkpoint.")
+        Path, typer.Argument(metavar="SRC", help="A Hugging Face folder, or a native checkpoint.")
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
     layout: Annotated[Layout, typer.Option("--format", help="Native layout.")],
+    like: Annotated[
+        Path | None,
+        typer.Option(help="For a native SRC without a sidecar: its Hugging Face original."),
+    ] = None,
     scan_layers: Annotated[
         bool, typer.Option("--scan-layers/--no-scan-layers", help="Stack the layers of each block.")
     ] = False,
@@ -65,6 +69,9 @@ def command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT, once the new one is complete.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted run where it stopped.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Convert a Hugging Face checkpoint to a native layout.
@@ -78,6 +85,7 @@ def command(
         source,
         target,
         layout=layout.value,
+        like=like,
         scan_layers=scan_layers,
         dtype=dtype.value,
         scaled_dtype=scaled_dtype.value,
@@ -86,6 +94,7 @@ def command(
         compression=compression.value,
         dry_run=dry_run,
         overwrite=overwrite,
+        resume=resume,
         progress=ProgressBar,
     )
     for row in report.lossy_rows:

@@ -48,10 +48,6 @@ class OrbaxFormat:
         return "zarr3" if self.ocdbt else "zarr2"
 
 
-Region = tuple[Box, str]
-"""A box of an array and the checksum of its values."""
-
-
 def checksum(values: NDArray[Any]) -> str:
     """xxh3_128 of the values' bytes in C order."""
     return xxhash.xxh3_128(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data).hexdigest()
@@ -65,10 +61,10 @@ class OrbaxWriter:
 
         self._ts = ts
         self.folder, self.form = folder, form
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self._context = ts.Context({"file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}})
         self._arrays: dict[str, Any] = {}
-        self.regions: dict[str, list[Region]] = {}
+        self.regions: dict[str, dict[Box, str]] = {}
         """array → the regions written, each with its checksum."""
 
     def declare(self, arrays: Mapping[str, tuple[TensorSpec, tuple[int, ...]]]) -> None:
@@ -77,6 +73,7 @@ class OrbaxWriter:
         opened = {
             name: self._ts.open(
                 self._spec(name, spec, chunk),
+                open=True,
                 create=True,
                 context=self._context,
                 transaction=transaction,
@@ -91,9 +88,24 @@ class OrbaxWriter:
             raise write_error(error, self.folder) from None
         self._arrays |= {name: store.with_transaction(None) for name, store in stores.items()}
 
+    def holds(self, name: str, regions: Mapping[Box, str]) -> bool:
+        """Whether the regions of an array have these checksums; if so they count as written."""
+        array = self._arrays.get(name)
+        if array is None:
+            return False
+        for box, expected in regions.items():
+            view = array[tuple(slice(start, start + length) for start, length in box)]
+            try:
+                if checksum(np.asarray(view.read().result())) != expected:
+                    return False
+            except ValueError:
+                return False
+        self.regions.setdefault(name, {}).update(regions)
+        return True
+
     def write(self, name: str, box: Box, values: NDArray[np.generic]) -> Any:
         """A future of the commit of `values` into `box`; `values` must not change before it."""
-        self.regions.setdefault(name, []).append((box, checksum(values)))
+        self.regions.setdefault(name, {})[box] = checksum(values)
         where = tuple(slice(start, start + length) for start, length in box)
         view = self._arrays[name][where] if where else self._arrays[name]
         future = view.write(values, can_reference_source_data_indefinitely=True).commit

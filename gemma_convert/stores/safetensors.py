@@ -12,13 +12,17 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma_convert.dtypes import SAFETENSORS_NAMES, SAFETENSORS_SPELLINGS, TensorSpec, numpy_dtype
 from gemma_convert.errors import SourceError
+
+if TYPE_CHECKING:
+    from gemma_convert.mapping.plan import SourceTensor
+    from gemma_convert.mapping.region import Ranges
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -108,6 +112,13 @@ class SafetensorsFolder:
                     do="leave the source alone until the conversion ends, then start again",
                 )
             done += count
+
+    def read_block(
+        self, source: SourceTensor, ranges: Ranges, offset: int, data: NDArray[Any]
+    ) -> None:
+        """Fills `data` with a tensor's bytes from `offset` on: a block lies in one piece."""
+        del ranges
+        self.read_into(self.tensors[source.region.tensor], offset, data.data)
 
     def mapped(self, tensor: StoredTensor) -> NDArray[Any]:
         """The tensor as a read-only view of its file, for files that nobody else changes."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -41,6 +42,12 @@ _WEIGHT_SUFFIXES = {
     ".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".onnx", ".pt", ".pth", ".safetensors",
 }  # fmt: skip
 _SKIPPED_FOLDERS = {".git", ".cache", "__pycache__", OWN}
+
+
+def remove(checkpoint: Path) -> None:
+    """Removes a sidecar that an interrupted run left half-written."""
+    if (checkpoint / FOLDER).is_dir():
+        shutil.rmtree(checkpoint / FOLDER)
 
 
 def other_files(folder: Path, shards: Sequence[str]) -> tuple[list[Path], list[str]]:

@@ -21,14 +21,15 @@ LOCK = ".lock"
 class StagedFolder:
     """A folder that is built as a sibling of `target` and renamed into place by `publish`.
 
-    Use as a context manager: leaving it without `publish` removes what was written. Raises
-    TargetError where `target` exists (unless `overwrite`), or another run builds it.
+    Use as a context manager: leaving it without `publish` removes what was written, unless the run
+    was interrupted and may be resumed. `resume` keeps what an earlier run left. Raises TargetError
+    where `target` exists (unless `overwrite`), or another run builds it.
     """
 
-    def __init__(self, target: Path, *, overwrite: bool = False) -> None:
+    def __init__(self, target: Path, *, overwrite: bool = False, resume: bool = False) -> None:
         self.target = target.absolute()
         self.folder = self.target.with_name(f".{self.target.name}.partial")
-        self.overwrite = overwrite
+        self.overwrite, self.resume = overwrite, resume
         self._lock: int | None = None
         self._published = False
 
@@ -44,9 +45,8 @@ class StagedFolder:
                 )
             self.folder.mkdir(exist_ok=True)
             self._take_lock()
-            for entry in self.folder.iterdir():
-                if entry.name != LOCK:
-                    _remove(entry)
+            if not self.resume:
+                self.clear()
         except OSError as error:
             raise TargetError(
                 "The target cannot be written.", where=self.folder, found=error.strerror
@@ -59,10 +59,16 @@ class StagedFolder:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if not self._published:
+        if not self._published and not (kind and issubclass(kind, KeyboardInterrupt)):
             shutil.rmtree(self.folder, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
+
+    def clear(self) -> None:
+        """Removes what an earlier run left in the folder."""
+        for entry in self.folder.iterdir():
+            if entry.name != LOCK:
+                _remove(entry)
 
     def publish(self) -> None:
         """Renames the finished folder to its final name; an old one is removed only afterwards."""

@@ -1,0 +1,88 @@
+"""What an interrupted run had finished: one JSON line for each unit whose writes are committed.
+
+The first line is a key of the plan and the source. A journal with another key is not continued, and
+what a line says is believed only when its checksums are read again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+NAME = ".journal"
+
+
+def journal_key(facts: Mapping[str, object]) -> str:
+    """A digest of what must be the same for a run to be continued."""
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Journal:
+    """The journal of one staged folder. `entries` are those of an earlier run with the same key."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self._path = folder / NAME
+        self._lock = threading.Lock()
+        self.entries = _read(self._path, key)
+        if not self.entries:
+            self._path.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def add(self, entry: Mapping[str, object]) -> None:
+        """Notes that a unit is finished; the line is complete or not there."""
+        with self._lock:
+            self._file.write(json.dumps(entry) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """No more units come; the journal stays until `remove_journal`."""
+        self._file.close()
+
+
+def remove_journal(folder: Path) -> None:
+    """The run is complete, and everything it wrote is durable."""
+    (folder / NAME).unlink(missing_ok=True)
+
+
+def matches(folder: Path, key: str) -> bool:
+    """Whether `folder` holds the journal of a run with this key."""
+    return bool(_lines(folder / NAME)[:1] == [{"key": key}])
+
+
+def _read(path: Path, key: str) -> list[dict[str, Any]]:
+    first, *entries = _lines(path) or [{}]
+    return entries if first == {"key": key} else []
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The lines that are whole JSON objects; a line cut short by the end of a run is none."""
+    try:
+        if path.is_symlink():
+            return []
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return []
+    lines = []
+    for line in text.split("\n")[:-1]:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(entry, dict):
+            break
+        lines.append(entry)
+    if lines and len(lines) < text.count("\n") + (not text.endswith("\n")):
+        _truncate(path, lines)
+    return lines
+
+
+def _truncate(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Drops what follows the last whole line, so that new lines are not glued to it."""
+    whole = sum(len(line.encode()) for line in path.read_text().splitlines(True)[: len(lines)])
+    os.truncate(path, whole)
