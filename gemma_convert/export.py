@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from math import prod
@@ -19,6 +21,7 @@ from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.region import Ranges, RegionCopy
 from gemma_convert.native_source import (
     NativeSource,
+    copies_by_array,
     for_each_part,
     open_native,
     plan_native,
@@ -28,12 +31,14 @@ from gemma_convert.output import NoProgress, Progress
 from gemma_convert.shards import Export, KVShared, plan_export
 from gemma_convert.step import ProgressFactory
 from gemma_convert.stores import sidecar
+from gemma_convert.stores.journal import Journal, journal_key, matches, remove_journal
 from gemma_convert.stores.orbax import sync_folder
 from gemma_convert.stores.orbax_reader import find_items
 from gemma_convert.stores.original import Original, open_original
 from gemma_convert.stores.safetensors_writer import SafetensorsWriter
 from gemma_convert.stores.staging import StagedFolder, check_apart, check_space, check_target
 from gemma_convert.values import Array, bits, convert, restore
+from gemma_convert.version import __version__
 
 PIECE_BYTES = 16 << 20
 SPARE_BYTES = 4 << 20
@@ -84,6 +89,7 @@ def to_hf(
     text_only: bool = False,
     dry_run: bool = False,
     overwrite: bool = False,
+    resume: bool = False,
     progress: ProgressFactory | None = None,
 ) -> ToHFReport:
     """A report of the export of a native checkpoint to Hugging Face.
@@ -103,18 +109,22 @@ def to_hf(
             check_apart(source, target)
             check_target(target, overwrite=overwrite)
             check_space(target, export.nbytes + export.file_bytes(original.folder) + SPARE_BYTES)
-            _run(job, target, overwrite, progress)
+            _run(job, target, overwrite, resume, progress)
         return job.report(source, target, started, dry_run=dry_run)
 
 
-def _run(job: _Export, target: Path, overwrite: bool, progress: ProgressFactory | None) -> None:
+def _run(
+    job: _Export, target: Path, overwrite: bool, resume: bool, progress: ProgressFactory | None
+) -> None:
     with (
-        StagedFolder(target, overwrite=overwrite) as staged,
+        StagedFolder(target, overwrite=overwrite, resume=resume) as staged,
         progress("to huggingface", job.export.nbytes)
         if progress
         else nullcontext(NoProgress()) as bar,
     ):
         try:
+            if resume and not matches(staged.folder, job.key):
+                staged.clear()
             job.write(staged.folder, bar)
             sync_folder(staged.folder)
         except OSError as error:
@@ -124,6 +134,7 @@ def _run(job: _Export, target: Path, overwrite: bool, progress: ProgressFactory 
                 found=error.strerror or error,
                 do="check free space and permissions of the target",
             ) from error
+        remove_journal(staged.folder)
         staged.publish()
 
 
@@ -146,18 +157,61 @@ class _Export:
         sidecar.copy_files(self.original.folder, folder, self.export.files)
         for name, text in self.export.edited.items():
             (folder / name).write_text(text, encoding="utf-8")
+        journal = Journal(folder, self.key)
         with SafetensorsWriter(folder, self.export.shards) as writer:
+            groups = copies_by_array(self.plan)
+            for name in self._resume(journal, writer, progress):
+                del groups[name]
 
             def write(copy: RegionCopy, ranges: Ranges, values: Array) -> None:
                 self._write_part(copy, ranges, values, writer, progress)
 
-            for_each_part(self.native, self.plan, write)
+            def finished(name: str) -> None:
+                copies = copies_of[name]
+                names = {self.export.names[copy.source.tensor] for copy in copies}
+                rounded = {n: self.rounded[n] for n in names if n in self.rounded}
+                checksums = [_part_checksum(copy, writer, self.export.names) for copy in copies]
+                journal.add({"array": name, "rounded": rounded, "checksums": checksums})
+
+            copies_of = dict(groups)
+            for_each_part(self.native, groups, write, finished)
             for name, origin in self.export.stored.items():
                 self._write_stored(name, origin, writer, progress)
             for name, origin in self.export.tied.items():
                 self._write_tied(name, origin, writer, progress)
             self._apply_exceptions(writer)
             self._check(writer)
+
+    @property
+    def key(self) -> str:
+        """What must be the same for an interrupted export to be continued."""
+        status = (self.native.tree.folder / "_METADATA").stat()
+        return journal_key(
+            {
+                "version": __version__,
+                "items": (str(self.native.tree.folder), status.st_size, status.st_mtime_ns),
+                "original": str(self.original.folder.absolute()),
+                "shards": [
+                    (shard.file, hashlib.sha256(shard.header).hexdigest())
+                    for shard in self.export.shards
+                ],
+            }
+        )
+
+    def _resume(self, journal: Journal, writer: SafetensorsWriter, progress: Progress) -> list[str]:
+        """Arrays that an earlier run had exported, if their parts, read again, are the same."""
+        done = []
+        groups = copies_by_array(self.plan)
+        for entry in journal.entries:
+            name, rounded = str(entry.get("array")), entry.get("rounded")
+            copies = groups.get(name, [])
+            checksums = [_part_checksum(copy, writer, self.export.names) for copy in copies]
+            if copies and checksums == entry.get("checksums") and isinstance(rounded, dict):
+                done.append(name)
+                for tensor, count in rounded.items():
+                    self.rounded[tensor] = int(count)
+                progress.advance(self.plan.targets[name].spec.nbytes, name)
+        return done
 
     def _write_part(
         self,
@@ -295,6 +349,18 @@ def _rounded(values: Array, back: Array, scale: float | None) -> int:
     again = np.empty(values.shape, values.dtype)
     convert(back, again, scale)
     return int(np.count_nonzero(bits(again) != bits(values)))
+
+
+def _part_checksum(copy: RegionCopy, writer: SafetensorsWriter, names: Mapping[str, str]) -> str:
+    """Checksum of the part of a Hugging Face tensor that one copy writes, read from its file."""
+    part = source_part(copy, {}, writer.array(names[copy.source.tensor]))
+    part = part.transpose(np.argsort(copy.permutation))
+    digest = xxhash.xxh3_128()
+    rows = part.reshape(1) if not part.ndim else part
+    for row in rows if part.ndim > 1 else [rows]:
+        digest.update(np.ascontiguousarray(row).reshape(-1).view(np.uint8).data)
+    writer.let_go(part.nbytes)
+    return digest.hexdigest()
 
 
 def _checksum(writer: SafetensorsWriter, name: str) -> str:

@@ -26,6 +26,7 @@ from gemma_convert.transfer import WORKERS, selection
 from gemma_convert.values import Array, convert
 
 OPEN_ARRAYS = 4
+MOST_WAITING = 8
 
 PARAMETERS = "params/params/"
 _VALUE = "/value"
@@ -193,15 +194,26 @@ def plan_native(native: NativeSource, original: Original, items: Path) -> Plan:
 Action = Callable[[RegionCopy, Ranges, Array], None]
 
 
-def for_each_part(native: NativeSource, plan: Plan, action: Action) -> None:
-    """Calls `action(copy, ranges, values)` for every part of every array, on a few threads.
-
-    `plan` makes the native tree from Hugging Face tensors; `values` has one dimension for each free
-    axis of the copy's native side. Every chunk is decoded once.
-    """
+def copies_by_array(plan: Plan) -> dict[str, list[RegionCopy]]:
+    """Native array → the copies that it takes part in."""
     groups: dict[str, list[RegionCopy]] = {}
     for copy in plan.copies:
         groups.setdefault(copy.target.tensor, []).append(copy)
+    return groups
+
+
+def for_each_part(
+    native: NativeSource,
+    groups: Mapping[str, list[RegionCopy]],
+    action: Action,
+    finished: Callable[[str], None] | None = None,
+) -> None:
+    """Calls `action(copy, ranges, values)` for every part of every array, on a few threads.
+
+    `groups` has the copies of each array, whose native side is their target; `values` has one
+    dimension for each free axis of that side. Every chunk is decoded once. `finished(name)` is
+    called when all parts of an array are done.
+    """
 
     def run(array: NativeArray, copy: RegionCopy, ranges: Ranges) -> None:
         values = array.read(copy.target.box(ranges))
@@ -209,15 +221,24 @@ def for_each_part(native: NativeSource, plan: Plan, action: Action) -> None:
 
     with ThreadPoolExecutor(WORKERS, thread_name_prefix="native") as pool:
         jobs: set[Future[None]] = set()
+        waiting: list[str] = []
         for name, copies in groups.items():
             array = native.open(name, copies)
             for ranges in array.ranges():
                 for copy in copies:
                     jobs = _finish(jobs, WORKERS)
                     jobs.add(pool.submit(run, array, copy, ranges))
-            if array.reading.cache_bytes:
-                jobs = _finish(jobs, 0)
+            waiting.append(name)
+            if array.reading.cache_bytes or len(waiting) > MOST_WAITING:
+                jobs, waiting = _finish(jobs, 0), _tell(waiting, finished)
         _finish(jobs, 0)
+        _tell(waiting, finished)
+
+
+def _tell(names: list[str], finished: Callable[[str], None] | None) -> list[str]:
+    for name in names if finished else ():
+        finished(name)  # type: ignore[misc]
+    return []
 
 
 def _finish(jobs: set[Future[None]], most: int) -> set[Future[None]]:
@@ -249,9 +270,7 @@ class NativeBlocks:
 
     def __init__(self, native: NativeSource, plan: Plan) -> None:
         self._native, self._copies = native, {n: s.copies for n, s in plan.sources.items()}
-        self._groups: dict[str, list[RegionCopy]] = {}
-        for copy in plan.copies:
-            self._groups.setdefault(copy.target.tensor, []).append(copy)
+        self._groups = copies_by_array(plan)
         self._arrays: dict[str, NativeArray] = {}
 
     def read_block(self, source: SourceTensor, ranges: Ranges, offset: int, data: Array) -> None:

@@ -21,6 +21,7 @@ from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.region import Box, Ranges, RegionCopy
 from gemma_convert.native_source import (
     NativeSource,
+    copies_by_array,
     for_each_part,
     open_native,
     plan_native,
@@ -136,7 +137,7 @@ def _verify_export(path: Path, native: Path, progress: ProgressFactory | None) -
             def compare(copy: RegionCopy, ranges: Ranges, values: Array) -> None:
                 _compare_part(reader, copy, ranges, values, found, bar)
 
-            for_each_part(source, plan, compare)
+            for_each_part(source, copies_by_array(plan), compare)
     _verify_carried_export(path, items, found)
     return found
 

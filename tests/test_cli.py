@@ -263,7 +263,7 @@ def test_no_space(source, tmp_path):
             subprocess.run(["umount", str(small)], check=True)
 
 
-def test_interrupt_exits_130_and_leaves_nothing(source, out):
+def test_interrupt_exits_130_and_may_be_resumed(source, out):
     code = (
         "import sys, time\n"
         f"sys.argv = ['gemma-convert', 'to-native', {str(source)!r}, {str(out)!r},"
@@ -287,7 +287,11 @@ def test_interrupt_exits_130_and_leaves_nothing(source, out):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
-    assert not list(out.parent.iterdir())
+    assert not out.exists()
+    done = run("to-native", source, out, "--format", "maxtext", "--resume", "--verify")
+    assert done.returncode == 0, done.stderr
+    assert "verified" in done.stdout
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
 def test_inspect_of_what_is_no_checkpoint(tmp_path):

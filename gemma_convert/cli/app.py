@@ -62,7 +62,7 @@ def main() -> None:
             note("This is a fault of gemma-convert. Please report it with the command you ran.")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        note("interrupted")
+        note("interrupted; the same command with --resume continues a conversion")
         sys.exit(INTERRUPTED)
     except ImportError as error:
         note(

@@ -61,6 +61,9 @@ def command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT, once the new one is complete.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted run where it stopped.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Convert a native checkpoint back to Hugging Face.
@@ -82,6 +85,7 @@ def command(
         text_only=text_only,
         dry_run=dry_run,
         overwrite=overwrite,
+        resume=resume,
         progress=ProgressBar,
     )
     if report.rounded:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from gemma_convert.convert import ToNativeReport
+    from gemma_convert.verification import VerifyReport
 
 
 class Layout(StrEnum):
@@ -72,6 +73,9 @@ def command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted run where it stopped.")
     ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read everything again at the end and compare it.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Convert a Hugging Face checkpoint to a native layout.
@@ -97,6 +101,7 @@ def command(
         resume=resume,
         progress=ProgressBar,
     )
+    proof = _verified(source, target) if verify and not dry_run else None
     for row in report.lossy_rows:
         note(f"warning: {row.tensor} is {row.reason}; {row.values} values will not come back")
     if as_json:
@@ -106,9 +111,31 @@ def command(
         for line in _arrays(report):
             show(line)
     show(_summary(report))
+    if proof is not None:
+        show(f"verified {proof.checked} tensors against {proof.against}")
     show("MaxText loads it with:")
     for key, value in report.settings.items():
         show(f"  {key}={value}")
+
+
+def _verified(source: Path, target: Path) -> VerifyReport:
+    """A report on what was written; raises CheckFailedError where it is not what was read."""
+    from gemma_convert.convert import is_native
+    from gemma_convert.errors import CheckFailedError
+    from gemma_convert.output import ProgressBar
+    from gemma_convert.verification import verify
+
+    against = None if is_native(source) else source
+    report = verify(target, against=against, progress=ProgressBar)
+    if not report.passed:
+        name, how = next(iter(report.different.items()))
+        raise CheckFailedError(
+            f"The checkpoint is not what it was converted from: {len(report.different)} differ.",
+            where=target,
+            found=f"{name} {how}",
+            do="convert it again; look at the disk if it happens twice",
+        )
+    return report
 
 
 def _summary(report: ToNativeReport) -> RenderableType:

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from gemma_convert.dtypes import SAFETENSORS_NAMES, SAFETENSORS_SPELLINGS, TensorSpec, numpy_dtype
 from gemma_convert.errors import SourceError
+from gemma_convert.stores.journal import NAME as JOURNAL
+from gemma_convert.stores.staging import LOCK
 
 if TYPE_CHECKING:
     from gemma_convert.mapping.plan import SourceTensor
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+UNFINISHED = (LOCK, JOURNAL)
+"""Files that a folder holds only while it is being built."""
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library itself."""
@@ -210,6 +215,12 @@ def _weight_files(folder: Path) -> tuple[list[str], Mapping[str, str] | None]:
             "There is no such folder." if not folder.exists() else "The source is not a folder.",
             where=folder,
             do="give the folder of a Hugging Face checkpoint",
+        )
+    if any((folder / name).exists() for name in UNFINISHED):
+        raise SourceError(
+            "This is an unfinished conversion.",
+            where=folder,
+            do="run the conversion again with --resume",
         )
     if (folder / SINGLE).exists() or (folder / SINGLE).is_symlink():
         return [SINGLE], None

@@ -43,11 +43,15 @@ class SafetensorsWriter:
         self._tensors: dict[str, StoredTensor] = {}
         self._written = 0
         for shard in shards:
-            with (folder / shard.file).open("x+b") as file:
-                file.write(shard.header)
-                file.flush()
-                _reserve(file.fileno(), shard.size)
-                self._maps[shard.file] = mmap.mmap(file.fileno(), shard.size)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(folder / shard.file, flags, 0o644)
+            try:
+                os.pwrite(descriptor, shard.header, 0)
+                os.ftruncate(descriptor, shard.size)
+                _reserve(descriptor, shard.size)
+                self._maps[shard.file] = mmap.mmap(descriptor, shard.size)
+            finally:
+                os.close(descriptor)
             self._tensors |= {tensor.name: tensor for tensor in shard.tensors}
 
     def __enter__(self) -> SafetensorsWriter:

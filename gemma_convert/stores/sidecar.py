@@ -87,6 +87,7 @@ def copy_files(source: Path, target: Path, files: Sequence[Path]) -> dict[str, s
     digests = {}
     for file in files:
         (target / file).parent.mkdir(parents=True, exist_ok=True)
+        (target / file).unlink(missing_ok=True)
         digest = hashlib.sha256()
         try:
             with (source / file).open("rb") as reader, (target / file).open("xb") as writer:

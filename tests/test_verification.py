@@ -1,0 +1,171 @@
+"""verify: passes what is right, and names what is not, whichever side is at hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import CASES
+from trees import read_safetensors
+
+from gemma_convert import SourceError, UsageError, to_hf, to_native, verify
+
+OURS = Path("hf", "gemma-convert")
+KERNEL = "params/params/decoder/layers_3/mlp/wi_0/kernel"
+
+
+def change(items: Path, array: str, edit) -> None:
+    """Writes edited values into one array of a checkpoint, by tensorstore itself."""
+    import tensorstore as ts
+
+    key = array.replace("/", ".")
+    base = {"driver": "file", "path": f"{items}/"}
+    store = ts.open(
+        {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{key}/"}},
+        open=True,
+    ).result()
+    store.write(edit(np.array(store.read().result()))).result()
+
+
+@pytest.mark.parametrize(("family", "scanned"), CASES)
+@pytest.mark.parametrize("scaled", ["float32", "bfloat16"])
+def test_what_was_converted_is_verified(tiny, tmp_path, family, scanned, scaled):
+    source, out = tiny(family), tmp_path / "out"
+    made = to_native(source, out, scan_layers=scanned, scaled_dtype=scaled)
+    for against in (None, source):
+        report = verify(out, against=against)
+        assert report.passed, report.different
+        assert report.checked >= made.arrays_written
+    to_hf(out, tmp_path / "back")
+    back = verify(tmp_path / "back", against=out)
+    assert back.passed, back.different
+    assert back.checked == made.tensors_converted + made.tensors_carried
+
+
+def one_bit(values: np.ndarray) -> np.ndarray:
+    values.view(np.uint16).reshape(-1)[7] ^= 1
+    return values
+
+
+def swap_rows(values: np.ndarray) -> np.ndarray:
+    return values[::-1].copy()
+
+
+@pytest.mark.parametrize("edit", [one_bit, swap_rows])
+@pytest.mark.parametrize("by", ["manifest", "source"])
+def test_one_changed_bit_is_named(tiny, tmp_path, edit, by):
+    to_native(tiny("31b"), tmp_path / "out")
+    change(tmp_path / "out" / "0" / "items", KERNEL, edit)
+    report = verify(tmp_path / "out", against=tiny("31b") if by == "source" else None)
+    assert list(report.different) == [KERNEL]
+
+
+def test_layers_in_the_wrong_order_are_named(tiny, tmp_path):
+    """Two layers of a scan swapped: every shape is right."""
+    to_native(tiny("31b"), tmp_path / "out", scan_layers=True)
+    array = "params/params/decoder/scanned_blocks/local_layers/mlp/wo/kernel"
+    change(tmp_path / "out" / "0" / "items", array, lambda v: v[:, ::-1].copy())
+    for against in (None, tiny("31b")):
+        assert list(verify(tmp_path / "out", against=against).different) == [array]
+
+
+def test_the_wrong_original_is_noticed(tiny, tmp_path):
+    to_native(tiny("31b"), tmp_path / "out")
+    report = verify(tmp_path / "out", against=tiny("31b", seed=1))
+    assert len(report.different) > 100
+    with pytest.raises(SourceError, match="not that of the original"):
+        verify(tmp_path / "out", against=tiny("26b-a4b"))
+
+
+def test_a_rounded_embedding_may_be_off_by_one_rounding_and_no_more(tiny, tmp_path):
+    source, out = tiny("31b"), tmp_path / "out"
+    to_native(source, out, scaled_dtype="bfloat16")
+    embedding = "params/params/token_embedder/embedding"
+    change(out / "0" / "items", embedding, one_bit)
+    near = verify(out, against=source)
+    assert near.passed
+    assert near.within_rounding == 1
+    assert list(verify(out).different) == [embedding]
+
+    def far(values):
+        values.view(np.uint16).reshape(-1)[9] ^= 4
+        return values
+
+    change(out / "0" / "items", embedding, far)
+    assert list(verify(out, against=source).different) == [embedding]
+
+
+@pytest.mark.parametrize("what", ["carried", "file", "header", "lost file", "lost carried"])
+@pytest.mark.parametrize("by", ["manifest", "source"])
+def test_the_sidecar_is_verified_too(tiny, tmp_path, what, by):
+    source, out = tiny("e2b"), tmp_path / "out"
+    to_native(source, out)
+    if what == "carried":
+        file = out / OURS / "carried.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-3] ^= 1
+        file.write_bytes(data)
+    elif what == "file":
+        (out / "hf" / "config.json").write_bytes((out / "hf" / "config.json").read_bytes() + b" ")
+    elif what == "header":
+        (out / OURS / "headers" / "model.safetensors.header").write_bytes(b"x")
+    elif what == "lost file":
+        (out / "hf" / "tokenizer.json").unlink()
+    else:
+        (out / OURS / "carried.safetensors").unlink()
+    if what == "header" and by == "manifest":
+        with pytest.raises(SourceError):
+            to_hf(out, tmp_path / "back")
+        return
+    report = verify(out, against=source if by == "source" else None)
+    assert len(report.different) == 1
+
+
+def test_a_changed_export_is_named(tiny, tmp_path):
+    to_native(tiny("26b-a4b"), tmp_path / "out", scan_layers=True)
+    to_hf(tmp_path / "out", tmp_path / "back")
+    file = tmp_path / "back" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    name = "model.language_model.layers.4.experts.gate_up_proj"
+    data[8 + length + header[name]["data_offsets"][0] + 100] ^= 1
+    file.write_bytes(data)
+    assert list(verify(tmp_path / "back", against=tmp_path / "out").different) == [name]
+
+
+def test_exports_with_options_are_verified(tiny, tmp_path):
+    to_native(tiny("e4b"), tmp_path / "out")
+    for number, options in enumerate(
+        (
+            {"dtype": "float32"},
+            {"kv_shared": "omit"},
+            {"text_only": True},
+            {"max_shard_size": 10**5},
+        )
+    ):
+        back = tmp_path / f"back{number}"
+        to_hf(tmp_path / "out", back, **options)
+        report = verify(back, against=tmp_path / "out")
+        assert report.passed, report.different
+        assert len(read_safetensors(back)) >= report.checked > 100
+
+
+def test_checkpoints_of_maxtext_itself(oracle):
+    for folder in sorted((oracle / "maxtext").iterdir()):
+        source = oracle / "hf" / folder.name.split("_")[0]
+        report = verify(folder, against=source)
+        assert report.passed, (folder.name, report.different)
+
+
+def test_what_cannot_be_verified_is_said(tiny, tmp_path):
+    with pytest.raises(UsageError, match="--against"):
+        verify(tiny("31b"))
+    to_native(tiny("31b"), tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "hf")
+    with pytest.raises(SourceError, match="no manifest"):
+        verify(tmp_path / "out")
+    assert verify(tmp_path / "out", against=tiny("31b")).passed
