@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gemma_convert.architecture import read_architecture
+from gemma_convert.config import read_architecture
 from gemma_convert.dtypes import Choice, DTypePolicy, ScaledChoice, TensorSpec
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.mapping.plan import Plan, plan_to_native

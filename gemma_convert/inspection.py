@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gemma_convert.architecture import Architecture, read_architecture
+from gemma_convert.architecture import Architecture
+from gemma_convert.config import read_architecture
 from gemma_convert.dtypes import DTypePolicy, TensorSpec
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.mapping.inventory import hf_tensors, huggingface_tensors

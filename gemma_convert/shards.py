@@ -14,7 +14,8 @@ from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.mapping.inventory import hf_tensors
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.stores.original import Original, index_metadata
-from gemma_convert.stores.safetensors import INDEX, SINGLE, Shard, StoredTensor
+from gemma_convert.stores.safetensors import INDEX, SINGLE, Shard
+from gemma_convert.stores.safetensors_header import StoredTensor
 from gemma_convert.stores.safetensors_writer import OutputShard
 
 KVShared = Literal["keep", "omit"]

@@ -5,7 +5,8 @@ import json
 from functools import cache
 from pathlib import Path
 
-from gemma_convert.architecture import Architecture, parse_architecture
+from gemma_convert.architecture import Architecture
+from gemma_convert.config import parse_architecture
 from gemma_convert.dtypes import SAFETENSORS_NAMES, TensorSpec
 
 E2B = "gemma-4-E2B-it"

@@ -21,7 +21,8 @@ from models import (
     without_layers,
 )
 
-from gemma_convert.architecture import Architecture, Rope, parse_architecture, read_architecture
+from gemma_convert.architecture import Architecture, Rope
+from gemma_convert.config import parse_architecture, read_architecture
 from gemma_convert.errors import SourceError
 
 

@@ -17,7 +17,7 @@ from maxtext_by_hand import maxtext_tree
 from trees import read_safetensors, restore, same_bits
 
 from gemma_convert import SourceError, TargetError, UsageError, to_native
-from gemma_convert.architecture import read_architecture
+from gemma_convert.config import read_architecture
 from gemma_convert.mapping import plan as planning
 
 OURS = Path("hf", "gemma-convert")

@@ -15,7 +15,7 @@ from models import (
 )
 from tables import huggingface_data, huggingface_row, read_huggingface
 
-from gemma_convert.architecture import parse_architecture
+from gemma_convert.config import parse_architecture
 from gemma_convert.errors import MappingError
 from gemma_convert.mapping.inventory import (
     axis_size,

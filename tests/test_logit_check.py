@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from maxtext_trees import change, make_model, maxtext_tree, save_model, write_maxtext
 
-from gemma_convert.architecture import read_architecture
+from gemma_convert.config import read_architecture
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.logits import check as check_module
 from gemma_convert.logits.check import logit_check

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from maxtext_trees import CONFIGS, change, logits_of, make_model, maxtext_tree, write_maxtext
 
-from gemma_convert.architecture import parse_architecture, read_architecture
+from gemma_convert.config import parse_architecture, read_architecture
 from gemma_convert.errors import SourceError
 from gemma_convert.logits.divergence import compare
 from gemma_convert.native import maxtext

@@ -4,7 +4,7 @@ import pytest
 from models import A4B, DENSE, E2B, WHERE, load_architecture, load_config
 from tables import maxtext_data, read_maxtext
 
-from gemma_convert.architecture import parse_architecture
+from gemma_convert.config import parse_architecture
 from gemma_convert.errors import MappingError, UsageError
 from gemma_convert.mapping.notation import parse_view
 from gemma_convert.mapping.placement import Placed, place, scanned_placement

@@ -29,7 +29,7 @@ from tables import (
     read_maxtext,
 )
 
-from gemma_convert.architecture import parse_architecture
+from gemma_convert.config import parse_architecture
 from gemma_convert.dtypes import DTypePolicy, TensorSpec
 from gemma_convert.errors import MappingError, SourceError, UsageError
 from gemma_convert.mapping.coverage import check_targets

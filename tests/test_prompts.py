@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gemma_convert.architecture import read_architecture
+from gemma_convert.config import read_architecture
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.logits.prompts import PROMPTS, reserved_ids, token_sequences
 

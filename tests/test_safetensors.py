@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 
 from gemma_convert.dtypes import SAFETENSORS_NAMES, TensorSpec
 from gemma_convert.errors import SourceError
-from gemma_convert.stores.safetensors import SafetensorsFolder, safetensors_header
+from gemma_convert.stores.safetensors import SafetensorsFolder
+from gemma_convert.stores.safetensors_header import safetensors_header
 
 GOOD = {
     "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gemma_convert.architecture import read_architecture
+from gemma_convert.config import read_architecture
 from gemma_convert.errors import TargetError, UsageError
 from gemma_convert.mapping.inventory import huggingface_tensors
 from gemma_convert.tiny import make_tiny

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from gemma_convert.architecture import Architecture, TextArchitecture, read_architecture
+from gemma_convert.architecture import Architecture, TextArchitecture
+from gemma_convert.config import read_architecture
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.logits.divergence import Accumulator, Divergence
 from gemma_convert.logits.golden import SLICE_BYTES, Golden, load_golden

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from gemma_convert.architecture import Architecture, read_architecture
+from gemma_convert.architecture import Architecture
+from gemma_convert.config import read_architecture
 from gemma_convert.errors import SourceError
 from gemma_convert.logits.prompts import TokenSequence
 

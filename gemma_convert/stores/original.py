@@ -13,18 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from gemma_convert.architecture import Architecture, read_architecture
+from gemma_convert.architecture import Architecture
+from gemma_convert.config import read_architecture
 from gemma_convert.dtypes import TensorSpec, numpy_dtype
 from gemma_convert.errors import SourceError
 from gemma_convert.stores import sidecar
 from gemma_convert.stores.orbax_reader import find_items
-from gemma_convert.stores.safetensors import (
-    INDEX,
-    SINGLE,
-    SafetensorsFolder,
-    Shard,
-    parse_header,
-)
+from gemma_convert.stores.safetensors import INDEX, SINGLE, SafetensorsFolder, Shard
+from gemma_convert.stores.safetensors_header import parse_header
 from gemma_convert.values import Array
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from gemma_convert.dtypes import TensorSpec, numpy_dtype
-from gemma_convert.stores.safetensors import StoredTensor
+from gemma_convert.stores.safetensors_header import StoredTensor
 from gemma_convert.values import Array
 
 LET_GO_BYTES = 256 << 20

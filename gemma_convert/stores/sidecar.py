@@ -20,11 +20,8 @@ import xxhash
 
 from gemma_convert.errors import SourceError
 from gemma_convert.output import Progress
-from gemma_convert.stores.safetensors import (
-    SafetensorsFolder,
-    safetensors_header,
-    write_safetensors,
-)
+from gemma_convert.stores.safetensors import SafetensorsFolder
+from gemma_convert.stores.safetensors_header import safetensors_header, write_safetensors
 from gemma_convert.values import Array
 
 FOLDER = "hf"

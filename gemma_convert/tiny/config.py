@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from gemma_convert.architecture import MAX_LAYERS, Family
+from gemma_convert.architecture import Family
+from gemma_convert.config import MAX_LAYERS
 from gemma_convert.errors import UsageError
 from gemma_convert.tiny.sizes import POOLING, SIZES, AudioSizes, FamilySizes
 from gemma_convert.tiny.tokenizer import SOFT_TOKENS, SPECIAL_TOKENS

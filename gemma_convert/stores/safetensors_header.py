@@ -1,0 +1,171 @@
+"""The header of a safetensors file: read strictly, and written as the library writes it.
+
+Format: https://huggingface.co/docs/safetensors, section Format: eight bytes little-endian length,
+a JSON header, then the tensors' bytes without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from numpy.typing import NDArray
+
+from gemma_convert.dtypes import SAFETENSORS_NAMES, SAFETENSORS_SPELLINGS, TensorSpec
+from gemma_convert.errors import SourceError
+
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the safetensors library itself."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in a file: its spec, and where its bytes begin in the file."""
+
+    name: str
+    spec: TensorSpec
+    file: str
+    start: int
+
+
+def safetensors_header(specs: Mapping[str, TensorSpec]) -> bytes:
+    """The length word and header of a file whose tensors lie in the order of `specs`."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for name, spec in specs.items():
+        entries[name] = {
+            "dtype": SAFETENSORS_SPELLINGS[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [place, place + spec.nbytes],
+        }
+        place += spec.nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_safetensors(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Writes a new file with small arrays, as the safetensors library orders them.
+
+    That is by size of the dtype, largest first, then by name; the bytes equal the library's.
+    """
+    ordered = dict(sorted(arrays.items(), key=lambda entry: (-entry[1].itemsize, entry[0])))
+    specs = {name: TensorSpec(array.dtype.name, array.shape) for name, array in ordered.items()}
+    with path.open("xb") as file:
+        file.write(safetensors_header(specs))
+        for array in ordered.values():
+            file.write(array.tobytes())
+
+
+def read_header(descriptor: int, size: int, path: Path) -> bytes:
+    """The length word and the JSON header of one file, verbatim."""
+    word = os.pread(descriptor, 8, 0)
+    length = int.from_bytes(word, "little")
+    if len(word) < 8 or length > size - 8:
+        raise SourceError(
+            "A shard is truncated: its header does not fit into the file.",
+            where=path,
+            expected=f"a header of {length} bytes" if len(word) == 8 else "at least 8 bytes",
+            found=f"{size} bytes",
+            do="download the file again",
+        )
+    if length > MAX_HEADER_BYTES:
+        raise SourceError("A header is absurdly long.", where=path, found=f"{length} bytes")
+    return word + os.pread(descriptor, length, 8)
+
+
+def parse_header(header: bytes, size: int, file: str, path: Path) -> tuple[StoredTensor, ...]:
+    """The tensors of a file of `size` bytes, in the order of their bytes, given its header.
+
+    They must fill the file without gaps. Raises SourceError, naming `path`, where they do not.
+    """
+    entries = _load_header(header, path)
+    tensors: list[tuple[int, int, StoredTensor]] = []
+    data = size - len(header)
+    for name, entry in entries.items():
+        if name == "__metadata__":
+            continue
+        spec, begin, end = _parse_entry(name, entry, path)
+        if end > data:
+            raise SourceError(
+                "A shard is truncated: a tensor lies beyond the end of the file.",
+                where=f"{path}, tensor {name}",
+                expected=f"{len(header) + end} bytes",
+                found=f"{size} bytes",
+                do="download the file again",
+            )
+        tensors.append((begin, end, StoredTensor(name, spec, file, len(header) + begin)))
+    tensors.sort(key=lambda entry: entry[:2])
+    place = 0
+    for begin, end, tensor in tensors:
+        if begin != place:
+            raise SourceError(
+                "The tensors of a shard overlap or leave a gap.",
+                where=f"{path}, tensor {tensor.name}",
+                expected=f"data from byte {place}",
+                found=f"data from byte {begin}",
+            )
+        place = end
+    if place != data:
+        raise SourceError(
+            "A shard has bytes after its last tensor.", where=path, expected=place, found=data
+        )
+    return tuple(tensor for _, _, tensor in tensors)
+
+
+def _load_header(header: bytes, path: Path) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            raise ValueError("a key stands twice")
+        return values
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        entries = json.loads(
+            header[8:].decode("utf-8"), object_pairs_hook=once, parse_constant=refuse
+        )
+    except (ValueError, RecursionError) as error:
+        raise SourceError(
+            "The header of a shard is not valid JSON.", where=path, found=error
+        ) from None
+    if not isinstance(entries, dict):
+        raise SourceError("The header of a shard is not a JSON object.", where=path)
+    return entries
+
+
+def _parse_entry(name: str, entry: object, path: Path) -> tuple[TensorSpec, int, int]:
+    where = f"{path}, tensor {name}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise SourceError("A header entry is not dtype, shape and data_offsets.", where=where)
+    dtype = SAFETENSORS_NAMES.get(str(entry["dtype"]))
+    if dtype is None:
+        raise SourceError("A tensor has an unknown dtype.", where=where, found=entry["dtype"])
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2 or len(shape) > 32:
+        raise SourceError(
+            "A header entry is malformed.", where=where, found=f"{shape} at {offsets}"[:200]
+        )
+    spec = TensorSpec(dtype, tuple(shape))
+    begin, end = offsets
+    if end - begin != spec.nbytes:
+        raise SourceError(
+            "A tensor has not the bytes that its shape needs.",
+            where=where,
+            expected=f"{spec.nbytes} bytes for {list(shape)} {dtype}",
+            found=f"{end - begin} bytes",
+        )
+    return spec, begin, end
+
+
+def _sizes(values: object) -> bool:
+    return isinstance(values, list) and all(
+        isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+        for value in values
+    )
