@@ -23,17 +23,18 @@ from gemma_convert.errors import (
 from gemma_convert.version import __version__
 
 if TYPE_CHECKING:
-    from gemma_convert.convert import ToNativeReport, to_native
+    from gemma_convert.convert import to_native
     from gemma_convert.export import ToHFReport, to_hf
     from gemma_convert.inspection import InspectReport, inspect
     from gemma_convert.logits.check import logit_check
     from gemma_convert.logits.golden import save_golden
     from gemma_convert.logits.report import LogitReport
+    from gemma_convert.reports import ToNativeReport
     from gemma_convert.tiny import make_tiny
     from gemma_convert.verification import VerifyReport, verify
 
 _HOMES = {
-    "ToNativeReport": "gemma_convert.convert",
+    "ToNativeReport": "gemma_convert.reports",
     "to_native": "gemma_convert.convert",
     "ToHFReport": "gemma_convert.export",
     "to_hf": "gemma_convert.export",

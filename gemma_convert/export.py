@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from gemma_convert.convert import peak_memory
 from gemma_convert.dtypes import Choice, numpy_dtype
 from gemma_convert.errors import TargetError
 from gemma_convert.mapping.plan import Plan
@@ -28,6 +27,7 @@ from gemma_convert.native_source import (
     source_part,
 )
 from gemma_convert.output import NoProgress, Progress
+from gemma_convert.reports import peak_memory
 from gemma_convert.shards import Export, KVShared, plan_export
 from gemma_convert.step import ProgressFactory
 from gemma_convert.stores import sidecar

@@ -7,6 +7,7 @@ from the one and taken apart into the other. It is neither cast nor scaled: equa
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,8 @@ from gemma_convert.mapping.plan import Plan, plan_to_native
 from gemma_convert.mapping.table import load_table
 from gemma_convert.native_source import NativeBlocks, NativeSource, plan_native
 from gemma_convert.output import Progress
-from gemma_convert.step import ProgressFactory, Step, publish_step
+from gemma_convert.reports import ToNativeReport, native_report
+from gemma_convert.step import SPARE_BYTES, ProgressFactory, Step, publish_step
 from gemma_convert.stores import sidecar
 from gemma_convert.stores.orbax import OrbaxFormat
 from gemma_convert.stores.original import Original
@@ -28,6 +30,7 @@ from gemma_convert.version import __version__
 class Relayout:
     """One conversion between two native forms, with the sidecar of the original."""
 
+    source: Path
     items: Path
     target: Path
     native: NativeSource
@@ -35,6 +38,11 @@ class Relayout:
     plan: Plan
     reader: NativeBlocks
     form: OrbaxFormat
+
+    def needed_bytes(self) -> int:
+        """Bytes that the target may take."""
+        kept = (file for file in self.original.folder.rglob("*") if file.is_file())
+        return self.plan.target_bytes + sum(file.stat().st_size for file in kept) + SPARE_BYTES
 
     def run(
         self, *, overwrite: bool, resume: bool, progress: ProgressFactory | None
@@ -57,6 +65,18 @@ class Relayout:
             overwrite=overwrite,
             resume=resume,
             progress=progress,
+        )
+
+    def report(self, result: TransferResult, started: float, *, dry_run: bool) -> ToNativeReport:
+        """The report of this conversion."""
+        report = native_report(self.source, self.target, self.plan, result, started, dry_run)
+        carried = self.plan.carried
+        return replace(
+            report,
+            tensors_carried=len(carried),
+            bytes_carried=sum(self.original.specs[name].nbytes for name in carried),
+            carried_why=dict(Counter(carried.values())),
+            files_carried=tuple(map(str, self.original.files)),
         )
 
     def _write_sidecar(self, folder: Path, step: Step) -> None:

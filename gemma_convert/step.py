@@ -25,6 +25,9 @@ from gemma_convert.version import __version__
 
 STEP, ITEMS = "0", "items"
 
+SPARE_BYTES = 16 << 20
+"""Asked for beside the tensors: metadata of the store, manifest, headers."""
+
 ProgressFactory = Callable[[str, int], AbstractContextManager[Progress]]
 Regions = Mapping[Box, str]
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from gemma_convert.convert import ToNativeReport
+    from gemma_convert.reports import ToNativeReport
     from gemma_convert.verification import VerifyReport
 
 
