@@ -1175,5 +1175,4 @@ def test_four_times_the_layers_take_the_same_memory(tmp_path, monkeypatch, scann
         shutil.rmtree(native)
         shutil.rmtree(back)
     assert peaks[1] - peaks[0] < 96 << 20, peaks
-    print(peaks)
     assert peaks[1] < 700 << 20, peaks

@@ -14,7 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gemma_convert.stores.staging import LOCK
+
 NAME = ".journal"
+
+UNFINISHED = (NAME, LOCK)
+"""Files that a folder holds only while it is being built."""
 
 
 def journal_key(facts: Mapping[str, object]) -> str:

@@ -17,6 +17,7 @@ from gemma_convert.dtypes import TensorSpec
 from gemma_convert.errors import SourceError
 from gemma_convert.mapping.notation import join_path, split_path
 from gemma_convert.mapping.region import Box
+from gemma_convert.stores.journal import UNFINISHED
 from gemma_convert.values import Array
 
 METADATA = "_METADATA"
@@ -42,6 +43,13 @@ def find_items(path: Path) -> Path:
     The result is absolute, as Orbax asks for. Raises SourceError where there is no such folder.
     """
     path = path.absolute()
+    for folder in (path, *path.parents[:2]):
+        if any((folder / name).exists() for name in UNFINISHED):
+            raise SourceError(
+                "This is an unfinished conversion.",
+                where=folder,
+                do="run the conversion again with --resume",
+            )
     for folder in (path, path / "items"):
         if (folder / METADATA).is_file():
             return folder

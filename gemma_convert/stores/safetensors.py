@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from gemma_convert.dtypes import TensorSpec, numpy_dtype
 from gemma_convert.errors import SourceError
-from gemma_convert.stores.journal import NAME as JOURNAL
+from gemma_convert.stores.journal import UNFINISHED
 from gemma_convert.stores.safetensors_header import StoredTensor, parse_header, read_header
-from gemma_convert.stores.staging import LOCK
 
 if TYPE_CHECKING:
     from gemma_convert.mapping.plan import SourceTensor
@@ -25,9 +24,6 @@ if TYPE_CHECKING:
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-
-UNFINISHED = (LOCK, JOURNAL)
-"""Files that a folder holds only while it is being built."""
 
 MAX_INDEX_BYTES = 100_000_000
 

@@ -19,7 +19,7 @@ from gemma_convert.dtypes import TensorSpec, numpy_dtype
 from gemma_convert.stores.safetensors_header import StoredTensor
 from gemma_convert.values import Array
 
-LET_GO_BYTES = 256 << 20
+LET_GO_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
