@@ -107,6 +107,7 @@ def to_hf(
         job = _Export(native, original, plan, export)
         if not dry_run:
             check_apart(source, target)
+            check_apart(original.folder, target)
             check_target(target, overwrite=overwrite)
             check_space(target, export.nbytes + export.file_bytes(original.folder) + SPARE_BYTES)
             _run(job, target, overwrite, resume, progress)
@@ -156,10 +157,10 @@ class _Export:
         """Writes every shard and every other file into `folder`."""
         sidecar.copy_files(self.original.folder, folder, self.export.files)
         for name, text in self.export.edited.items():
-            (folder / name).write_text(text, encoding="utf-8")
+            (folder / name).write_bytes(text.encode())
         journal = Journal(folder, self.key)
         with SafetensorsWriter(folder, self.export.shards) as writer:
-            groups = copies_by_array(self.plan)
+            groups = self._groups()
             for name in self._resume(journal, writer, progress):
                 del groups[name]
 
@@ -198,10 +199,19 @@ class _Export:
             }
         )
 
+    def _groups(self) -> dict[str, list[RegionCopy]]:
+        """Native array → its copies into tensors that are exported."""
+        names = self.export.names
+        groups = {
+            array: [copy for copy in copies if copy.source.tensor in names]
+            for array, copies in copies_by_array(self.plan).items()
+        }
+        return {array: copies for array, copies in groups.items() if copies}
+
     def _resume(self, journal: Journal, writer: SafetensorsWriter, progress: Progress) -> list[str]:
         """Arrays that an earlier run had exported, if their parts, read again, are the same."""
         done = []
-        groups = copies_by_array(self.plan)
+        groups = self._groups()
         for entry in journal.entries:
             name, rounded = str(entry.get("array")), entry.get("rounded")
             copies = groups.get(name, [])
@@ -295,6 +305,11 @@ class _Export:
             flat = bits(writer.array(name).reshape(-1))
             ours = flat[places] == expected
             flat[places[ours]] = originals[ours]
+            again = restore_exactly(native, stored.dtype.name, copy.scale)
+            counted = _rounded(native[ours], again[ours], copy.scale)
+            if counted:
+                self.rounded[name] -= counted
+                self.rounded = {key: count for key, count in self.rounded.items() if count}
 
     def _check(self, writer: SafetensorsWriter) -> None:
         """Compares every tensor with the checksum that the manifest has of it."""

@@ -135,7 +135,8 @@ class FromHuggingFace:
                     "dtype": tensor.spec.dtype,
                     "shape": list(tensor.spec.shape),
                     "kept": self._kept(name, result.losses.get(name)),
-                    "xxh3_128": result.checksums.get(name) or carried.get(name),
+                    "xxh3_128": result.checksums.get(plan.tied.get(name, name))
+                    or carried.get(name),
                 }
                 for name, tensor in self.reader.tensors.items()
             },

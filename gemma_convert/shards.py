@@ -190,7 +190,7 @@ def _index(original: Original, shards: Sequence[OutputShard]) -> str:
 
 def _config(original: Original, dtype: Choice, text_only: bool) -> str | None:
     """config.json where it must change: the dtype in place, or text_config as the root."""
-    text = (original.folder / CONFIG).read_text(encoding="utf-8")
+    text = (original.folder / CONFIG).read_bytes().decode()
     edited = text if dtype == "keep" else _DTYPE.sub(rf"\g<1>{dtype}\g<2>", text)
     if text_only and not original.architecture.text_only:
         config = json.loads(edited)

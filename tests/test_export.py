@@ -173,7 +173,6 @@ def test_every_form_of_the_store_comes_back(tiny, tmp_path, family, scanned, ocd
     comes_back(tiny(family, shards=3), tmp_path, **options)
 
 
-@pytest.mark.xfail(strict=True, reason="a null checksum in the manifest is read as the text None")
 @pytest.mark.parametrize("family", ["e2b", "31b"])
 def test_an_output_head_that_is_spelt_out_comes_back(copied, tmp_path, family):
     source = copied(family)
@@ -213,9 +212,6 @@ def test_files_of_any_kind_come_back(copied, tmp_path):
     comes_back(source, tmp_path)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="values are counted as rounded before exceptions are put back"
-)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_values_that_scaling_loses_come_back(copied, tmp_path, family):
     source = copied(family)
@@ -789,7 +785,6 @@ def test_the_dtype_that_it_has_changes_nothing(tiny, tmp_path):
     assert digests(tmp_path / "back") == digests(source)
 
 
-@pytest.mark.xfail(strict=True, reason="an edited config.json loses its CR LF")
 def test_config_with_other_line_ends_keeps_them(copied, tmp_path):
     source = copied("31b")
     text = (source / "config.json").read_bytes().replace(b"\n", b"\r\n")
@@ -832,16 +827,13 @@ def test_one_large_shard_needs_no_index(tiny, tmp_path):
         to_hf(tmp_path / "native", tmp_path / "none", max_shard_size=0)
 
 
-TOWER_KEY_ERROR = pytest.mark.xfail(
-    strict=True, reason="--text-only of a native tree with towers ends in a KeyError"
-)
 TEXT_ONLY = [
     ("e2b", False, True),
     ("e4b", False, True),
     ("26b-a4b", True, True),
     ("31b", False, True),
-    pytest.param("26b-a4b", False, False, marks=TOWER_KEY_ERROR),
-    pytest.param("31b", True, False, marks=TOWER_KEY_ERROR),
+    ("26b-a4b", False, False),
+    ("31b", True, False),
 ]
 """(family, scanned, whether the native tree has the text model alone)."""
 
@@ -992,16 +984,13 @@ def edit_manifest(native: Path, **changes: object) -> None:
         "model.bin",
         None,
         3,
-        pytest.param(
-            "model.safe\0.safetensors",
-            marks=pytest.mark.xfail(strict=True, reason="a NUL in a name ends in a ValueError"),
-        ),
+        "model.safe\0.safetensors",
     ],
 )
 def test_manifest_that_names_a_file_elsewhere(native, tmp_path, file):
     (shard,) = json.loads((native / OURS / "manifest.json").read_text())["shards"]
     edit_manifest(native, shards=[shard | {"file": file}])
-    refused(tmp_path, SourceError, "malformed|cannot be read", native, tmp_path / "back")
+    refused(tmp_path, SourceError, "manifest is malformed", native, tmp_path / "back")
 
 
 @pytest.mark.parametrize(
@@ -1034,9 +1023,6 @@ def test_sidecar_with_parts_missing(native, tmp_path):
     refused(tmp_path, SourceError, "no manifest", native, tmp_path / "back")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a broken exceptions.safetensors ends in a KeyError or IndexError"
-)
 def test_exceptions_that_are_broken(copied, tmp_path):
     from safetensors.numpy import load_file, save_file
 
@@ -1082,9 +1068,6 @@ def test_source_and_target_must_lie_apart(native):
     assert digests(native) == before
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the target is only kept apart from the source, not from --like"
-)
 def test_the_original_is_not_replaced_by_its_export(copied, tmp_path):
     """--like names the original; writing over it would destroy what is being read."""
     source = copied("31b")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gemma_convert.export import ToHFReport
 
 SHOWN = 5
+LONGEST_SIZE = 24
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -99,7 +100,7 @@ def command(
 def parse_size(text: str) -> int:
     """Bytes that `5GB` (decimal) or `5GiB` (binary) means; raises UsageError for other text."""
     match = _SIZE.fullmatch(text.strip())
-    if match is None:
+    if match is None or len(text) > LONGEST_SIZE:
         raise UsageError("--max-shard-size is a size.", expected="such as 5GB", found=text)
     base = 1024 if match[3] else 1000
     return int(float(match[1]) * base ** _POWERS[match[2].lower()])

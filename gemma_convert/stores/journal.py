@@ -16,7 +16,7 @@ from typing import Any
 
 from gemma_convert.stores.staging import LOCK
 
-NAME = ".journal"
+NAME = ".gemma-convert.journal"
 
 UNFINISHED = (NAME, LOCK)
 """Files that a folder holds only while it is being built."""

@@ -19,7 +19,13 @@ from gemma_convert.dtypes import TensorSpec, numpy_dtype
 from gemma_convert.errors import SourceError
 from gemma_convert.stores import sidecar
 from gemma_convert.stores.orbax_reader import find_items
-from gemma_convert.stores.safetensors import INDEX, SINGLE, SafetensorsFolder, Shard
+from gemma_convert.stores.safetensors import (
+    INDEX,
+    SINGLE,
+    SafetensorsFolder,
+    Shard,
+    plain_name,
+)
 from gemma_convert.stores.safetensors_header import parse_header
 from gemma_convert.values import Array
 
@@ -104,16 +110,18 @@ def _from_sidecar(root: Path) -> Original:
     shards = tuple(_shard(own, entry) for entry in _list(manifest, "shards", own))
     tensors = manifest.get("tensors")
     checksums = {
-        str(name): str(entry.get("xxh3_128"))
+        str(name): entry["xxh3_128"]
         for name, entry in (tensors.items() if isinstance(tensors, dict) else ())
-        if isinstance(entry, dict)
+        if isinstance(entry, dict) and isinstance(entry.get("xxh3_128"), str)
     }
     files, _ = sidecar.other_files(folder, [])
     stored = None
     if (own / sidecar.CARRIED).exists():
         stored = SafetensorsFolder(own, [sidecar.CARRIED])
     architecture = read_architecture(folder)
-    return Original(folder, architecture, shards, files, stored, _exceptions(own), checksums)
+    specs = {tensor.name: tensor.spec for shard in shards for tensor in shard.tensors}
+    exceptions = _exceptions(own, specs)
+    return Original(folder, architecture, shards, files, stored, exceptions, checksums)
 
 
 def _list(manifest: Mapping[str, object], key: str, own: Path) -> list[object]:
@@ -129,8 +137,7 @@ def _shard(own: Path, entry: object) -> Shard:
     if not isinstance(entry, dict):
         raise SourceError("The manifest is malformed.", where=where, found=str(entry)[:200])
     file, size = entry.get("file"), entry.get("size")
-    plain = isinstance(file, str) and file == Path(file).name and file.endswith(".safetensors")
-    if not plain or not isinstance(file, str) or not isinstance(size, int):
+    if not isinstance(file, str) or not plain_name(file) or not isinstance(size, int):
         raise SourceError("The manifest is malformed.", where=where, found=str(entry)[:200])
     path = own / sidecar.HEADERS / f"{file}.header"
     try:
@@ -142,7 +149,8 @@ def _shard(own: Path, entry: object) -> Shard:
     return Shard(file, header, parse_header(header, size, file, path), size, 0)
 
 
-def _exceptions(own: Path) -> dict[str, tuple[Array, Array]]:
+def _exceptions(own: Path, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[Array, Array]]:
+    """tensor → places and original bits of values that do not come back from the native dtype."""
     if not (own / sidecar.EXCEPTIONS).exists():
         return {}
     with SafetensorsFolder(own, [sidecar.EXCEPTIONS]) as reader:
@@ -151,8 +159,25 @@ def _exceptions(own: Path) -> dict[str, tuple[Array, Array]]:
             values = np.empty(tensor.spec.shape, numpy_dtype(tensor.spec.dtype))
             reader.read_into(tensor, 0, values.view(np.uint8).reshape(-1).data)
             arrays[name] = values
-    names = {name.rpartition("/")[0] for name in arrays}
-    return {name: (arrays[f"{name}/index"], arrays[f"{name}/bits"]) for name in names}
+    exceptions = {}
+    for name in {name.rpartition("/")[0] for name in arrays}:
+        places, originals = arrays.get(f"{name}/index"), arrays.get(f"{name}/bits")
+        spec = specs.get(name)
+        if (
+            spec is None
+            or places is None
+            or originals is None
+            or places.dtype != np.int64
+            or originals.dtype != np.dtype(f"u{spec.itemsize}")
+            or places.ndim != 1
+            or places.shape != originals.shape
+            or (places.size and not 0 <= places.min() <= places.max() < spec.size)
+        ):
+            raise SourceError(
+                "The kept exceptions are malformed.", where=own / sidecar.EXCEPTIONS, found=name
+            )
+        exceptions[name] = places, originals
+    return exceptions
 
 
 def index_metadata(folder: Path) -> dict[str, object]:

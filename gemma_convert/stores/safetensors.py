@@ -204,7 +204,7 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError("The index has no weight_map.", where=path)
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not _plain_name(file):
+        if not isinstance(file, str) or not plain_name(file):
             raise SourceError(
                 "The index names a file that is not a plain file name.",
                 where=f"{path}, tensor {name!r}",
@@ -214,7 +214,8 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _plain_name(file: str) -> bool:
+def plain_name(file: str) -> bool:
+    """Whether a name is that of a shard in its own folder: no path, nothing unprintable."""
     return (
         file.endswith(".safetensors")
         and not set(file) & {"/", "\\", "\0"}

@@ -15,7 +15,7 @@ from types import TracebackType
 
 from gemma_convert.errors import TargetError
 
-LOCK = ".lock"
+LOCK = ".gemma-convert.lock"
 
 
 class StagedFolder:
