@@ -13,9 +13,9 @@ from gemma_convert.from_huggingface import FromHuggingFace
 from gemma_convert.mapping.plan import plan_to_native
 from gemma_convert.mapping.table import load_table
 from gemma_convert.native_source import open_native
+from gemma_convert.publishing import ProgressFactory
 from gemma_convert.relayout import Relayout, plan_relayout
 from gemma_convert.reports import ToNativeReport
-from gemma_convert.step import ProgressFactory
 from gemma_convert.stores import sidecar
 from gemma_convert.stores.orbax import Compression, OrbaxFormat
 from gemma_convert.stores.orbax_reader import find_items

@@ -6,7 +6,6 @@ import hashlib
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -15,7 +14,6 @@ import numpy as np
 import xxhash
 
 from gemma_convert.dtypes import Choice, numpy_dtype
-from gemma_convert.errors import TargetError
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.region import Ranges, RegionCopy
 from gemma_convert.native_source import (
@@ -26,17 +24,16 @@ from gemma_convert.native_source import (
     plan_native,
     source_part,
 )
-from gemma_convert.output import NoProgress, Progress
+from gemma_convert.output import Progress
+from gemma_convert.publishing import ProgressFactory, publish
 from gemma_convert.reports import peak_memory
 from gemma_convert.shards import Export, KVShared, plan_export
-from gemma_convert.step import ProgressFactory
 from gemma_convert.stores import sidecar
-from gemma_convert.stores.journal import Journal, journal_key, matches, remove_journal
-from gemma_convert.stores.orbax import sync_folder
+from gemma_convert.stores.journal import Journal, journal_key
 from gemma_convert.stores.orbax_reader import find_items
 from gemma_convert.stores.original import Original, open_original
 from gemma_convert.stores.safetensors_writer import SafetensorsWriter
-from gemma_convert.stores.staging import StagedFolder, check_apart, check_space, check_target
+from gemma_convert.stores.staging import check_apart, check_space, check_target
 from gemma_convert.values import Array, bits, convert, restore
 from gemma_convert.version import __version__
 
@@ -110,33 +107,17 @@ def to_hf(
             check_apart(original.folder, target)
             check_target(target, overwrite=overwrite)
             check_space(target, export.nbytes + export.file_bytes(original.folder) + SPARE_BYTES)
-            _run(job, target, overwrite, resume, progress)
+            publish(
+                target,
+                job.key,
+                job.write,
+                title="to huggingface",
+                total=export.nbytes,
+                overwrite=overwrite,
+                resume=resume,
+                progress=progress,
+            )
         return job.report(source, target, started, dry_run=dry_run)
-
-
-def _run(
-    job: _Export, target: Path, overwrite: bool, resume: bool, progress: ProgressFactory | None
-) -> None:
-    with (
-        StagedFolder(target, overwrite=overwrite, resume=resume) as staged,
-        progress("to huggingface", job.export.nbytes)
-        if progress
-        else nullcontext(NoProgress()) as bar,
-    ):
-        try:
-            if resume and not matches(staged.folder, job.key):
-                staged.clear()
-            job.write(staged.folder, bar)
-            sync_folder(staged.folder)
-        except OSError as error:
-            raise TargetError(
-                "The target cannot be written.",
-                where=target,
-                found=error.strerror or error,
-                do="check free space and permissions of the target",
-            ) from error
-        remove_journal(staged.folder)
-        staged.publish()
 
 
 class _Export:
@@ -291,22 +272,22 @@ class _Export:
     def _apply_exceptions(self, writer: SafetensorsWriter) -> None:
         """Puts back values that the native dtype could not hold, where they are still theirs."""
         for origin, (places, originals) in self.original.exceptions.items():
-            name = self.export.names.get(origin)
-            source = self.plan.sources.get(origin)
-            if name is None or source is None or writer.spec(name).dtype != source.spec.dtype:
+            name, source = self.export.names.get(origin), self.plan.sources.get(origin)
+            if name is None or source is None:
                 continue
-            copy = source.copies[0]
+            copy, dtype = source.copies[0], writer.spec(name).dtype
             stored = originals.view(numpy_dtype(source.spec.dtype))
             native = np.empty(
                 stored.shape, numpy_dtype(self.native.specs[copy.target.tensor].dtype)
             )
             convert(stored, native, copy.scale)
-            expected = bits(restore_exactly(native, source.spec.dtype, copy.scale))
+            back = restore_exactly(native, dtype, copy.scale)
+            wanted = np.empty(stored.shape, numpy_dtype(dtype))
+            convert(stored, wanted, None)
             flat = bits(writer.array(name).reshape(-1))
-            ours = flat[places] == expected
-            flat[places[ours]] = originals[ours]
-            again = restore_exactly(native, stored.dtype.name, copy.scale)
-            counted = _rounded(native[ours], again[ours], copy.scale)
+            ours = flat[places] == bits(back)
+            flat[places[ours]] = bits(wanted)[ours]
+            counted = _rounded(native[ours], back[ours], copy.scale)
             if counted:
                 self.rounded[name] -= counted
                 self.rounded = {key: count for key, count in self.rounded.items() if count}

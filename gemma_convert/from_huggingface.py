@@ -15,8 +15,9 @@ from gemma_convert.errors import SourceError
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.table import HUGGINGFACE, mappings_folder
 from gemma_convert.output import Progress
+from gemma_convert.publishing import ProgressFactory, publish
 from gemma_convert.reports import ToNativeReport, exceptions, lossy_rows, native_report
-from gemma_convert.step import SPARE_BYTES, ProgressFactory, Regions, Step, publish_step
+from gemma_convert.step import SPARE_BYTES, Regions, Step
 from gemma_convert.stores import sidecar
 from gemma_convert.stores.orbax import OrbaxFormat
 from gemma_convert.stores.safetensors import SafetensorsFolder
@@ -62,11 +63,12 @@ class FromHuggingFace:
             self._write_sidecar(folder / sidecar.FOLDER, result, step.regions, bar)
             return result
 
-        return publish_step(
-            step,
+        return publish(
             self.target,
+            step.key,
             write,
-            self.plan.source_bytes + carried,
+            title=f"to {self.plan.layout}",
+            total=self.plan.source_bytes + carried,
             overwrite=overwrite,
             resume=resume,
             progress=progress,

@@ -110,12 +110,14 @@ def _huggingface(path: Path) -> InspectReport:
 
 
 def _orbax(path: Path, items: Path) -> InspectReport:
-    arrays = read_orbax_tree(items).arrays
+    tree = read_orbax_tree(items)
+    arrays = tree.arrays
     if not any(name.startswith(_PARAMETERS) for name in arrays):
         layout = GEMMA_JAX if any("attn_vec_einsum" in name for name in arrays) else UNKNOWN
         return _report(path, layout, arrays)
     specs = {name: spec for name, spec in arrays.items() if name.startswith(_PARAMETERS)}
-    extras = tuple(sorted({name.partition("/")[0] for name in arrays if name not in specs}))
+    beside = [*(name for name in arrays if name not in specs), *tree.others]
+    extras = tuple(sorted({name.partition("/")[0] for name in beside}))
     scanned = any("/scanned_blocks/" in name for name in specs)
     root = sidecar.sidecar_root(items)
     if root is None:

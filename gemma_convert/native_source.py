@@ -30,6 +30,7 @@ MOST_WAITING = 8
 
 PARAMETERS = "params/params/"
 _VALUE = "/value"
+_RANDOM = "/rngs/"
 _MODULES = ("token_embedder/", "decoder/", "vision_encoder/")
 
 
@@ -141,7 +142,7 @@ def open_native(items: Path) -> NativeSource:
     if not stored:
         for name in tree.arrays:
             path = name.removeprefix("params/").removesuffix(_VALUE)
-            if name.endswith(_VALUE) and path.startswith(_MODULES):
+            if name.endswith(_VALUE) and path.startswith(_MODULES) and _RANDOM not in path:
                 stored[PARAMETERS + path] = name
     if not stored:
         raise SourceError(

@@ -17,8 +17,9 @@ from gemma_convert.mapping.plan import Plan, plan_to_native
 from gemma_convert.mapping.table import load_table
 from gemma_convert.native_source import NativeBlocks, NativeSource, plan_native
 from gemma_convert.output import Progress
+from gemma_convert.publishing import ProgressFactory, publish
 from gemma_convert.reports import ToNativeReport, native_report
-from gemma_convert.step import SPARE_BYTES, ProgressFactory, Step, publish_step
+from gemma_convert.step import SPARE_BYTES, Step
 from gemma_convert.stores import sidecar
 from gemma_convert.stores.orbax import OrbaxFormat
 from gemma_convert.stores.original import Original
@@ -57,11 +58,12 @@ class Relayout:
             self._write_sidecar(folder / sidecar.FOLDER, step)
             return result
 
-        return publish_step(
-            step,
+        return publish(
             self.target,
+            step.key,
             write,
-            self.plan.source_bytes,
+            title=f"to {self.plan.layout}",
+            total=self.plan.source_bytes,
             overwrite=overwrite,
             resume=resume,
             progress=progress,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,11 @@ from typing import Any
 import numpy as np
 
 from gemma_convert.dtypes import TensorSpec
-from gemma_convert.errors import TargetError
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.region import Box, blocks
-from gemma_convert.output import NoProgress, Progress
-from gemma_convert.stores import sidecar
-from gemma_convert.stores.journal import Journal, journal_key, matches, remove_journal
-from gemma_convert.stores.orbax import OrbaxFormat, OrbaxWriter, sync_folder, write_step_metadata
-from gemma_convert.stores.staging import StagedFolder
+from gemma_convert.output import Progress
+from gemma_convert.stores.journal import Journal, journal_key
+from gemma_convert.stores.orbax import OrbaxFormat, OrbaxWriter, write_step_metadata
 from gemma_convert.transfer import BlockReader, Transfer, TransferResult
 from gemma_convert.version import __version__
 
@@ -28,7 +24,6 @@ STEP, ITEMS = "0", "items"
 SPARE_BYTES = 16 << 20
 """Asked for beside the tensors: metadata of the store, manifest, headers."""
 
-ProgressFactory = Callable[[str, int], AbstractContextManager[Progress]]
 Regions = Mapping[Box, str]
 
 
@@ -126,40 +121,6 @@ class Step:
                 if copy.source.meets(ranges):
                     boxes.setdefault(copy.target.tensor, []).append(copy.target.box(ranges))
         return boxes
-
-
-def publish_step(
-    step: Step,
-    target: Path,
-    write: Callable[[Path, Progress], TransferResult],
-    total: int,
-    *,
-    overwrite: bool,
-    resume: bool,
-    progress: ProgressFactory | None,
-) -> TransferResult:
-    """What `write` returns, when the folder that it fills stands under its final name."""
-    title = f"to {step.plan.layout}"
-    with (
-        StagedFolder(target, overwrite=overwrite, resume=resume) as staged,
-        progress(title, total) if progress else nullcontext(NoProgress()) as bar,
-    ):
-        try:
-            if resume and not matches(staged.folder, step.key):
-                staged.clear()
-            sidecar.remove(staged.folder)
-            result = write(staged.folder, bar)
-            sync_folder(staged.folder)
-        except OSError as error:
-            raise TargetError(
-                "The target cannot be written.",
-                where=target,
-                found=error.strerror or error,
-                do="check free space and permissions of the target",
-            ) from error
-        remove_journal(staged.folder)
-        staged.publish()
-    return result
 
 
 def _parse(listed: Any) -> dict[Box, str]:

@@ -28,7 +28,7 @@ from gemma_convert.native_source import (
     source_part,
 )
 from gemma_convert.output import NoProgress, Progress
-from gemma_convert.step import ProgressFactory
+from gemma_convert.publishing import ProgressFactory
 from gemma_convert.stores import sidecar
 from gemma_convert.stores.orbax import checksum
 from gemma_convert.stores.orbax_reader import OrbaxArray, find_items, open_array

@@ -1159,3 +1159,15 @@ def test_four_times_the_layers_take_the_same_memory(tmp_path, monkeypatch, scann
         shutil.rmtree(back)
     assert peaks[1] - peaks[0] < 96 << 20, peaks
     assert peaks[1] < 700 << 20, peaks
+
+
+def test_exceptions_come_back_in_another_dtype_too(copied, tmp_path):
+    """A huge bfloat16 overflows when it is scaled; as float32 it comes back all the same."""
+    source = copied("31b")
+    patch(source / SINGLE, EMBEDDING, {5: 0x7F7F})
+    to_native(source, tmp_path / "native")
+    report = to_hf(tmp_path / "native", tmp_path / "back", dtype="float32")
+    value = read_safetensors(tmp_path / "back")[EMBEDDING].reshape(-1)[5]
+    assert value == read_safetensors(source)[EMBEDDING].reshape(-1)[5].astype(np.float32)
+    assert np.isfinite(value)
+    assert EMBEDDING not in report.rounded

@@ -23,16 +23,23 @@ from gemma_convert.values import Array
 METADATA = "_METADATA"
 MAX_METADATA_BYTES = 256 << 20
 
+STATE = ("opt_state", "nnx_aux")
+"""Where a training checkpoint keeps what is no parameter."""
+
 _WITHOUT_ARRAY = ("Dict", "List", "None", "Tuple", "NamedTuple")
 
 
 @dataclass(frozen=True)
 class OrbaxTree:
-    """The arrays of one item folder: name (a path in the tables' notation) → spec, and chunk."""
+    """The arrays of one item folder: name (a path in the tables' notation) → spec, and chunk.
+
+    `others` are arrays of optimizer and random state: named, never opened.
+    """
 
     folder: Path
     arrays: dict[str, TensorSpec]
     chunks: dict[str, tuple[int, ...]]
+    others: tuple[str, ...]
     ocdbt: bool
     zarr3: bool
 
@@ -76,6 +83,7 @@ def read_orbax_tree(folder: Path) -> OrbaxTree:
     metadata = _load_metadata(folder / METADATA)
     ocdbt, zarr3 = bool(metadata.get("use_ocdbt")), bool(metadata.get("use_zarr3"))
     names: list[str] = []
+    others: list[str] = []
     for entry in metadata["tree_metadata"].values():
         try:
             keys = [str(key["key"]) for key in entry["key_metadata"]]
@@ -85,8 +93,9 @@ def read_orbax_tree(folder: Path) -> OrbaxTree:
                 "Orbax' metadata is malformed.", where=folder / METADATA, found=str(entry)[:200]
             ) from None
         if kind not in _WITHOUT_ARRAY:
-            names.append(join_path(keys))
-    return OrbaxTree(folder, *_specs(folder, names, ocdbt, zarr3), ocdbt, zarr3)
+            (others if keys[0] in STATE else names).append(join_path(keys))
+    arrays, chunks = _specs(folder, names, ocdbt, zarr3)
+    return OrbaxTree(folder, arrays, chunks, tuple(others), ocdbt, zarr3)
 
 
 def _load_metadata(path: Path) -> dict[str, Any]:
