@@ -7,22 +7,18 @@ from typing import Annotated
 
 import typer
 
+from gemma_convert.cli.options import AsJson, Overwrite, Prompts, Tokens
+
 
 def command(
     hf: Annotated[
         Path, typer.Argument(metavar="HF", help="Folder of the Hugging Face checkpoint.")
     ],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Safetensors file to create.")],
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="A prompt of your own; may be given several times.")
-    ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(help="Use N fixed random tokens instead of prompts.", min=1)
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace FILE, once the new one is complete.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    prompt: Prompts = None,
+    tokens: Tokens = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Save transformers' float32 logits for `logit-check --golden`.
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gemma_convert.cli.options import AsJson
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -19,7 +21,7 @@ def command(
     path: Annotated[
         Path, typer.Argument(metavar="PATH", help="A checkpoint, of any layout that is known.")
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what a checkpoint is: layout, model, parameters, dtypes, sizes, and what is missing.
 

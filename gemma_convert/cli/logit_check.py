@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from gemma_convert.cli.options import AsJson, Prompts, Tokens
+
 
 class DType(StrEnum):
     FLOAT32 = "float32"
@@ -25,19 +27,15 @@ def command(
         float | None,
         typer.Option(help="Largest KL divergence of a token, in nats.  [default: 1e-5, or 0.03]"),
     ] = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="A prompt of your own; may be given several times.")
-    ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(help="Use N fixed random tokens instead of prompts.", min=1)
-    ] = None,
+    prompt: Prompts = None,
+    tokens: Tokens = None,
     dtype: Annotated[
         DType, typer.Option(help="Dtype of the native side; the reference runs in float32.")
     ] = DType.FLOAT32,
     golden: Annotated[
         Path | None, typer.Option(help="Reference logits saved by `gemma-convert golden`.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run both models on the same tokens and compare every token's distribution.
 

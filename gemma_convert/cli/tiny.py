@@ -8,17 +8,14 @@ from typing import Annotated
 
 import typer
 
+from gemma_convert.cli.options import AsJson, KVShared
+
 
 class Family(StrEnum):
     E2B = "e2b"
     E4B = "e4b"
     A4B = "26b-a4b"
     DENSE = "31b"
-
-
-class KVShared(StrEnum):
-    KEEP = "keep"
-    OMIT = "omit"
 
 
 class DType(StrEnum):
@@ -42,7 +39,7 @@ def command(
         bool, typer.Option("--text-only", help="Gemma4ForCausalLM, without towers.")
     ] = False,
     dtype: Annotated[DType, typer.Option(help="Dtype of the weights.")] = DType.BFLOAT16,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make a tiny random checkpoint in the Hugging Face layout, towers and tokenizer included.
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gemma_convert.cli.options import AsJson, DType, KVShared, Overwrite, Resume
 from gemma_convert.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,17 +21,6 @@ LONGEST_SIZE = 24
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-
-
-class DType(StrEnum):
-    KEEP = "keep"
-    BFLOAT16 = "bfloat16"
-    FLOAT32 = "float32"
-
-
-class KVShared(StrEnum):
-    KEEP = "keep"
-    OMIT = "omit"
 
 
 def command(
@@ -59,13 +48,9 @@ def command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be written, and stop.")
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT, once the new one is complete.")
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an interrupted run where it stopped.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    as_json: AsJson = False,
 ) -> None:
     """Convert a native checkpoint back to Hugging Face.
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gemma_convert.cli.options import AsJson, DType, Overwrite, Resume
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -19,12 +21,6 @@ if TYPE_CHECKING:
 
 class Layout(StrEnum):
     MAXTEXT = "maxtext"
-
-
-class DType(StrEnum):
-    KEEP = "keep"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
 
 
 class ScaledDType(StrEnum):
@@ -67,16 +63,12 @@ def command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, from headers alone, and stop.")
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT, once the new one is complete.")
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an interrupted run where it stopped.")
-    ] = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read everything again at the end and compare it.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Convert a Hugging Face checkpoint to a native layout.
 
