@@ -62,4 +62,4 @@ def test_four_times_the_layers_take_the_same_memory(tmp_path, scanned):
     small = peak(tmp_path / "few", tmp_path / "few-out", scanned)
     large = peak(tmp_path / "many", tmp_path / "many-out", scanned)
     assert many - few > 900 << 20
-    assert large - small < 64 << 20, (small, large)
+    assert large - small < 128 << 20, (small, large)  # of 1 GB more; threads and allocator vary
