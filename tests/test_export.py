@@ -1134,8 +1134,8 @@ def test_the_largest_chunk_is_told_beforehand(tiny, tmp_path):
 def peak(source: Path, target: Path) -> int:
     """Peak memory of an export in bytes; rusage would count this process, which was forked, too."""
     code = (
-        "import gemma_convert.export as export\n"
-        "export.sync_folder = lambda _: None\n"
+        "import gemma_convert.export as export, gemma_convert.publishing as publishing\n"
+        "publishing.sync_folder = lambda _: None\n"
         f"assert export.to_hf({str(source)!r}, {str(target)!r}).bit_for_bit\n"
         "lines = open('/proc/self/status').read().splitlines()\n"
         "print(next(line.split()[1] for line in lines if line.startswith('VmHWM:')))\n"
