@@ -66,6 +66,8 @@ def to_native(
             plan, blocks = plan_relayout(native, original, items, policy, scan_layers)
             job = Relayout(source, items, target, native, original, plan, blocks, form)
         else:
+            if like is not None:
+                raise UsageError("--like is for a native SRC; this one is its own original.")
             architecture = read_architecture(source)
             reader = stack.enter_context(SafetensorsFolder(source))
             plan = plan_to_native(

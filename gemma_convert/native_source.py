@@ -99,11 +99,12 @@ class _Reading:
             else:
                 free = prod(extent.size for extent in extents if extent.at is None)
                 lengths.append(free)
-        self._grow(dims, lengths, array.spec.itemsize)
         shared = any(
             any(extent.at is not None for extent in extents) and step > 1
             for extents, step in zip(dims, chunk, strict=True)
         )
+        if not shared:
+            self._grow(dims, lengths, array.spec.itemsize)
         slab = prod(
             self._steps[extents[0].axis][0] if len(extents) == 1 and extents[0].at is None else size
             for extents, size in zip(dims, shape, strict=True)
@@ -237,8 +238,9 @@ def for_each_part(
 
 
 def _tell(names: list[str], finished: Callable[[str], None] | None) -> list[str]:
-    for name in names if finished else ():
-        finished(name)  # type: ignore[misc]
+    if finished is not None:
+        for name in names:
+            finished(name)
     return []
 
 
