@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gemma_convert.dtypes import CONVERTED, SAFETENSORS_SPELLINGS, Choice, TensorSpec
+from gemma_convert.dtypes import CONVERTED, Choice, TensorSpec
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.mapping.inventory import hf_tensors
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.stores.original import Original, index_metadata
 from gemma_convert.stores.safetensors import INDEX, SINGLE, Shard
-from gemma_convert.stores.safetensors_header import StoredTensor
+from gemma_convert.stores.safetensors_header import library_order, parse_header, safetensors_header
 from gemma_convert.stores.safetensors_writer import OutputShard
 
 KVShared = Literal["keep", "omit"]
@@ -157,25 +157,10 @@ def _metadata(shard: Shard) -> dict[str, str]:
 
 def _shard(file: str, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> OutputShard:
     """One file with its tensors in the order of the safetensors library."""
-    ordered = sorted(specs.items(), key=lambda entry: (-entry[1].itemsize, entry[0]))
-    entries: dict[str, object] = {"__metadata__": dict(metadata)}
-    places: dict[str, int] = {}
-    place = 0
-    for name, spec in ordered:
-        places[name] = place
-        entries[name] = {
-            "dtype": SAFETENSORS_SPELLINGS[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [place, place + spec.nbytes],
-        }
-        place += spec.nbytes
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
-    tensors = tuple(
-        StoredTensor(name, spec, file, len(header) + places[name]) for name, spec in ordered
-    )
-    return OutputShard(file, header, tensors)
+    ordered = library_order(specs)
+    header = safetensors_header(ordered, metadata)
+    size = len(header) + sum(spec.nbytes for spec in ordered.values())
+    return OutputShard(file, header, parse_header(header, size, file, Path(file)))
 
 
 def _index(original: Original, shards: Sequence[OutputShard]) -> str:

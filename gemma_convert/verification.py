@@ -305,10 +305,10 @@ class _Comparer:
                 self.found.note(name, self._arrays[name].spec.nbytes)
             array = self._arrays[name]
         future: Future[None] = Future()
-        different = bits(array.read(box)) != bits(values)
-        count = int(np.count_nonzero(different))
+        present = bits(array.read(box))
+        count = int(np.count_nonzero(present != bits(values)))
         if count and self._rounded(name):
-            near = np.abs(bits(array.read(box)).astype(np.int64) - bits(values).astype(np.int64))
+            near = np.abs(present.astype(np.int64) - bits(values).astype(np.int64))
             with self._lock:
                 self.found.within_rounding += count - int(np.count_nonzero(near > 1))
             count = int(np.count_nonzero(near > 1))

@@ -32,9 +32,18 @@ class StoredTensor:
     start: int
 
 
-def safetensors_header(specs: Mapping[str, TensorSpec]) -> bytes:
+def library_order(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """The tensors as the safetensors library orders them: widest dtype first, then by name."""
+    return dict(sorted(specs.items(), key=lambda entry: (-entry[1].itemsize, entry[0])))
+
+
+def safetensors_header(
+    specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None
+) -> bytes:
     """The length word and header of a file whose tensors lie in the order of `specs`."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {
+        "__metadata__": dict({"format": "pt"} if metadata is None else metadata)
+    }
     place = 0
     for name, spec in specs.items():
         entries[name] = {
@@ -53,12 +62,12 @@ def write_safetensors(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
 
     That is by size of the dtype, largest first, then by name; the bytes equal the library's.
     """
-    ordered = dict(sorted(arrays.items(), key=lambda entry: (-entry[1].itemsize, entry[0])))
-    specs = {name: TensorSpec(array.dtype.name, array.shape) for name, array in ordered.items()}
+    given = {name: TensorSpec(array.dtype.name, array.shape) for name, array in arrays.items()}
+    specs = library_order(given)
     with path.open("xb") as file:
         file.write(safetensors_header(specs))
-        for array in ordered.values():
-            file.write(array.tobytes())
+        for name in specs:
+            file.write(arrays[name].tobytes())
 
 
 def read_header(descriptor: int, size: int, path: Path) -> bytes:
