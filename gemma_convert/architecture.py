@@ -169,6 +169,13 @@ class Architecture:
             return self.audio.channels[stage]
         return self.audio.channels[stage - 1] if stage else 1
 
+    def _kv_sources_apart(self) -> bool:
+        """Whether some shared keys and values stem from other layers than the last two owners."""
+        layers = self.text.layers
+        owners = [layer.index for layer in layers if layer.owns_kv]
+        sources = {layer.kv_source for layer in layers if not layer.owns_kv}
+        return not sources <= set(owners[-2:])
+
     @cached_property
     def _sizes(self) -> dict[str, int]:
         text, vision, audio = self.text, self.vision, self.audio
@@ -218,6 +225,9 @@ class Architecture:
         return {
             "ple": bool(text.ple),
             "moe": text.moe,
+            "kv_shared": text.kv_shared_layers > 0,
+            "kv_sources_apart": self._kv_sources_apart(),
+            "double_wide": text.double_wide_mlp,
             "vision": vision is not None,
             "vision_clipped": vision is not None and vision.clipped,
             "vision_standardized": vision is not None and vision.standardize,
@@ -245,9 +255,12 @@ ENUMERATED = {"gate_up": 2, "kv": 2, "bound": 4}
 LAYER_FACTS = frozenset({"owns_kv", "sliding", "key_as_value"})
 """Facts that hold for a layer, so that a row which asks for them has `{layer}` in its name."""
 
-MODEL_FACTS = frozenset(
-    {"ple", "moe", "vision", "vision_clipped", "vision_standardized", "audio", "audio_clipped"}
-)
+_MODEL_FACT_WORDS = """
+ple moe kv_shared kv_sources_apart double_wide
+vision vision_clipped vision_standardized audio audio_clipped
+"""
+
+MODEL_FACTS = frozenset(_MODEL_FACT_WORDS.split())
 """Facts that hold for the whole model."""
 
 FACTS = LAYER_FACTS | MODEL_FACTS

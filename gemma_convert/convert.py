@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
 from gemma_convert.config import read_architecture
+from gemma_convert.conversion import Conversion, Inherited
 from gemma_convert.dtypes import Choice, DTypePolicy, ScaledChoice
-from gemma_convert.errors import SourceError, UsageError
-from gemma_convert.from_huggingface import FromHuggingFace
+from gemma_convert.errors import UsageError
+from gemma_convert.huggingface_view import plan_relayout
+from gemma_convert.layouts.registry import LAYOUTS, is_native, open_native
 from gemma_convert.mapping.plan import plan_to_native
 from gemma_convert.mapping.table import load_table
-from gemma_convert.native_source import open_native
 from gemma_convert.publishing import ProgressFactory
-from gemma_convert.relayout import Relayout, plan_relayout
 from gemma_convert.reports import ToNativeReport
 from gemma_convert.stores import sidecar
 from gemma_convert.stores.orbax import Compression, OrbaxFormat
-from gemma_convert.stores.orbax_reader import find_items
 from gemma_convert.stores.original import open_original
-from gemma_convert.stores.safetensors import INDEX, SINGLE, SafetensorsFolder
+from gemma_convert.stores.safetensors import SafetensorsFolder
 from gemma_convert.stores.staging import check_apart, check_space, check_target
 from gemma_convert.transfer import TransferResult
 
@@ -44,43 +44,40 @@ def to_native(
 ) -> ToNativeReport:
     """A report of the conversion of a checkpoint into a native layout.
 
-    `source` is a Hugging Face folder, or a native checkpoint, whose bits are then copied; `like`
-    names the Hugging Face original of one that has no sidecar. `target` appears when everything is
-    in it. Raises SourceError, TargetError or UsageError with one clear message; then nothing is
-    left behind.
+    `source` is a Hugging Face folder, or a native checkpoint of any layout; `like` names the
+    Hugging Face original of one that has no sidecar. `target` appears when everything is in it.
+    Raises SourceError, TargetError or UsageError with one clear message; then nothing is left
+    behind.
     """
     started, source, target = time.monotonic(), Path(source), Path(target)
     policy, form = DTypePolicy(dtype, scaled_dtype), OrbaxFormat(ocdbt, compression)
-    job: FromHuggingFace | Relayout
+    load_table(layout)
     with ExitStack() as stack:
         if is_native(source):
-            if text_only:
-                raise UsageError(
-                    "--text-only needs a Hugging Face source.", do="export it with to-hf first"
-                )
-            items = find_items(source)
-            original = stack.enter_context(
-                open_original(source, None if like is None else Path(like))
+            job = _from_native(
+                source,
+                target,
+                stack,
+                layout=layout,
+                like=None if like is None else Path(like),
+                policy=policy,
+                scanned=scan_layers,
+                text_only=text_only,
+                form=form,
             )
-            native = open_native(items)
-            plan, blocks = plan_relayout(native, original, items, policy, scan_layers)
-            job = Relayout(source, items, target, native, original, plan, blocks, form)
         else:
             if like is not None:
                 raise UsageError("--like is for a native SRC; this one is its own original.")
-            architecture = read_architecture(source)
-            reader = stack.enter_context(SafetensorsFolder(source))
-            plan = plan_to_native(
-                architecture,
-                load_table(layout),
-                reader.specs,
-                policy,
+            job = _from_huggingface(
+                source,
+                target,
+                stack,
+                layout=layout,
+                policy=policy,
                 scanned=scan_layers,
                 text_only=text_only,
-                where=str(source),
+                form=form,
             )
-            files, listed = sidecar.other_files(source, [shard.file for shard in reader.shards])
-            job = FromHuggingFace(source, target, plan, reader, files, listed, form)
         if dry_run:
             return job.report(TransferResult(), started, dry_run=True)
         check_apart(source, target)
@@ -90,12 +87,82 @@ def to_native(
         return job.report(result, started, dry_run=False)
 
 
-def is_native(source: Path) -> bool:
-    """Whether a folder holds a native checkpoint rather than Hugging Face files."""
-    if any((source / name).exists() for name in (SINGLE, INDEX)):
-        return False
-    try:
-        find_items(source)
-    except SourceError:
-        return False
-    return True
+def _from_huggingface(
+    source: Path,
+    target: Path,
+    stack: ExitStack,
+    *,
+    layout: str,
+    policy: DTypePolicy,
+    scanned: bool,
+    text_only: bool,
+    form: OrbaxFormat,
+) -> Conversion:
+    architecture = read_architecture(source)
+    reader = stack.enter_context(SafetensorsFolder(source))
+    plan = plan_to_native(
+        architecture,
+        load_table(layout),
+        reader.specs,
+        policy,
+        scanned=scanned,
+        text_only=text_only,
+        where=str(source),
+    )
+    files, listed = sidecar.other_files(source, [shard.file for shard in reader.shards])
+    shards = [(shard.file, shard.size, shard.modified_ns) for shard in reader.shards]
+    headers = [hashlib.sha256(shard.header).hexdigest() for shard in reader.shards]
+    return Conversion(
+        source=source,
+        target=target,
+        layout=LAYOUTS[layout],
+        plan=plan,
+        tensors=reader,
+        shards=reader.shards,
+        root=source,
+        files=files,
+        listed=listed,
+        form=form,
+        identity={"source": shards, "headers": headers},
+        inherited=Inherited(),
+    )
+
+
+def _from_native(
+    source: Path,
+    target: Path,
+    stack: ExitStack,
+    *,
+    layout: str,
+    like: Path | None,
+    policy: DTypePolicy,
+    scanned: bool,
+    text_only: bool,
+    form: OrbaxFormat,
+) -> Conversion:
+    native = stack.enter_context(open_native(source))
+    original = stack.enter_context(open_original(native.folder, like))
+    plan, view = plan_relayout(
+        native, original, layout, policy, scanned=scanned, text_only=text_only
+    )
+    listed = original.manifest.get("not_carried")
+    lossy = original.manifest.get("lossy_rows")
+    return Conversion(
+        source=source,
+        target=target,
+        layout=LAYOUTS[layout],
+        plan=plan,
+        tensors=view,
+        shards=original.shards,
+        root=original.folder,
+        files=original.files,
+        listed=list(map(str, listed)) if isinstance(listed, list) else [],
+        form=form,
+        identity={"native": str(native.folder), "state": native.identity},
+        inherited=Inherited(
+            checksums=original.checksums,
+            lossy_rows=lossy if isinstance(lossy, list) else [],
+            exceptions={name: e for name, e in original.exceptions.items() if name in view.raw},
+            rounded=view.rounded,
+        ),
+    )

@@ -14,13 +14,13 @@ import numpy as np
 import xxhash
 
 from gemma_convert.dtypes import Choice, numpy_dtype
+from gemma_convert.layouts.registry import open_native
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.region import Ranges, RegionCopy
 from gemma_convert.native_source import (
     NativeSource,
     copies_by_array,
     for_each_part,
-    open_native,
     plan_native,
     source_part,
 )
@@ -30,11 +30,17 @@ from gemma_convert.reports import peak_memory
 from gemma_convert.shards import Export, KVShared, plan_export
 from gemma_convert.stores import sidecar
 from gemma_convert.stores.journal import Journal, journal_key
-from gemma_convert.stores.orbax_reader import find_items
 from gemma_convert.stores.original import Original, open_original
 from gemma_convert.stores.safetensors_writer import SafetensorsWriter
 from gemma_convert.stores.staging import check_apart, check_space, check_target
-from gemma_convert.values import Array, bits, convert, restore
+from gemma_convert.values import (
+    Array,
+    bits,
+    convert,
+    count_rounded,
+    keep_originals,
+    restore_exactly,
+)
 from gemma_convert.version import __version__
 
 PIECE_BYTES = 16 << 20
@@ -96,10 +102,12 @@ def to_hf(
     message; then nothing is left behind.
     """
     started, source, target = time.monotonic(), Path(source), Path(target)
-    items = find_items(source)
-    native = open_native(items)
-    with open_original(source, None if like is None else Path(like)) as original:
-        plan = plan_native(native, original, items)
+    named = None if like is None else Path(like)
+    with (
+        open_native(source) as native,
+        open_original(native.folder, named) as original,
+    ):
+        plan = plan_native(native, original)
         export = plan_export(plan, original, dtype, max_shard_size, kv_shared, text_only)
         job = _Export(native, original, plan, export)
         if not dry_run:
@@ -159,19 +167,18 @@ class _Export:
             for_each_part(self.native, groups, write, finished)
             for name, origin in self.export.stored.items():
                 self._write_stored(name, origin, writer, progress)
-            for name, origin in self.export.tied.items():
-                self._write_tied(name, origin, writer, progress)
+            for name, origin in self.export.equal.items():
+                self._write_equal(name, origin, writer, progress)
             self._apply_exceptions(writer)
             self._check(writer)
 
     @property
     def key(self) -> str:
         """What must be the same for an interrupted export to be continued."""
-        status = (self.native.tree.folder / "_METADATA").stat()
         return journal_key(
             {
                 "version": __version__,
-                "items": (str(self.native.tree.folder), status.st_size, status.st_mtime_ns),
+                "native": (str(self.native.folder), self.native.identity),
                 "original": str(self.original.folder.absolute()),
                 "shards": [
                     (shard.file, hashlib.sha256(shard.header).hexdigest())
@@ -219,7 +226,7 @@ class _Export:
         back = restore_exactly(values, dtype, copy.scale)
         if copy.scale is not None and self.original.holds(copy.source.tensor):
             self._keep_originals(copy, ranges, values, back)
-        lost = _rounded(values, back, copy.scale)
+        lost = count_rounded(values, back, copy.scale)
         bits(part)[...] = bits(back)
         if lost:
             with self._lock:
@@ -238,9 +245,7 @@ class _Export:
         rows = self.original.read(copy.source.tensor, start * row, (stop - start) * row)
         inner = {axis: span for axis, span in ranges.items() if axis != copy.source.axes[0]}
         stored = source_part(copy, inner, rows.reshape(stop - start, *spec.shape[1:]))
-        again = np.empty(values.shape, values.dtype)
-        convert(stored, again, copy.scale)
-        np.copyto(bits(back), bits(stored), where=bits(again) == bits(values))
+        keep_originals(stored, values, back, copy.scale)
 
     def _write_stored(
         self, name: str, origin: str, writer: SafetensorsWriter, progress: Progress
@@ -252,16 +257,16 @@ class _Export:
             values = self.original.read(origin, start, min(step, spec.size - start))
             piece = target[start : start + values.size]
             convert(values, piece, None)
-            lost = _rounded(values, piece, None)
+            lost = count_rounded(values, piece, None)
             if lost:
                 self.rounded[name] = self.rounded.get(name, 0) + lost
             writer.let_go(piece.nbytes)
             progress.advance(piece.nbytes, name)
 
-    def _write_tied(
+    def _write_equal(
         self, name: str, origin: str, writer: SafetensorsWriter, progress: Progress
     ) -> None:
-        """A tied output head is the embedding once more."""
+        """A tied output head is the embedding once more; shared bounds are alike."""
         source, target = writer.array(origin).reshape(-1), writer.array(name).reshape(-1)
         step = max(1, PIECE_BYTES // source.itemsize)
         for start in range(0, source.size, step):
@@ -287,7 +292,7 @@ class _Export:
             flat = bits(writer.array(name).reshape(-1))
             ours = flat[places] == bits(back)
             flat[places[ours]] = bits(wanted)[ours]
-            counted = _rounded(native[ours], back[ours], copy.scale)
+            counted = count_rounded(native[ours], back[ours], copy.scale)
             if counted:
                 self.rounded[name] -= counted
                 self.rounded = {key: count for key, count in self.rounded.items() if count}
@@ -329,22 +334,6 @@ class _Export:
             bytes_per_second=0.0 if dry_run else self.export.nbytes / seconds,
             peak_memory_bytes=peak_memory(),
         )
-
-
-def restore_exactly(values: Array, dtype: str, scale: float | None) -> Array:
-    """`values` in the dtype of the Hugging Face side; equal dtypes keep their bits."""
-    if scale is None and values.dtype == numpy_dtype(dtype):
-        return values
-    return restore(values, dtype, scale)
-
-
-def _rounded(values: Array, back: Array, scale: float | None) -> int:
-    """How many values do not give themselves again when they are converted once more."""
-    if scale is None and values.dtype == back.dtype:
-        return 0
-    again = np.empty(values.shape, values.dtype)
-    convert(back, again, scale)
-    return int(np.count_nonzero(bits(again) != bits(values)))
 
 
 def _part_checksum(copy: RegionCopy, writer: SafetensorsWriter, names: Mapping[str, str]) -> str:

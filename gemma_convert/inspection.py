@@ -12,19 +12,17 @@ from gemma_convert.architecture import Architecture
 from gemma_convert.config import read_architecture
 from gemma_convert.dtypes import DTypePolicy, TensorSpec
 from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.layouts.registry import is_native, open_native
 from gemma_convert.mapping.inventory import hf_tensors, huggingface_tensors
 from gemma_convert.mapping.plan import plan_to_native
-from gemma_convert.mapping.table import load_table
+from gemma_convert.mapping.table import HUGGINGFACE, load_table
+from gemma_convert.native_source import NativeSource
 from gemma_convert.stores import sidecar
-from gemma_convert.stores.orbax_reader import METADATA, find_items, read_orbax_tree
-from gemma_convert.stores.safetensors import INDEX, SINGLE, SafetensorsFolder, read_shard_specs
-
-HUGGINGFACE, MAXTEXT, GEMMA_JAX, FAST_LLM = "huggingface", "maxtext", "gemma-jax", "fast-llm"
-UNKNOWN = "unknown"
+from gemma_convert.stores.orbax_reader import METADATA
+from gemma_convert.stores.safetensors import INDEX, SINGLE, SafetensorsFolder
 
 CONFIG = "config.json"
 
-_PARAMETERS = "params/params/"
 _LAYER = re.compile(r"(?:layers[._]|layer_|decoder\.)(\d+)[./]")
 
 
@@ -78,22 +76,17 @@ def inspect(path: str | Path) -> InspectReport:
         raise SourceError("There is no such folder.", where=path)
     if any((path / name).is_file() for name in (SINGLE, INDEX)):
         return _huggingface(path)
-    if (path / "metadata.yaml").is_file():
-        specs = [read_shard_specs(file) for file in sorted(path.glob("*.safetensors"))]
-        return _report(
-            path, FAST_LLM, {name: spec for part in specs for name, spec in part.items()}
-        )
-    try:
-        items = find_items(path)
-    except SourceError as error:
+    if not is_native(path):
+        listed = sorted(entry.name for entry in path.iterdir())
         raise SourceError(
             "This is no checkpoint of a known layout.",
             where=path,
             expected=f"{SINGLE}, {INDEX}, metadata.yaml, or an Orbax {METADATA}",
-            found=error.found,
+            found=", ".join(listed[:5]) or "nothing",
             do="give the folder of a Hugging Face, MaxText, gemma or Fast-LLM checkpoint",
-        ) from None
-    return _orbax(path, items)
+        )
+    with open_native(path) as native:
+        return _native(path, native)
 
 
 def _huggingface(path: Path) -> InspectReport:
@@ -109,55 +102,45 @@ def _huggingface(path: Path) -> InspectReport:
     return _report(path, HUGGINGFACE, specs, architecture, coverage, config=path / CONFIG)
 
 
-def _orbax(path: Path, items: Path) -> InspectReport:
-    tree = read_orbax_tree(items)
-    arrays = tree.arrays
-    if not any(name.startswith(_PARAMETERS) for name in arrays):
-        layout = GEMMA_JAX if any("attn_vec_einsum" in name for name in arrays) else UNKNOWN
-        return _report(path, layout, arrays)
-    specs = {name: spec for name, spec in arrays.items() if name.startswith(_PARAMETERS)}
-    beside = [*(name for name in arrays if name not in specs), *tree.others]
-    extras = tuple(sorted({name.partition("/")[0] for name in beside}))
-    scanned = any("/scanned_blocks/" in name for name in specs)
-    root = sidecar.sidecar_root(items)
+def _native(path: Path, native: NativeSource) -> InspectReport:
+    extras = tuple(sorted({name.partition("/")[0] for name in native.beside}))
+    root = sidecar.sidecar_root(native.folder)
     if root is None:
-        return _report(path, MAXTEXT, specs, scanned=scanned, extras=extras)
+        return _report(path, native.layout, native.specs, scanned=native.scanned, extras=extras)
     config = root / sidecar.FOLDER / CONFIG
     architecture = read_architecture(config)
     return _report(
         path,
-        MAXTEXT,
-        specs,
+        native.layout,
+        native.specs,
         architecture,
-        _native_coverage(architecture, specs, scanned),
-        scanned=scanned,
+        _native_coverage(architecture, native),
+        scanned=native.scanned,
         extras=extras,
         config=config,
         manifest=sidecar.read_manifest(root),
     )
 
 
-def _native_coverage(
-    architecture: Architecture, specs: Mapping[str, TensorSpec], scanned: bool
-) -> Coverage | None:
+def _native_coverage(architecture: Architecture, native: NativeSource) -> Coverage | None:
     """Coverage against the tree that the table makes of this model; None if it makes none."""
     source = {
         name: TensorSpec("bfloat16", shape)
         for name, shape in huggingface_tensors(architecture, kv_leftovers=False).items()
     }
-    towers = any("vision_encoder" in name for name in specs)
     try:
         plan = plan_to_native(
             architecture,
-            load_table(MAXTEXT),
+            load_table(native.layout),
             source,
             DTypePolicy(),
-            scanned=scanned,
-            text_only=not towers,
+            scanned=native.scanned,
+            text_only=not native.towers,
         )
     except UsageError:
         return None
-    return _cover({name: target.spec.shape for name, target in plan.targets.items()}, (), specs)
+    expected = {name: target.spec.shape for name, target in plan.targets.items()}
+    return _cover(expected, (), native.specs)
 
 
 def _cover(

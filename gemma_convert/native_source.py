@@ -1,9 +1,4 @@
-"""A native checkpoint as a source: its tree under the names of the tables, read by region.
-
-Accepts what MaxText's converter and its training runs write: parameters below `params.params`
-(Linen), or at the root with `.value` leaves (NNX), beside a step and optimizer state that are never
-read.
-"""
+"""A native checkpoint as a source: its arrays under the names of its table, read by region."""
 
 from __future__ import annotations
 
@@ -13,59 +8,83 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from gemma_convert.dtypes import DTypePolicy, TensorSpec, numpy_dtype
+from gemma_convert.dtypes import DTypePolicy, TensorSpec
 from gemma_convert.errors import SourceError
-from gemma_convert.mapping.plan import BLOCK_BYTES, Plan, SourceTensor, plan_to_native
-from gemma_convert.mapping.region import Box, Ranges, RegionCopy
+from gemma_convert.mapping.plan import BLOCK_BYTES, Plan, plan_to_native
+from gemma_convert.mapping.region import Box, Extent, Ranges, RegionCopy
 from gemma_convert.mapping.table import load_table
-from gemma_convert.stores.orbax_reader import OrbaxArray, OrbaxTree, open_array, read_orbax_tree
 from gemma_convert.stores.original import Original
 from gemma_convert.transfer import WORKERS, selection
-from gemma_convert.values import Array, convert
+from gemma_convert.values import Array
 
-OPEN_ARRAYS = 4
 MOST_WAITING = 8
 
-PARAMETERS = "params/params/"
-_VALUE = "/value"
-_RANDOM = "/rngs/"
-_MODULES = ("token_embedder/", "decoder/", "vision_encoder/")
+
+class StoredArray(Protocol):
+    """One open array of a store: its spec, and the chunk that is decoded at once."""
+
+    @property
+    def spec(self) -> TensorSpec: ...
+
+    @property
+    def chunk(self) -> tuple[int, ...]: ...
+
+    def read(self, box: Box) -> Array:
+        """The values in `box`; raises SourceError where they cannot be read."""
 
 
 @dataclass(frozen=True)
 class NativeSource:
-    """The arrays of a native tree: name in the tables → spec, and the name they have on disk."""
+    """The arrays of a native checkpoint: name in the table → spec, and chunk.
 
-    tree: OrbaxTree
+    `opener(name, cache_bytes)` opens one; `identity` changes when the checkpoint does; `beside` are
+    arrays that are no parameters. Use as a context manager.
+    """
+
+    layout: str
+    folder: Path
     specs: Mapping[str, TensorSpec]
-    stored: Mapping[str, str]
+    chunks: Mapping[str, tuple[int, ...]]
+    opener: Callable[[str, int], StoredArray]
+    scanned: bool
+    identity: tuple[int, ...]
+    beside: tuple[str, ...] = ()
+    release: Callable[[], None] = lambda: None
+
+    def __enter__(self) -> NativeSource:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     @property
-    def scanned(self) -> bool:
-        return any("/scanned_blocks/" in name for name in self.specs)
+    def towers(self) -> bool:
+        """Whether the vision or audio tower is in the checkpoint."""
+        return any(load_table(self.layout).in_tower(name) for name in self.specs)
 
-    def without(self, module: str) -> NativeSource:
-        """The source without one module of the tree, such as `vision_encoder/`."""
-        start = PARAMETERS + module
-        specs = {name: spec for name, spec in self.specs.items() if not name.startswith(start)}
-        return replace(self, specs=specs)
+    def without_towers(self) -> NativeSource:
+        """The source without its vision and audio towers."""
+        table = load_table(self.layout)
+        text = {name: spec for name, spec in self.specs.items() if not table.in_tower(name)}
+        return replace(self, specs=text)
 
     def largest_chunk(self, names: Sequence[str]) -> int:
         """Bytes of the largest chunk of the named arrays; a chunk is decoded at once."""
-        chunks = (self.tree.chunks[self.stored[name]] for name in names)
-        return max(
-            (prod(c) * self.specs[n].itemsize for n, c in zip(names, chunks, strict=True)),
-            default=0,
-        )
+        sizes = (prod(self.chunks[name]) * self.specs[name].itemsize for name in names)
+        return max(sizes, default=0)
+
+    def open_whole(self, name: str, cache_bytes: int) -> StoredArray:
+        """One array, to be read in any boxes."""
+        return self.opener(name, cache_bytes)
 
     def open(self, name: str, copies: list[RegionCopy]) -> NativeArray:
         """One array, to be read region by region as `copies` (native side: target) need it."""
-        array = open_array(self.tree, self.stored[name])
+        array = self.opener(name, 0)
         reading = _Reading(copies, array)
         if reading.cache_bytes:
-            array = open_array(self.tree, self.stored[name], reading.cache_bytes)
+            array = self.opener(name, reading.cache_bytes)
         return NativeArray(array, reading)
 
 
@@ -73,7 +92,7 @@ class NativeSource:
 class NativeArray:
     """One open array and the ranges in which it is read."""
 
-    array: OrbaxArray
+    array: StoredArray
     reading: _Reading
 
     def ranges(self) -> Iterator[Ranges]:
@@ -87,20 +106,22 @@ class NativeArray:
 class _Reading:
     """How an array is cut for reading: along whole chunks, so that each is decoded once."""
 
-    def __init__(self, copies: list[RegionCopy], array: OrbaxArray) -> None:
+    def __init__(self, copies: list[RegionCopy], array: StoredArray) -> None:
         dims = copies[0].target.dims
         shape, chunk = array.spec.shape, array.chunk
         self._steps: dict[str, tuple[int, int]] = {}
         lengths = []
         for extents, size, step in zip(dims, shape, chunk, strict=True):
-            if len(extents) == 1 and extents[0].at is None:
-                self._steps[extents[0].axis] = (min(step, size), size)
-                lengths.append(min(step, size))
+            cut = _cut(extents, min(step, size))
+            if cut is not None:
+                axis, inner, count = cut
+                self._steps[axis.axis] = (count, axis.size)
+                lengths.append(count * inner)
             else:
                 free = prod(extent.size for extent in extents if extent.at is None)
                 lengths.append(free)
         shared = any(
-            any(extent.at is not None for extent in extents) and step > 1
+            any(extent.at is not None for extent in extents) and step > 1 and len(extents) == 1
             for extents, step in zip(dims, chunk, strict=True)
         )
         if not shared:
@@ -114,15 +135,16 @@ class _Reading:
     def _grow(self, dims: Any, lengths: list[int], itemsize: int) -> None:
         """Takes several chunks at once, while they stay within a block."""
         for place in reversed(range(len(dims))):
-            extents = dims[place]
-            if len(extents) != 1 or extents[0].at is not None:
+            cut = _cut(dims[place], lengths[place])
+            if cut is None:
                 continue
-            step, size = self._steps[extents[0].axis]
-            others = prod(lengths[:place] + lengths[place + 1 :]) * itemsize
+            axis, inner, _ = cut
+            step, size = self._steps[axis.axis]
+            others = prod(lengths[:place] + lengths[place + 1 :]) * itemsize * inner
             count = max(1, BLOCK_BYTES // max(1, others * step))
             step = min(size, step * count)
-            self._steps[extents[0].axis] = (step, size)
-            lengths[place] = step
+            self._steps[axis.axis] = (step, size)
+            lengths[place] = step * inner
 
     def ranges(self) -> Iterator[Ranges]:
         spans = [
@@ -133,42 +155,34 @@ class _Reading:
             yield dict(zip(self._steps, combination, strict=True))
 
 
-def open_native(items: Path) -> NativeSource:
-    """The native tree in an Orbax item folder, under the names of the mapping tables.
+def _cut(extents: tuple[Extent, ...], step: int) -> tuple[Extent, int, int] | None:
+    """Where a dimension is cut: its first free axis, the length below it, and how many at a time.
 
-    Raises SourceError where it has no parameters in a form that is known.
+    `step` is the length of a chunk. None where chunks and values of that axis do not line up.
     """
-    tree = read_orbax_tree(items)
-    stored = {name: name for name in tree.arrays if name.startswith(PARAMETERS)}
-    if not stored:
-        for name in tree.arrays:
-            path = name.removeprefix("params/").removesuffix(_VALUE)
-            if name.endswith(_VALUE) and path.startswith(_MODULES) and _RANDOM not in path:
-                stored[PARAMETERS + path] = name
-    if not stored:
-        raise SourceError(
-            "The checkpoint holds no MaxText parameters.",
-            where=items,
-            expected="params.params.<module>, or <module>….value",
-            found=", ".join(sorted({name.split("/")[0] for name in tree.arrays})[:8]),
-        )
-    specs = {name: tree.arrays[path] for name, path in stored.items()}
-    return NativeSource(tree, specs, stored)
+    place = next((at for at, extent in enumerate(extents) if extent.at is None), None)
+    if place is None:
+        return None
+    below = extents[place + 1 :]
+    inner = prod(extent.size for extent in below)
+    aligned = bool(inner and step) and not (step % inner and inner % step)
+    if any(extent.at is not None for extent in below) or not aligned:
+        return None
+    return extents[place], inner, min(max(1, step // inner), extents[place].size)
 
 
-def plan_native(native: NativeSource, original: Original, items: Path) -> Plan:
+def plan_native(native: NativeSource, original: Original) -> Plan:
     """The plan that makes the native tree from the original; read from right to left it exports.
 
     Raises SourceError where the tree is not that of the original's config.json.
     """
-    towers = any("vision_encoder" in name for name in native.specs)
     plan = plan_to_native(
         original.architecture,
-        load_table("maxtext"),
+        load_table(native.layout),
         original.specs,
         DTypePolicy(),
         scanned=native.scanned,
-        text_only=not towers,
+        text_only=not native.towers,
         where=str(original.folder),
     )
     missing = [name for name in plan.targets if name not in native.specs]
@@ -176,7 +190,7 @@ def plan_native(native: NativeSource, original: Original, items: Path) -> Plan:
     if missing or unknown:
         raise SourceError(
             "The native tree is not that of the original's config.json.",
-            where=f"{items} and {original.folder}",
+            where=f"{native.folder} and {original.folder}",
             expected=f"{len(plan.targets)} arrays" + (f", such as {missing[0]}" if missing else ""),
             found=f"{len(native.specs)} arrays" + (f", such as {unknown[0]}" if unknown else ""),
             do="name the Hugging Face checkpoint of the same model with --like",
@@ -185,7 +199,7 @@ def plan_native(native: NativeSource, original: Original, items: Path) -> Plan:
         if native.specs[name].shape != planned.spec.shape:
             raise SourceError(
                 "The native tree is not that of the original's config.json: a shape differs.",
-                where=f"{items}, array {name}",
+                where=f"{native.folder}, array {name}",
                 expected=list(planned.spec.shape),
                 found=list(native.specs[name].shape),
                 do="name the Hugging Face checkpoint of the same model with --like",
@@ -263,36 +277,3 @@ def source_part(copy: RegionCopy, ranges: Ranges, tensor: Array) -> Array:
         sizes[0] = tensor.size // prod(sizes[1:])
     part: Array = tensor.reshape(sizes)[selection(copy, {}, ranges)]
     return part.transpose(copy.permutation)
-
-
-class NativeBlocks:
-    """Blocks of Hugging Face tensors put together from a native tree, in the dtype they have there.
-
-    For native → native: values are neither cast nor scaled on the way, so that bits are copied.
-    """
-
-    def __init__(self, native: NativeSource, plan: Plan) -> None:
-        self._native, self._copies = native, {n: s.copies for n, s in plan.sources.items()}
-        self._groups = copies_by_array(plan)
-        self._arrays: dict[str, NativeArray] = {}
-
-    def read_block(self, source: SourceTensor, ranges: Ranges, offset: int, data: Array) -> None:
-        """Fills `data` with the block `ranges` of one tensor."""
-        del offset
-        block = data.view(numpy_dtype(source.spec.dtype)).reshape(source.region.lengths(ranges))
-        for copy in self._copies[source.region.tensor]:
-            if copy.source.meets(ranges):
-                values = self._array(copy.target.tensor).read(copy.target.box(ranges))
-                part = block[selection(copy, ranges)].transpose(copy.permutation)
-                convert(values.reshape(part.shape), part, None)
-
-    def _array(self, name: str) -> NativeArray:
-        """The open array; only the last few stay open, since their decoded chunks are kept."""
-        if name not in self._arrays:
-            while len(self._arrays) >= OPEN_ARRAYS:
-                self._arrays.pop(next(iter(self._arrays)))
-            self._arrays[name] = self._native.open(name, self._groups[name])
-        return self._arrays[name]
-
-    def check_unchanged(self) -> None:
-        return None

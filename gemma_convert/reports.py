@@ -8,9 +8,8 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from gemma_convert.layouts.layout import Layout
 from gemma_convert.mapping.plan import Plan
-from gemma_convert.settings import maxtext_settings
-from gemma_convert.step import ITEMS, STEP
 from gemma_convert.transfer import TransferResult
 
 
@@ -42,10 +41,13 @@ class ToNativeReport:
     bytes_carried: int
     carried_why: dict[str, int]
     tied: tuple[str, ...]
+    shared: int
+    filled: tuple[str, ...]
     lossy_rows: tuple[LossyRow, ...]
     exceptions: int
     files_carried: tuple[str, ...]
     not_carried: tuple[str, ...]
+    framework: str
     settings: dict[str, str]
     seconds: float
     bytes_per_second: float
@@ -72,14 +74,13 @@ def native_report(
     source: Path,
     target: Path,
     plan: Plan,
+    layout: Layout,
     result: TransferResult,
     started: float,
     dry_run: bool,
 ) -> ToNativeReport:
     """The parts of a report that the plan and the transfer tell."""
     seconds = time.monotonic() - started
-    multimodal = any(name.startswith("params/params/vision_encoder/") for name in plan.targets)
-    items = target.absolute() / STEP / ITEMS
     return ToNativeReport(
         source=str(source),
         target=str(target),
@@ -95,13 +96,14 @@ def native_report(
         bytes_carried=0,
         carried_why={},
         tied=tuple(plan.tied),
+        shared=len(plan.shared),
+        filled=tuple(plan.filled),
         lossy_rows=lossy_rows(plan, result),
         exceptions=exceptions(result),
         files_carried=(),
         not_carried=(),
-        settings=maxtext_settings(
-            plan.architecture, items, scanned=plan.scanned, multimodal=multimodal
-        ),
+        framework=layout.framework,
+        settings=layout.settings(plan, target),
         seconds=seconds,
         bytes_per_second=0.0 if dry_run else plan.source_bytes / seconds,
         peak_memory_bytes=peak_memory(),

@@ -15,8 +15,7 @@ from gemma_convert.mapping.inventory import hf_tensors
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.stores.original import Original, index_metadata
 from gemma_convert.stores.safetensors import INDEX, SINGLE, Shard
-from gemma_convert.stores.safetensors_header import library_order, parse_header, safetensors_header
-from gemma_convert.stores.safetensors_writer import OutputShard
+from gemma_convert.stores.safetensors_writer import OutputShard, output_shard
 
 KVShared = Literal["keep", "omit"]
 
@@ -26,12 +25,15 @@ _DTYPE = re.compile(r'("(?:torch_)?dtype"\s*:\s*")(?:bfloat16|float16|float32)("
 
 @dataclass(frozen=True)
 class Export:
-    """names: the original's → ours; stored: tensors copied from the original, ours → its name."""
+    """names: the original's → ours; stored: tensors copied from the original, ours → its name.
+
+    equal: tensors that the native side has once, ours → the one that is written already.
+    """
 
     shards: tuple[OutputShard, ...]
     names: Mapping[str, str]
     stored: Mapping[str, str]
-    tied: Mapping[str, str]
+    equal: Mapping[str, str]
     files: tuple[Path, ...]
     edited: Mapping[str, str]
 
@@ -83,8 +85,8 @@ def plan_export(
     if config is not None:
         files = [file for file in files if str(file) != CONFIG]
         edited[CONFIG] = config
-    tied = {names[head]: names[table] for head, table in plan.tied.items() if head in names}
-    return Export(shards, names, stored, tied, tuple(files), edited)
+    equal = {names[name]: names[other] for name, other in plan.equal.items() if name in names}
+    return Export(shards, names, stored, equal, tuple(files), edited)
 
 
 def _names(
@@ -128,7 +130,7 @@ def _new_shards(
     files = [shard.file for shard in original.shards] if kept else _file_names(len(groups))
     metadata = _metadata(original.shards[0])
     for file, group in zip(files, groups, strict=True):
-        yield _shard(file, {name: specs[name] for name in group}, metadata)
+        yield output_shard(file, {name: specs[name] for name in group}, metadata)
 
 
 def _by_size(specs: Mapping[str, TensorSpec], limit: int) -> Iterator[list[str]]:
@@ -153,14 +155,6 @@ def _metadata(shard: Shard) -> dict[str, str]:
     header = json.loads(shard.header[8:])
     metadata: dict[str, str] = header.get("__metadata__", {"format": "pt"})
     return metadata
-
-
-def _shard(file: str, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> OutputShard:
-    """One file with its tensors in the order of the safetensors library."""
-    ordered = library_order(specs)
-    header = safetensors_header(ordered, metadata)
-    size = len(header) + sum(spec.nbytes for spec in ordered.values())
-    return OutputShard(file, header, parse_header(header, size, file, Path(file)))
 
 
 def _index(original: Original, shards: Sequence[OutputShard]) -> str:

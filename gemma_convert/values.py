@@ -46,6 +46,29 @@ def restore(target: Array, dtype: str, scale: float | None) -> Array:
         return back if dtype == "float32" else back.astype(numpy_dtype(dtype))
 
 
+def restore_exactly(values: Array, dtype: str, scale: float | None) -> Array:
+    """`values` in the dtype of the Hugging Face side; equal dtypes keep their bits."""
+    if scale is None and values.dtype == numpy_dtype(dtype):
+        return values
+    return restore(values, dtype, scale)
+
+
+def keep_originals(stored: Array, native: Array, back: Array, scale: float | None) -> None:
+    """Puts `stored` into `back` where it still converts to the native values, bit for bit."""
+    again = np.empty(native.shape, native.dtype)
+    convert(stored, again, scale)
+    np.copyto(bits(back), bits(stored), where=bits(again) == bits(native))
+
+
+def count_rounded(values: Array, back: Array, scale: float | None) -> int:
+    """How many native `values` do not give themselves again when `back` is converted once more."""
+    if scale is None and values.dtype == back.dtype:
+        return 0
+    again = np.empty(values.shape, values.dtype)
+    convert(back, again, scale)
+    return int(np.count_nonzero(bits(again) != bits(values)))
+
+
 def may_lose(source: str, target: str, scale: float | None) -> bool:
     """Whether some value of dtype `source` may not come back from `target`."""
     return scale is not None or not exact(source, target)

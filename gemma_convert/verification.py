@@ -16,26 +16,26 @@ import xxhash
 
 from gemma_convert.dtypes import DTypePolicy, TensorSpec, rounds
 from gemma_convert.errors import SourceError, UsageError
-from gemma_convert.export import restore_exactly
+from gemma_convert.layouts.registry import LAYOUTS, open_native
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.region import Box, Ranges, RegionCopy
 from gemma_convert.native_source import (
     NativeSource,
+    StoredArray,
     copies_by_array,
     for_each_part,
-    open_native,
     plan_native,
     source_part,
 )
 from gemma_convert.output import NoProgress, Progress
 from gemma_convert.publishing import ProgressFactory
+from gemma_convert.resumable import filling
 from gemma_convert.stores import sidecar
-from gemma_convert.stores.orbax import checksum
-from gemma_convert.stores.orbax_reader import OrbaxArray, find_items, open_array
+from gemma_convert.stores.checksums import checksum
 from gemma_convert.stores.original import open_original
 from gemma_convert.stores.safetensors import INDEX, SINGLE, SafetensorsFolder
 from gemma_convert.transfer import Transfer
-from gemma_convert.values import Array, bits, convert
+from gemma_convert.values import Array, bits, convert, restore_exactly
 
 CACHE_BYTES = 256 << 20
 
@@ -125,21 +125,27 @@ def verify(
 
 
 def _verify_export(path: Path, native: Path, progress: ProgressFactory | None) -> Comparison:
-    items = find_items(native)
-    source = open_native(items)
-    with open_original(path, path) as exported:
-        if exported.architecture.vision is None:
-            source = source.without("vision_encoder/")
-        plan = plan_native(source, exported, items)
-        found = Comparison()
+    found = Comparison()
+    with open_native(native) as whole, open_original(path, path) as exported:
+        source = whole.without_towers() if exported.architecture.text_only else whole
+        plan = plan_native(source, exported)
         with SafetensorsFolder(path) as reader, _bar(progress, "verify", plan.source_bytes) as bar:
 
             def compare(copy: RegionCopy, ranges: Ranges, values: Array) -> None:
                 _compare_part(reader, copy, ranges, values, found, bar)
 
             for_each_part(source, copies_by_array(plan), compare)
-    _verify_carried_export(path, items, found)
+            _compare_equal(reader, plan, found)
+        _verify_carried_export(path, source.folder, found)
     return found
+
+
+def _compare_equal(reader: SafetensorsFolder, plan: Plan, found: Comparison) -> None:
+    """Tensors that the native side has once are alike on the Hugging Face side."""
+    for name, other in plan.equal.items():
+        found.note(name, reader.tensors[name].spec.nbytes)
+        if _file_checksum(reader, name) != _file_checksum(reader, other):
+            found.differ(name, f"is not {other}")
 
 
 def _compare_part(
@@ -172,9 +178,9 @@ def _compare_part(
             found.differ(tensor.name, f"{int(np.count_nonzero(wrong))} values differ")
 
 
-def _verify_carried_export(path: Path, items: Path, found: Comparison) -> None:
+def _verify_carried_export(path: Path, native: Path, found: Comparison) -> None:
     """Tensors that the native side does not hold, by the checksums of its manifest."""
-    root = sidecar.sidecar_root(items)
+    root = sidecar.sidecar_root(native)
     manifest = None if root is None else sidecar.read_manifest(root)
     entries = manifest.get("tensors") if manifest is not None else None
     if not isinstance(entries, dict):
@@ -191,37 +197,44 @@ def _verify_carried_export(path: Path, items: Path, found: Comparison) -> None:
 
 
 def _verify_manifest(path: Path, progress: ProgressFactory | None) -> Comparison:
-    items = find_items(path)
-    root = sidecar.sidecar_root(items)
-    manifest = None if root is None else sidecar.read_manifest(root)
-    if root is None or manifest is None:
-        raise SourceError(
-            "There is no manifest to verify this checkpoint by.",
-            where=path,
-            do="name the Hugging Face source with --against",
-        )
-    native, found = open_native(items), Comparison()
-    regions = manifest.get("regions")
-    if not isinstance(regions, dict):
-        raise SourceError("The manifest has no checksums of regions.", where=root)
-    total = sum(spec.nbytes for spec in native.specs.values())
-    with _bar(progress, "verify", total) as bar:
-        for name in regions:
-            if name in native.specs:
-                _verify_regions(native, name, regions[name], found, bar)
-            elif name != "step":
-                found.differ(name, "is missing")
-    for name in native.specs:
-        if name not in regions:
-            found.differ(name, "is not in the manifest")
+    with open_native(path) as native:
+        root = sidecar.sidecar_root(native.folder)
+        manifest = None if root is None else sidecar.read_manifest(root)
+        if root is None or manifest is None:
+            raise SourceError(
+                "There is no manifest to verify this checkpoint by.",
+                where=path,
+                do="name the Hugging Face source with --against",
+            )
+        found, regions = Comparison(), manifest.get("regions")
+        if not isinstance(regions, dict):
+            raise SourceError("The manifest has no checksums of regions.", where=root)
+        total = sum(spec.nbytes for spec in native.specs.values())
+        with _bar(progress, "verify", total) as bar:
+            for name in regions:
+                if name in native.specs:
+                    _verify_regions(native, name, regions[name], found, bar)
+                elif name not in native.beside:
+                    found.differ(name, "is missing")
+        for name in native.specs:
+            if name not in regions:
+                found.differ(name, "is not in the manifest")
+        with open_original(native.folder, None) as original:
+            _verify_metadata(native, plan_native(native, original), found)
     _verify_sidecar(root, manifest, found)
     return found
+
+
+def _verify_metadata(native: NativeSource, plan: Plan, found: Comparison) -> None:
+    """The files that tell the framework what the arrays are."""
+    for place, how in LAYOUTS[native.layout].check_metadata(native.folder, plan).items():
+        found.differ(place, how)
 
 
 def _verify_regions(
     native: NativeSource, name: str, regions: list[Any], found: Comparison, bar: Progress
 ) -> None:
-    array = open_array(native.tree, native.stored[name])
+    array = native.open_whole(name, 0)
     covered = 0
     for box, expected in regions:
         where: Box = tuple((int(start), int(length)) for start, length in box)
@@ -267,14 +280,22 @@ def _verify_sidecar(root: Path, manifest: Mapping[str, Any], found: Comparison) 
 
 
 def _verify_native(path: Path, source: Path, progress: ProgressFactory | None) -> Comparison:
-    items = find_items(path)
-    native, found = open_native(items), Comparison()
-    with SafetensorsFolder(source) as reader, open_original(path, source) as original:
-        plan = _stored_plan(plan_native(native, original, items), native)
+    found = Comparison()
+    with (
+        open_native(path) as native,
+        SafetensorsFolder(source) as reader,
+        open_original(native.folder, source) as original,
+    ):
+        plan = _stored_plan(plan_native(native, original), native)
         writer = _Comparer(native, plan, found)
         with _bar(progress, "verify", plan.source_bytes) as bar:
             Transfer(plan, reader, writer, bar).run()
-        root = sidecar.sidecar_root(items)
+        for name, target in plan.filled.items():
+            for box, values in filling(target):
+                writer.write(name, box, values)
+        _compare_equal(reader, plan, found)
+        _verify_metadata(native, plan, found)
+        root = sidecar.sidecar_root(native.folder)
         if root is not None:
             _verify_kept(root, source, reader, plan, found)
     return found
@@ -294,14 +315,13 @@ class _Comparer:
 
     def __init__(self, native: NativeSource, plan: Plan, found: Comparison) -> None:
         self.native, self.plan, self.found = native, plan, found
-        self._arrays: dict[str, OrbaxArray] = {}
+        self._arrays: dict[str, StoredArray] = {}
         self._lock = threading.Lock()
 
     def write(self, name: str, box: Box, values: Array) -> Future[None]:
         with self._lock:
             if name not in self._arrays:
-                stored = self.native.stored[name]
-                self._arrays[name] = open_array(self.native.tree, stored, CACHE_BYTES)
+                self._arrays[name] = self.native.open_whole(name, CACHE_BYTES)
                 self.found.note(name, self._arrays[name].spec.nbytes)
             array = self._arrays[name]
         future: Future[None] = Future()
@@ -362,11 +382,8 @@ def _verify_kept(
 
 
 def _file_checksum(reader: SafetensorsFolder, name: str) -> str:
-    tensor, digest = reader.tensors[name], xxhash.xxh3_128()
-    buffer = memoryview(bytearray(min(sidecar.COPY_BYTES, max(1, tensor.spec.nbytes))))
-    for offset in range(0, tensor.spec.nbytes, len(buffer)):
-        piece = buffer[: min(len(buffer), tensor.spec.nbytes - offset)]
-        reader.read_into(tensor, offset, piece)
+    digest = xxhash.xxh3_128()
+    for piece in reader.pieces(name):
         digest.update(piece)
     return digest.hexdigest()
 

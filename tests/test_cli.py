@@ -99,7 +99,7 @@ def test_summary_says_what_happened_and_how_to_load_it(tiny, out):
     done = run("to-native", tiny("e2b"), out, "--format", "maxtext")
     assert done.returncode == 0, done.stderr
     for text in (
-        "e2b to maxtext, unscanned",
+        "e2b to maxtext",
         "MaxText has no audio tower",
         "MaxText has no vision tower for E2B and E4B",
         "nothing reads the keys and values of KV-shared layers",

@@ -582,7 +582,7 @@ def test_optimizer_state_is_never_read(tiny, tmp_path, monkeypatch, ocdbt):
         read.add(self.name)
         return read_array(self, box)
 
-    monkeypatch.setattr("gemma_convert.native_source.open_array", spy_open)
+    monkeypatch.setattr("gemma_convert.layouts.orbax_source.open_array", spy_open)
     monkeypatch.setattr(orbax_reader.OrbaxArray, "read", spy_read)
     to_hf(tmp_path / "run", tmp_path / "back", like=source)
     wanted = {f"params/params/{name}" for name in leaves}
@@ -944,7 +944,7 @@ def test_checkpoint_without_parameters(tiny, tmp_path):
     import orbax.checkpoint as ocp
 
     ocp.PyTreeCheckpointer().save(tmp_path / "run" / "0" / "items", {"weights": np.ones(3)})
-    match = "no MaxText parameters"
+    match = "no parameters in a layout that is known"
     refused(tmp_path, SourceError, match, tmp_path / "run", tmp_path / "b", like=tiny("31b"))
 
 

@@ -91,6 +91,4 @@ def test_what_is_refused(tiny, tmp_path):
     to_native(tiny("e2b"), tmp_path / "e2b")
     with pytest.raises(UsageError, match="MaxText scans no model"):
         to_native(tmp_path / "e2b", tmp_path / "out", scan_layers=True)
-    with pytest.raises(UsageError, match="--text-only"):
-        to_native(tmp_path / "e2b", tmp_path / "out", text_only=True)
     assert not (tmp_path / "out").exists()

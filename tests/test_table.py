@@ -49,7 +49,7 @@ def test_the_head_is_tied_to_the_embedding():
 
 def test_the_maxtext_table_loads():
     table = load_table("maxtext")
-    assert (table.layout, table.container) == ("maxtext", "orbax")
+    assert table.layout == "maxtext"
     assert table.spellings == {"gate_up": ("0", "1"), "kv": ("key", "value")}
     scaled = [row for row in table.rows if row.scale is not None]
     assert [(row.hf.view.pattern.text, row.scale) for row in scaled] == [
@@ -240,7 +240,7 @@ def test_a_hugging_face_row_is_mapped_or_carried():
 
     with pytest.raises(MappingError) as caught:
         maxtext(drop)
-    assert caught.value.what == "A Hugging Face row is neither mapped nor carried."
+    assert caught.value.what == "A Hugging Face row is neither mapped nor carried nor refused."
     assert caught.value.where == "maxtext.toml, for huggingface.toml, section 2, row 11"
     assert caught.value.found == f"{ROW}layer_scalar [1]"
     with pytest.raises(MappingError, match="neither mapped nor carried") as caught:
@@ -370,10 +370,9 @@ def test_sections_and_rows_are_lists_of_tables(value):
     assert caught.value.where == "maxtext.toml, section 1, row 2"
 
 
-@pytest.mark.parametrize("key", ["layout", "container"])
-def test_a_table_says_its_layout_and_container(key):
-    with pytest.raises(MappingError, match=f"`{key}` is a string"):
-        maxtext(lambda data: data.pop(key))
+def test_a_table_says_its_layout():
+    with pytest.raises(MappingError, match="`layout` is a string"):
+        maxtext(lambda data: data.pop("layout"))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 class Layout(StrEnum):
     MAXTEXT = "maxtext"
+    GEMMA_JAX = "gemma-jax"
+    FAST_LLM = "fast-llm"
 
 
 class ScaledDType(StrEnum):
@@ -70,7 +72,7 @@ def command(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Convert a Hugging Face checkpoint to a native layout.
+    """Convert a Hugging Face checkpoint, or a native one, to a native layout.
 
     Example: gemma-convert to-native gemma-4-E2B-it out --format maxtext
     """
@@ -105,15 +107,15 @@ def command(
     show(_summary(report))
     if proof is not None:
         show(f"verified {proof.checked} tensors against {proof.against}")
-    show("MaxText loads it with:")
+    show(f"{report.framework} loads it with:")
     for key, value in report.settings.items():
         show(f"  {key}={value}")
 
 
 def _verified(source: Path, target: Path) -> VerifyReport:
     """A report on what was written; raises CheckFailedError where it is not what was read."""
-    from gemma_convert.convert import is_native
     from gemma_convert.errors import CheckFailedError
+    from gemma_convert.layouts.registry import is_native
     from gemma_convert.output import ProgressBar
     from gemma_convert.verification import verify
 
@@ -136,9 +138,9 @@ def _summary(report: ToNativeReport) -> RenderableType:
     from gemma_convert.output import human_bytes
 
     table = Table.grid(padding=(0, 2))
-    form = "scanned" if report.scanned else "unscanned"
+    form = ", scanned" if report.scanned else ""
     done = "would convert" if report.dry_run else "converted"
-    table.add_row(done, f"{report.family} to {report.layout}, {form}")
+    table.add_row(done, f"{report.family} to {report.layout}{form}")
     table.add_row(
         "tensors",
         f"{report.tensors_converted} ({human_bytes(report.bytes_read)}) into "
@@ -149,6 +151,10 @@ def _summary(report: ToNativeReport) -> RenderableType:
         table.add_row("", f"{count}: {why}")
     if report.tied:
         table.add_row("tied", f"{', '.join(report.tied)}: equal to the embedding, not stored twice")
+    if report.shared:
+        table.add_row("shared", f"{report.shared} tensors: equal to another, not stored twice")
+    if report.filled:
+        table.add_row("filled in", f"{len(report.filled)} arrays that the source lacks")
     table.add_row("other files", str(len(report.files_carried)))
     if report.not_carried:
         table.add_row("not carried", ", ".join(report.not_carried))

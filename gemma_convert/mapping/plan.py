@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from gemma_convert.architecture import Architecture
 from gemma_convert.dtypes import DTypePolicy, TensorSpec, rounds, widest
-from gemma_convert.errors import MappingError
+from gemma_convert.errors import MappingError, UsageError
 from gemma_convert.mapping.coverage import check_source, check_targets
-from gemma_convert.mapping.inventory import HFTensor, axis_size, hf_tensors, indices
+from gemma_convert.mapping.inventory import HFTensor, axis_size, hf_tensors, indices, shape_of
 from gemma_convert.mapping.notation import Index, View
 from gemma_convert.mapping.placement import place, scanned_placement
 from gemma_convert.mapping.region import (
@@ -33,12 +34,16 @@ GATHER_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class TargetTensor:
-    """One array to be written: its shape, its dtype and the chunk it is stored in."""
+    """One array to be written: its shape, its dtype and the chunk it is stored in.
+
+    `fill` is the value of one that no source tensor goes into.
+    """
 
     spec: TensorSpec
     chunk: tuple[int, ...]
     scale: float | None
     row: str
+    fill: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,11 @@ class SourceTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a conversion will do, complete before the first byte is read."""
+    """What a conversion will do, complete before the first byte is read.
+
+    `tied` and `shared` name tensors that are not stored, and for each the one that it must equal
+    bit for bit.
+    """
 
     layout: str
     scanned: bool
@@ -63,6 +72,17 @@ class Plan:
     targets: Mapping[str, TargetTensor]
     carried: Mapping[str, str]
     tied: Mapping[str, str]
+    shared: Mapping[str, str]
+
+    @cached_property
+    def equal(self) -> Mapping[str, str]:
+        """Tensor that is not stored → the one that it must equal bit for bit."""
+        return {**self.tied, **self.shared}
+
+    @cached_property
+    def filled(self) -> Mapping[str, TargetTensor]:
+        """Arrays that no source tensor goes into."""
+        return {name: target for name, target in self.targets.items() if target.fill is not None}
 
     @cached_property
     def target_bytes(self) -> int:
@@ -102,14 +122,17 @@ def plan_to_native(
     """The plan from a Hugging Face checkpoint, given its headers, to a native layout.
 
     Raises SourceError for missing, unexpected or misshapen tensors, UsageError for a placement that
-    this model does not have, MappingError where the table leaves a hole or copies twice.
+    this model does not have and for a model that the layout cannot hold, MappingError where the
+    table leaves a hole or copies twice.
     """
+    _refuse(architecture, table, where)
     placement = scanned_placement(table, architecture) if scanned else None
     expected = {tensor.name: tensor for tensor in hf_tensors(architecture, table.inventory)}
     check_source(expected, source, where)
     copies: dict[str, list[RegionCopy]] = {}
     carried: dict[str, str] = {}
     tied: dict[str, str] = {}
+    shared: dict[str, str] = {}
     for name in source:
         tensor = expected[name]
         row, reason = _find_row(tensor, architecture, table, text_only)
@@ -117,6 +140,8 @@ def plan_to_native(
             tied[name] = _tied_name(tensor, architecture, table)
         elif row is None:
             carried[name] = reason
+        elif row.share is not None and tensor.index[row.share]:
+            shared[name] = _first_of_share(tensor, row.share, architecture, table)
         else:
             copies[name] = _copies(tensor, row, architecture, table, placement)
     targets = _targets(copies, source, policy)
@@ -135,10 +160,57 @@ def plan_to_native(
         architecture=architecture,
         policy=policy,
         sources=sources,
-        targets=_chunked(targets, sources),
+        targets=_chunked(targets, sources) | _filled(expected, source, architecture, table, policy),
         carried=carried,
         tied=tied,
+        shared=shared,
     )
+
+
+def _refuse(architecture: Architecture, table: Table, where: str) -> None:
+    """Raises UsageError for a model that the layout cannot hold, naming what has no place."""
+    refusals = [entry for entry in table.refused if entry.when.holds(architecture, {})]
+    if not refusals:
+        return
+    names = {name for entry in refusals for name in entry.names}
+    tensors = hf_tensors(architecture, table.inventory)
+    placeless = sum(tensor.row.view.pattern.text in names for tensor in tensors)
+    no_place = f"no place for {placeless} tensors: {', '.join(sorted(names))}" if names else None
+    raise UsageError(
+        "; ".join(entry.why for entry in refusals) + ".",
+        where=where,
+        expected=f"a model that {table.layout} can hold",
+        found=f"{architecture.family}" + (f", {no_place}" if no_place else ""),
+        do="choose another layout with --format",
+    )
+
+
+def _first_of_share(tensor: HFTensor, axis: str, architecture: Architecture, table: Table) -> str:
+    name = tensor.row.name(architecture.text_only)
+    return name.render({**tensor.index, axis: 0}, table.inventory.spellings)
+
+
+def _filled(
+    expected: Mapping[str, HFTensor],
+    source: Mapping[str, TensorSpec],
+    architecture: Architecture,
+    table: Table,
+    policy: DTypePolicy,
+) -> dict[str, TargetTensor]:
+    """Arrays that the native side wants and the source lacks, in the source's usual dtype."""
+    (usual, _), *_ = Counter(spec.dtype for spec in source.values()).most_common(1)
+    targets = {}
+    for name, tensor in expected.items():
+        if name in source or tensor.required or tensor.row.tied is not None:
+            continue
+        row, _ = _find_row(tensor, architecture, table, text_only=False)
+        if row is not None and row.fill is not None:
+            shape = shape_of(row.native, architecture, tensor.index)
+            spec = TensorSpec(policy.target(usual, scaled=False, where=name), shape)
+            chunk = (1, *shape[1:]) if spec.nbytes > GATHER_BYTES else shape
+            target = row.native.pattern.render(tensor.index, table.spellings)
+            targets[target] = TargetTensor(spec, chunk, None, row.where, row.fill)
+    return targets
 
 
 def _find_row(

@@ -25,7 +25,7 @@ from gemma_convert.mapping.notation import (
 from gemma_convert.mapping.record import Record
 
 HUGGINGFACE = "huggingface"
-NATIVE_LAYOUTS = ("maxtext",)
+NATIVE_LAYOUTS = ("maxtext", "gemma-jax", "fast-llm")
 
 TOWERS = ("vision", "audio")
 
@@ -47,12 +47,18 @@ class HFRow:
 
 @dataclass(frozen=True)
 class NativeRow:
-    """The two views of one parameter; the native side is larger by the root of axis `scale`."""
+    """The two views of one parameter.
+
+    The native side is larger by the root of axis `scale`; the Hugging Face tensors along axis
+    `share` are one on the native side; `fill` is there what an absent optional tensor leaves open.
+    """
 
     hf: HFRow
     native: View
     when: Condition
     scale: str | None
+    share: str | None
+    fill: int | None
     tower: str | None
     where: str
 
@@ -72,6 +78,15 @@ class CarriedRow:
     def matches(self, row: HFRow) -> bool:
         text = row.view.pattern.text
         return text.startswith(self.name[:-1]) if self.name.endswith("*") else text == self.name
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Models that a layout cannot hold, why, and the Hugging Face rows that it has no place for."""
+
+    when: Condition
+    why: str
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -108,12 +123,12 @@ class Inventory:
 
 @dataclass(frozen=True)
 class Table:
-    """One native layout: rows, what it carries, spellings of enumerated axes, placements."""
+    """One native layout: rows, what it carries and refuses, spellings of axes, placements."""
 
     layout: str
-    container: str
     rows: tuple[NativeRow, ...]
     carried: tuple[CarriedRow, ...]
+    refused: tuple[Refusal, ...]
     spellings: Spellings
     placements: Mapping[str, Placement]
     inventory: Inventory
@@ -125,6 +140,15 @@ class Table:
             name = row.hf.view.pattern.text
             rows[name] = (*rows.get(name, ()), row)
         return rows
+
+    @cached_property
+    def _tower_names(self) -> tuple[str, ...]:
+        texts = {row.native.pattern.text for row in self.rows if row.tower is not None}
+        return tuple(text.partition("{")[0] for text in texts)
+
+    def in_tower(self, name: str) -> bool:
+        """Whether a native array belongs to the vision or audio tower."""
+        return name.startswith(self._tower_names)
 
     def rows_of(self, hf: HFRow) -> tuple[NativeRow, ...]:
         """The rows that convert a Hugging Face row; at most one of them holds at a place."""
@@ -141,7 +165,7 @@ def mappings_folder() -> Path:
 @cache
 def load_inventory() -> Inventory:
     """The Hugging Face inventory, read once."""
-    return parse_inventory(*_read(mappings_folder() / f"{HUGGINGFACE}.toml"))
+    return parse_inventory(*_read(table_file(HUGGINGFACE)))
 
 
 @cache
@@ -153,7 +177,12 @@ def load_table(layout: str) -> Table:
             expected=", ".join(NATIVE_LAYOUTS),
             do="choose one with --format",
         )
-    return parse_table(*_read(mappings_folder() / f"{layout}.toml"), load_inventory())
+    return parse_table(*_read(table_file(layout)), load_inventory())
+
+
+def table_file(layout: str) -> Path:
+    """The file of a layout's table."""
+    return mappings_folder() / f"{layout.replace('-', '_')}.toml"
 
 
 def parse_inventory(data: Mapping[str, Any], file: str) -> Inventory:
@@ -193,26 +222,28 @@ def parse_inventory(data: Mapping[str, Any], file: str) -> Inventory:
 def parse_table(data: Mapping[str, Any], file: str, inventory: Inventory) -> Table:
     """The table in the parsed TOML of a native layout; its rows are joined to the inventory's."""
     top = Record(data, file).only(
-        "layout", "container", "spellings", "carried", "placement", "section"
+        "layout", "spellings", "carried", "refused", "placement", "section"
     )
     rows = [row for section in top.records("section") for row in _native_rows(section, inventory)]
     carried = tuple(_carried_row(record, inventory) for record in top.records("carried"))
+    refused = tuple(_refusal(record, inventory) for record in top.records("refused"))
+    without = {name for refusal in refused for name in refusal.names}
     forms = top.table("placement")
     placements = {name: _placement(name, forms.table(name)) for name in forms.values}
     table = Table(
         layout=top.text("layout"),
-        container=top.text("container"),
         rows=tuple(rows),
         carried=carried,
+        refused=refused,
         spellings=top.spellings(),
         placements=placements,
         inventory=inventory,
     )
     for row in inventory.rows:
-        mapped = any(native.hf is row for native in rows)
+        mapped = row.view.pattern.text in without or any(native.hf is row for native in rows)
         if not mapped and row.tied is None and not any(entry.matches(row) for entry in carried):
             raise MappingError(
-                "A Hugging Face row is neither mapped nor carried.",
+                "A Hugging Face row is neither mapped nor carried nor refused.",
                 where=f"{file}, for {row.where}",
                 found=str(row.view),
                 do="add a row, or an entry under `carried` that says why there is no place for it",
@@ -226,7 +257,7 @@ def _native_rows(section: Record, inventory: Inventory) -> Iterator[NativeRow]:
     if tower is not None and tower not in TOWERS:
         raise section.error("An unknown tower.", expected=", ".join(TOWERS), found=tower)
     for record in section.records("rows"):
-        record.only("hf", "native", "when", "scale")
+        record.only("hf", "native", "when", "scale", "share", "fill")
         name = section.text("hf") + record.text("hf")
         hf = inventory.row(name)
         if hf is None:
@@ -234,15 +265,53 @@ def _native_rows(section: Record, inventory: Inventory) -> Iterator[NativeRow]:
                 "The row names a tensor that huggingface.toml does not list.", found=name
             )
         native = record.checked(parse_view, section.text("native") + record.text("native"))
-        if set(native.axes) != set(hf.view.axes):
+        scale = record.checked(axis_of, record.text("scale"), name) if record.has("scale") else None
+        share = _share(record, hf)
+        axes = set(hf.view.axes) - {share}
+        if set(native.axes) != axes:
             raise record.error(
                 "The two sides of the row do not use the same axes.",
-                expected=" ".join(sorted(hf.view.axes)),
+                expected=" ".join(sorted(axes)),
                 found=" ".join(sorted(native.axes)),
             )
-        scale = record.checked(axis_of, record.text("scale"), name) if record.has("scale") else None
         when = section.condition("when") & record.condition("when", hf.view.pattern)
-        yield NativeRow(hf, native, when, scale, tower, record.where)
+        fill = _fill(record, hf)
+        yield NativeRow(hf, native, when, scale, share, fill, tower, record.where)
+
+
+def _share(record: Record, hf: HFRow) -> str | None:
+    if not record.has("share"):
+        return None
+    axis = record.checked(axis_of, record.text("share"), hf.view.pattern.text)
+    if axis not in hf.view.pattern.axes:
+        raise record.error(
+            "`share` is an axis that stands in the Hugging Face name.",
+            expected=" ".join(hf.view.pattern.axes),
+            found=axis,
+        )
+    return axis
+
+
+def _fill(record: Record, hf: HFRow) -> int | None:
+    if not record.has("fill"):
+        return None
+    fill = record.values["fill"]
+    if type(fill) is not int or fill not in (0, 1):
+        raise record.error("`fill` is 0 or 1.", found=fill)
+    if hf.optional is None:
+        raise record.error("Only an optional tensor can be filled in.", found=str(hf.view))
+    return fill
+
+
+def _refusal(record: Record, inventory: Inventory) -> Refusal:
+    record.only("when", "why", "hf")
+    names = record.values.get("hf", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise record.error("`hf` is a list of names.", found=names)
+    for name in names:
+        if inventory.row(name) is None:
+            raise record.error("The entry names no tensor of huggingface.toml.", found=name)
+    return Refusal(record.condition("when"), record.text("why"), tuple(names))
 
 
 def _carried_row(record: Record, inventory: Inventory) -> CarriedRow:

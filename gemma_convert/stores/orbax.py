@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from gemma_convert.dtypes import TensorSpec, numpy_dtype
 from gemma_convert.errors import TargetError
 from gemma_convert.mapping.notation import split_path
 from gemma_convert.mapping.region import Box
+from gemma_convert.stores.checksums import checksum
 
 Compression = Literal["none", "zstd"]
 
@@ -33,28 +33,23 @@ ZSTD_LEVEL = {"zarr3": 3, "zarr2": 1}
 _DICT_KEY = 2
 """orbax.checkpoint KeyType.DICT."""
 
-_PYTREE_HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
-
 
 @dataclass(frozen=True)
 class OrbaxFormat:
-    """How arrays are stored: OCDBT with zarr v3, or one zarr v2 folder an array."""
+    """How arrays are stored: in one OCDBT store, or as one zarr v2 folder an array."""
 
     ocdbt: bool = True
     compression: Compression = "none"
+    zarr3: bool = True
+    """zarr v3 where the store is OCDBT; else zarr v2."""
 
     @property
-    def zarr(self) -> Literal["zarr3", "zarr2"]:
-        return "zarr3" if self.ocdbt else "zarr2"
-
-
-def checksum(values: NDArray[Any]) -> str:
-    """xxh3_128 of the values' bytes in C order."""
-    return xxhash.xxh3_128(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data).hexdigest()
+    def uses_zarr3(self) -> bool:
+        return self.ocdbt and self.zarr3
 
 
 class OrbaxWriter:
-    """Writes one Orbax item folder: `declare` every array, `write` regions, then `finish`."""
+    """Writes one Orbax item folder: `declare` every array, `write` regions, then `write_tree`."""
 
     def __init__(self, folder: Path, form: OrbaxFormat) -> None:
         import tensorstore as ts
@@ -112,7 +107,7 @@ class OrbaxWriter:
         future.force()
         return future
 
-    def finish(self, extra: Mapping[str, Mapping[str, object]]) -> None:
+    def write_tree(self, extra: Mapping[str, Mapping[str, object]]) -> None:
         """Writes `_METADATA`; `extra` are leaves without arrays (name → value_metadata)."""
         leaves: dict[str, Mapping[str, object]] = {
             name: {"value_type": "np.ndarray", "skip_deserialize": False} for name in self._arrays
@@ -127,7 +122,7 @@ class OrbaxWriter:
                 for name, keys in ((name, split_path(name)) for name in leaves)
             },
             "use_ocdbt": self.form.ocdbt,
-            "use_zarr3": self.form.ocdbt,
+            "use_zarr3": self.form.uses_zarr3,
             "store_array_data_equal_to_fill_value": True,
             "custom_metadata": None,
         }
@@ -139,9 +134,9 @@ class OrbaxWriter:
         if self.form.ocdbt:
             base = {"driver": "file", "path": f"{self.folder}/"}
             store = {"driver": "ocdbt", "base": base, "path": f"{key}/"}
-        metadata = _zarr3 if self.form.ocdbt else _zarr2
+        metadata = _zarr3 if self.form.uses_zarr3 else _zarr2
         return {
-            "driver": "zarr3" if self.form.ocdbt else "zarr",
+            "driver": "zarr3" if self.form.uses_zarr3 else "zarr",
             "kvstore": store,
             "metadata": metadata(spec, chunk, self.form.compression),
             "store_data_equal_to_fill_value": True,
@@ -186,21 +181,28 @@ def _zarr2(spec: TensorSpec, chunk: tuple[int, ...], compression: Compression) -
     }
 
 
-def write_step_metadata(
-    step: Path, item: str, custom: Mapping[str, object], started_ns: int
+def write_checkpoint_metadata(
+    folder: Path,
+    handlers: str | Mapping[str, str],
+    custom: Mapping[str, object],
+    started_ns: int,
 ) -> None:
-    """Writes `_CHECKPOINT_METADATA` and Orbax's success markers of a step folder with one item."""
+    """Writes `_CHECKPOINT_METADATA` and Orbax's success markers.
+
+    `handlers` is the handler of an item folder, or item → handler of a step folder.
+    """
     metadata = {
-        "item_handlers": {item: _PYTREE_HANDLER},
+        "item_handlers": handlers,
         "metrics": {},
         "performance_metrics": {},
         "init_timestamp_nsecs": started_ns,
         "commit_timestamp_nsecs": time.time_ns(),
         "custom_metadata": dict(custom),
     }
-    (step / "_CHECKPOINT_METADATA").write_text(json.dumps(metadata), encoding="utf-8")
-    for folder in (step / item, step):
-        (folder / "commit_success.txt").write_text(
+    (folder / "_CHECKPOINT_METADATA").write_text(json.dumps(metadata), encoding="utf-8")
+    items = () if isinstance(handlers, str) else handlers
+    for part in (*(folder / item for item in items), folder):
+        (part / "commit_success.txt").write_text(
             "Checkpoint commit was successful.\n", encoding="utf-8"
         )
 

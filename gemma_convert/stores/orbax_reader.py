@@ -23,6 +23,9 @@ from gemma_convert.values import Array
 METADATA = "_METADATA"
 MAX_METADATA_BYTES = 256 << 20
 
+ITEMS = ("items", "default")
+"""Names of the item in a step folder: MaxText's, and that of Orbax' CheckpointManager."""
+
 STATE = ("opt_state", "nnx_aux")
 """Where a training checkpoint keeps what is no parameter."""
 
@@ -45,7 +48,7 @@ class OrbaxTree:
 
 
 def find_items(path: Path) -> Path:
-    """The folder that holds the Orbax tree: `path`, its `items`, or that of its highest step.
+    """The folder that holds the Orbax tree: `path`, its item folder, or that of its highest step.
 
     The result is absolute, as Orbax asks for. Raises SourceError where there is no such folder.
     """
@@ -57,13 +60,14 @@ def find_items(path: Path) -> Path:
                 where=folder,
                 do="run the conversion again with --resume",
             )
-    for folder in (path, path / "items"):
+    for folder in (path, *(path / item for item in ITEMS)):
         if (folder / METADATA).is_file():
             return folder
     steps = sorted(
-        (int(folder.name), folder / "items")
+        (int(folder.name), folder / item)
         for folder in (path.iterdir() if path.is_dir() else ())
         if folder.name.isascii() and folder.name.isdecimal()
+        for item in ITEMS
     )
     complete = [items for _, items in steps if (items / METADATA).is_file()]
     if complete:

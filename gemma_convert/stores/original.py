@@ -18,7 +18,6 @@ from gemma_convert.config import read_architecture
 from gemma_convert.dtypes import TensorSpec, numpy_dtype
 from gemma_convert.errors import SourceError
 from gemma_convert.stores import sidecar
-from gemma_convert.stores.orbax_reader import find_items
 from gemma_convert.stores.safetensors import (
     INDEX,
     SINGLE,
@@ -41,6 +40,8 @@ class Original:
     stored: SafetensorsFolder | None
     exceptions: Mapping[str, tuple[Array, Array]]
     checksums: Mapping[str, str]
+    manifest: Mapping[str, object]
+    """The manifest of the sidecar; empty for a Hugging Face folder."""
 
     def __enter__(self) -> Original:
         return self
@@ -79,7 +80,9 @@ def open_original(native: Path, like: Path | None) -> Original:
     """
     if like is not None and any((like / name).exists() for name in (SINGLE, INDEX)):
         return _from_folder(like)
-    root = sidecar.sidecar_root(find_items(native if like is None else like))
+    if like is not None and not like.is_dir():
+        raise SourceError("There is no such checkpoint.", where=like)
+    root = sidecar.sidecar_root(native if like is None else like)
     if root is None:
         raise SourceError(
             "Nothing says what the Hugging Face original was: there is no sidecar.",
@@ -98,7 +101,7 @@ def _from_folder(folder: Path) -> Original:
     except BaseException:
         reader.close()
         raise
-    return Original(folder, architecture, reader.shards, files, reader, {}, {})
+    return Original(folder, architecture, reader.shards, files, reader, {}, {}, {})
 
 
 def _from_sidecar(root: Path) -> Original:
@@ -121,7 +124,7 @@ def _from_sidecar(root: Path) -> Original:
     architecture = read_architecture(folder)
     specs = {tensor.name: tensor.spec for shard in shards for tensor in shard.tensors}
     exceptions = _exceptions(own, specs)
-    return Original(folder, architecture, shards, files, stored, exceptions, checksums)
+    return Original(folder, architecture, shards, files, stored, exceptions, checksums, manifest)
 
 
 def _list(manifest: Mapping[str, object], key: str, own: Path) -> list[object]:

@@ -27,6 +27,8 @@ INDEX = "model.safetensors.index.json"
 
 MAX_INDEX_BYTES = 100_000_000
 
+PIECE_BYTES = 16 << 20
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -105,6 +107,15 @@ class SafetensorsFolder:
         del ranges
         self.read_into(self.tensors[source.region.tensor], offset, data.data)
 
+    def pieces(self, name: str) -> Iterator[memoryview]:
+        """The bytes of a tensor, in pieces that are valid until the next one is asked for."""
+        tensor = self.tensors[name]
+        buffer = memoryview(bytearray(min(PIECE_BYTES, tensor.spec.nbytes)))
+        for offset in range(0, tensor.spec.nbytes, PIECE_BYTES):
+            piece = buffer[: min(PIECE_BYTES, tensor.spec.nbytes - offset)]
+            self.read_into(tensor, offset, piece)
+            yield piece
+
     def mapped(self, tensor: StoredTensor) -> NDArray[Any]:
         """The tensor as a read-only view of its file, for files that nobody else changes."""
         if not tensor.spec.size:
@@ -146,17 +157,6 @@ class SafetensorsFolder:
         header = read_header(descriptor, status.st_size, path)
         tensors = parse_header(header, status.st_size, file, path)
         return Shard(file, header, tensors, status.st_size, status.st_mtime_ns)
-
-
-def read_shard_specs(path: Path) -> dict[str, TensorSpec]:
-    """Name → spec of the tensors in one safetensors file."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        size = os.fstat(descriptor).st_size
-        tensors = parse_header(read_header(descriptor, size, path), size, path.name, path)
-    finally:
-        os.close(descriptor)
-    return {tensor.name: tensor.spec for tensor in tensors}
 
 
 def _weight_files(folder: Path) -> tuple[list[str], Mapping[str, str] | None]:

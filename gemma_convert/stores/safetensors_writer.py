@@ -9,14 +9,19 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from gemma_convert.dtypes import TensorSpec, numpy_dtype
-from gemma_convert.stores.safetensors_header import StoredTensor
+from gemma_convert.stores.safetensors_header import (
+    StoredTensor,
+    library_order,
+    parse_header,
+    safetensors_header,
+)
 from gemma_convert.values import Array
 
 LET_GO_BYTES = 32 << 20
@@ -33,6 +38,16 @@ class OutputShard:
     @property
     def size(self) -> int:
         return len(self.header) + sum(tensor.spec.nbytes for tensor in self.tensors)
+
+
+def output_shard(
+    file: str, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None
+) -> OutputShard:
+    """One file with its tensors in the order of the safetensors library."""
+    ordered = library_order(specs)
+    header = safetensors_header(ordered, metadata)
+    size = len(header) + sum(spec.nbytes for spec in ordered.values())
+    return OutputShard(file, header, parse_header(header, size, file, Path(file)))
 
 
 class SafetensorsWriter:
@@ -58,6 +73,9 @@ class SafetensorsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         for mapped in self._maps.values():
             with contextlib.suppress(BufferError):  # an array in a traceback keeps its map open
                 mapped.close()

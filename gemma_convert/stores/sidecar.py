@@ -13,14 +13,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import xxhash
 
+from gemma_convert.dtypes import TensorSpec
 from gemma_convert.errors import SourceError
 from gemma_convert.output import Progress
-from gemma_convert.stores.safetensors import SafetensorsFolder
+from gemma_convert.stores.safetensors import Shard
 from gemma_convert.stores.safetensors_header import safetensors_header, write_safetensors
 from gemma_convert.values import Array
 
@@ -99,29 +100,31 @@ def copy_files(source: Path, target: Path, files: Sequence[Path]) -> dict[str, s
     return digests
 
 
-def write_headers(folder: Path, reader: SafetensorsFolder) -> None:
+def write_headers(folder: Path, shards: Sequence[Shard]) -> None:
     """Writes each shard's header verbatim, length word included."""
     (folder / HEADERS).mkdir(parents=True)
-    for shard in reader.shards:
+    for shard in shards:
         (folder / HEADERS / f"{shard.file}.header").write_bytes(shard.header)
 
 
 def write_carried(
-    folder: Path, reader: SafetensorsFolder, names: Sequence[str], progress: Progress
+    folder: Path,
+    specs: Mapping[str, TensorSpec],
+    pieces: Callable[[str], Iterator[memoryview]],
+    progress: Progress,
 ) -> dict[str, str]:
-    """Streams the named tensors into carried.safetensors; name → checksum (xxh3_128)."""
-    if not names:
+    """Streams tensors into carried.safetensors; name → checksum (xxh3_128).
+
+    `pieces(name)` gives the bytes of a tensor from its first to its last.
+    """
+    if not specs:
         return {}
-    specs = {name: reader.tensors[name].spec for name in names}
     checksums = {}
-    buffer = memoryview(bytearray(COPY_BYTES))
     with (folder / CARRIED).open("xb") as file:
         file.write(safetensors_header(specs))
-        for name in names:
+        for name in specs:
             digest = xxhash.xxh3_128()
-            for offset in range(0, specs[name].nbytes, COPY_BYTES):
-                piece = buffer[: min(COPY_BYTES, specs[name].nbytes - offset)]
-                reader.read_into(reader.tensors[name], offset, piece)
+            for piece in pieces(name):
                 digest.update(piece)
                 file.write(piece)
                 progress.advance(len(piece), name)
@@ -144,10 +147,11 @@ def write_manifest(folder: Path, manifest: Mapping[str, object]) -> None:
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def sidecar_root(items: Path) -> Path | None:
-    """The folder of a converted checkpoint whose sidecar belongs to `items`, or None."""
-    roots = (items, items.parent, items.parent.parent)
-    return next((root for root in roots if (root / FOLDER / "config.json").is_file()), None)
+def sidecar_root(native: Path) -> Path | None:
+    """The folder of a converted checkpoint whose sidecar belongs to `native`, or None."""
+    native = native.absolute()
+    roots = (native, native.parent, native.parent.parent)
+    return next((root for root in roots if (root / FOLDER / OWN).is_dir()), None)
 
 
 def read_manifest(checkpoint: Path) -> dict[str, object] | None:

@@ -1,25 +1,24 @@
-"""Writes one plan into an Orbax step folder, so that an interrupted run can be continued."""
+"""Runs one plan into a native store, so that an interrupted run can be continued."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gemma_convert.dtypes import TensorSpec
-from gemma_convert.mapping.plan import Plan
+from gemma_convert.dtypes import numpy_dtype
+from gemma_convert.layouts.layout import Layout, NativeStore
+from gemma_convert.mapping.plan import Plan, TargetTensor
 from gemma_convert.mapping.region import Box, blocks
 from gemma_convert.output import Progress
 from gemma_convert.stores.journal import Journal, journal_key
-from gemma_convert.stores.orbax import OrbaxFormat, OrbaxWriter, write_step_metadata
+from gemma_convert.stores.orbax import OrbaxFormat
 from gemma_convert.transfer import BlockReader, Transfer, TransferResult
 from gemma_convert.version import __version__
-
-STEP, ITEMS = "0", "items"
 
 SPARE_BYTES = 16 << 20
 """Asked for beside the tensors: metadata of the store, manifest, headers."""
@@ -28,10 +27,11 @@ Regions = Mapping[Box, str]
 
 
 @dataclass
-class Step:
-    """One plan on its way into `0/items`. `source` identifies what is read, for resuming."""
+class ResumableTransfer:
+    """One plan on its way into a store. `source` identifies what is read, for resuming."""
 
     plan: Plan
+    layout: Layout
     reader: BlockReader
     form: OrbaxFormat
     source: Mapping[str, object]
@@ -48,6 +48,7 @@ class Step:
         return journal_key(
             {
                 "version": __version__,
+                "layout": self.layout.name,
                 "targets": targets,
                 "copies": copies,
                 "form": asdict(self.form),
@@ -56,42 +57,34 @@ class Step:
         )
 
     def write(self, folder: Path, progress: Progress) -> TransferResult:
-        """Checksums and losses, when the step folder is complete but for its sidecar."""
+        """Checksums and losses, when the checkpoint is complete but for its sidecar."""
         started = time.time_ns()
         journal = Journal(folder, self.key)
-        writer = OrbaxWriter(folder / STEP / ITEMS, self.form)
-        writer.declare(
-            {name: (target.spec, target.chunk) for name, target in self.plan.targets.items()}
-            | {"step": (TensorSpec("int32", ()), ())}
-        )
-        done = self._resume(journal, writer, progress)
+        store = self.layout.create(folder, self.plan, self.form)
+        done = self._resume(journal, store, progress)
 
         def finished(name: str, checksum: str) -> None:
             regions = {
-                array: [[box, writer.regions[array][box]] for box in boxes]
+                array: [[box, store.regions[array][box]] for box in boxes]
                 for array, boxes in self._boxes(name).items()
             }
             journal.add({"tensor": name, "checksum": checksum, "regions": regions})
 
         rest = {name: s for name, s in self.plan.sources.items() if name not in done}
         transfer = Transfer(
-            replace(self.plan, sources=rest), self.reader, writer, progress, finished
+            replace(self.plan, sources=rest), self.reader, store, progress, finished
         )
         result = transfer.run()
         result.checksums |= done
-        writer.write("step", (), np.zeros((), np.int32)).result()
-        writer.finish(
-            {
-                "step": {"value_type": "scalar", "skip_deserialize": False},
-                "opt_state": {"value_type": "Dict", "skip_deserialize": True},
-            }
-        )
-        write_step_metadata(folder / STEP, ITEMS, {"scan_layers": self.plan.scanned}, started)
+        for name, target in self.plan.filled.items():
+            for box, values in filling(target):
+                store.write(name, box, values).result()
+        store.complete(started)
         journal.close()
-        self.regions = writer.regions
+        self.regions = store.regions
         return result
 
-    def _resume(self, journal: Journal, writer: OrbaxWriter, progress: Progress) -> dict[str, str]:
+    def _resume(self, journal: Journal, store: NativeStore, progress: Progress) -> dict[str, str]:
         """Source tensors that an earlier run had finished, with their checksums.
 
         What the journal says is believed only where every region, read again, has its checksum.
@@ -107,7 +100,7 @@ class Step:
                 array: set(found) for array, found in boxes.items()
             }:
                 continue
-            if all(writer.holds(array, found) for array, found in stored.items()):
+            if all(store.holds(array, found) for array, found in stored.items()):
                 done[name] = str(entry.get("checksum"))
                 progress.advance(self.plan.sources[name].spec.nbytes, name)
         return done
@@ -121,6 +114,14 @@ class Step:
                 if copy.source.meets(ranges):
                     boxes.setdefault(copy.target.tensor, []).append(copy.target.box(ranges))
         return boxes
+
+
+def filling(target: TargetTensor) -> Iterator[tuple[Box, Any]]:
+    """The chunks of an array that is filled with one value, and what stands in each."""
+    values = np.full(target.chunk, target.fill, numpy_dtype(target.spec.dtype))
+    rest = tuple((0, length) for length in target.spec.shape[1:])
+    for start in range(0, target.spec.shape[0], target.chunk[0]):
+        yield ((start, target.chunk[0]), *rest), values
 
 
 def _parse(listed: Any) -> dict[Box, str]:

@@ -1,0 +1,49 @@
+"""What a native layout is beside its mapping table: where it lies on disk, and who loads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from gemma_convert.mapping.plan import Plan
+from gemma_convert.mapping.region import Box
+from gemma_convert.stores.orbax import OrbaxFormat
+from gemma_convert.values import Array
+
+
+class NativeStore(Protocol):
+    """A native checkpoint that is being written, all of its arrays declared."""
+
+    regions: dict[str, dict[Box, str]]
+    """array → the regions written, each with its checksum."""
+
+    def write(self, name: str, box: Box, values: Array) -> Any:
+        """A future of the commit of `values` into `box`; `values` must not change before it."""
+
+    def holds(self, name: str, regions: Mapping[Box, str]) -> bool:
+        """Whether the regions of an array have these checksums; if so they count as written."""
+
+    def complete(self, started_ns: int) -> None:
+        """Writes what makes the arrays a checkpoint, when all of them are written."""
+
+
+class Layout(Protocol):
+    """One native layout."""
+
+    @property
+    def name(self) -> str:
+        """The name that `--format` and the mapping table have for it."""
+
+    @property
+    def framework(self) -> str:
+        """What loads it, for people."""
+
+    def create(self, folder: Path, plan: Plan, form: OrbaxFormat) -> NativeStore:
+        """An empty checkpoint in `folder`, or the one that an interrupted run left there."""
+
+    def settings(self, plan: Plan, target: Path) -> dict[str, str]:
+        """Setting → value: how the framework is told to load what was written to `target`."""
+
+    def check_metadata(self, folder: Path, plan: Plan) -> dict[str, str]:
+        """Where the files beside the arrays are not what `plan` asks for: place → how."""

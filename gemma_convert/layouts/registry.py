@@ -1,0 +1,51 @@
+"""The native layouts, and which of them a folder holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from gemma_convert.errors import SourceError
+from gemma_convert.layouts.fast_llm import FastLLM, fast_llm_source, is_fast_llm
+from gemma_convert.layouts.gemma_jax import GemmaJax, gemma_jax_source
+from gemma_convert.layouts.layout import Layout
+from gemma_convert.layouts.maxtext import MaxText, maxtext_source
+from gemma_convert.native_source import NativeSource
+from gemma_convert.stores.orbax_reader import find_items, read_orbax_tree
+from gemma_convert.stores.safetensors import INDEX, SINGLE
+
+LAYOUTS: Mapping[str, Layout] = {
+    layout.name: layout for layout in (MaxText(), GemmaJax(), FastLLM())
+}
+
+
+def open_native(path: Path) -> NativeSource:
+    """The native checkpoint at `path`, whatever its layout.
+
+    Raises SourceError where there is none, or none of a known layout.
+    """
+    if is_fast_llm(path):
+        return fast_llm_source(path)
+    tree = read_orbax_tree(find_items(path))
+    native = maxtext_source(tree) or gemma_jax_source(tree)
+    if native is not None:
+        return native
+    raise SourceError(
+        "The checkpoint holds no parameters in a layout that is known.",
+        where=tree.folder,
+        expected="MaxText's tree, the gemma library's tree, or Fast-LLM's files",
+        found=", ".join(sorted({name.split("/")[0] for name in tree.arrays})[:8]) or "no arrays",
+    )
+
+
+def is_native(path: Path) -> bool:
+    """Whether a folder holds a native checkpoint rather than Hugging Face files."""
+    if any((path / name).exists() for name in (SINGLE, INDEX)):
+        return False
+    if is_fast_llm(path):
+        return True
+    try:
+        find_items(path)
+    except SourceError:
+        return False
+    return True
