@@ -312,7 +312,29 @@ def _layer_overrides(
     return sizes
 
 
+_VISION_ARITHMETIC = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False}
+_AUDIO_ARITHMETIC = {
+    "hidden_act": "silu",
+    "attention_chunk_size": 12,
+    "attention_context_left": 13,
+    "attention_context_right": 0,
+    "attention_logit_cap": 50.0,
+    "residual_weight": 0.5,
+    "gradient_clipping": 1e10,
+    "rms_norm_eps": 1e-6,
+}
+"""What all published towers have, and the frameworks build in."""
+
+
+def _refuse_other_arithmetic(config: _Config, published: Mapping[str, object]) -> None:
+    for key, value in published.items():
+        found = config.values.get(key)
+        if found is not None and found != value:
+            raise config.error(key, f"{value}, which the frameworks build in", found)
+
+
 def _vision(config: _Config) -> VisionArchitecture:
+    _refuse_other_arithmetic(config, _VISION_ARITHMETIC)
     heads = config.integer("num_attention_heads")
     kv_heads = config.integer("num_key_value_heads", heads)
     if kv_heads != heads:
@@ -337,6 +359,7 @@ def _vision(config: _Config) -> VisionArchitecture:
 
 
 def _audio(config: _Config) -> AudioArchitecture:
+    _refuse_other_arithmetic(config, _AUDIO_ARITHMETIC)
     channels = config.values.get("subsampling_conv_channels", [128, 32])
     if not isinstance(channels, list) or len(channels) != 2:
         raise config.error("subsampling_conv_channels", "two numbers of channels", channels)

@@ -12,3 +12,8 @@ convert="$here/.venv/bin/gemma-convert"
 "$convert" to-native "$folder/gemma-4-tiny" "$folder/maxtext" --format maxtext
 "$convert" inspect "$folder/maxtext"
 "$convert" logit-check "$folder/gemma-4-tiny" "$folder/maxtext"
+
+"$convert" to-native "$folder/maxtext" "$folder/gemma" --format gemma-jax
+"$convert" logit-check "$folder/gemma-4-tiny" "$folder/gemma"
+"$convert" to-hf "$folder/gemma" "$folder/back"
+diff -r "$folder/gemma-4-tiny" "$folder/back" && echo "the original files are back, bit for bit"

@@ -37,6 +37,21 @@ def test_convert_and_check(tiny, tmp_path, family):
     assert done.stdout.count("same model") == len(forms)
 
 
+@pytest.mark.parametrize(("family", "layout"), [("e2b", "gemma-jax"), ("31b", "fast-llm")])
+def test_other_layouts(tiny, tmp_path, family, layout):
+    done = run(f"convert_{family}.sh", tiny(family), tmp_path / "out", layout)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [layout]
+    assert done.stdout.count("same model") == 1
+
+
+def test_layout_without_a_place_for_the_model(tiny, tmp_path):
+    done = run("convert_e4b.sh", tiny("e4b"), tmp_path / "out", "fast-llm")
+    assert done.returncode == 2
+    assert "Fast-LLM has no per-layer embeddings" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_exit_code_is_that_of_logit_check(tiny, tmp_path):
     options = "--tokens 16 --max-kl 0"
     assert run("convert_31b.sh", tiny("31b"), tmp_path / "a", CHECK_OPTIONS=options).returncode == 1

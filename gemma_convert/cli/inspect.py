@@ -43,7 +43,7 @@ def _table(report: InspectReport) -> RenderableType:
     from gemma_convert.output import human_bytes
 
     table = Table.grid(padding=(0, 2))
-    form = {True: ", scanned", False: ", unscanned", None: ""}[report.scanned]
+    form = ", scanned" if report.scanned else ""
     table.add_row("layout", report.layout + form)
     table.add_row("model", f"{report.family or 'unknown'}, {report.layers or '?'} layers")
     table.add_row("towers", ", ".join(report.towers) or "none")

@@ -97,9 +97,9 @@ def _summary(report: ToHFReport) -> RenderableType:
     from gemma_convert.output import human_bytes
 
     table = Table.grid(padding=(0, 2))
-    form = "scanned" if report.scanned else "unscanned"
+    form = ", scanned" if report.scanned else ""
     done = "would export" if report.dry_run else "exported"
-    table.add_row(done, f"{report.family} from {report.layout}, {form}")
+    table.add_row(done, f"{report.family} from {report.layout}{form}")
     shards = "1 file" if len(report.shards) == 1 else f"{len(report.shards)} shards"
     table.add_row("tensors", f"{report.tensors} ({human_bytes(report.bytes_written)}) in {shards}")
     if report.tensors_from_original:

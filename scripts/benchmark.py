@@ -1,0 +1,360 @@
+#!/usr/bin/env python3
+"""How fast conversions run, against `cp -r` and against the least that a conversion must do.
+
+Makes a synthetic checkpoint of real widths, then runs every direction and layout in turns, several
+times, beside `cp -r` + sync of the same bytes and beside the floor: read every tensor once,
+transpose it with the same function, write one raw file, sync. Ratios are of times within one round;
+their median is printed. Times on a busy machine vary up to fivefold, ratios much less.
+
+    scripts/benchmark.py WORK_FOLDER [--model 31b] [--gigabytes 3.5] [--rounds 3] [--json FILE]
+
+The work folder needs about four times the checkpoint's size and is cleaned up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from gemma_convert.config import read_architecture
+from gemma_convert.dtypes import DTypePolicy, TensorSpec, numpy_dtype
+from gemma_convert.mapping.inventory import huggingface_tensors
+from gemma_convert.mapping.plan import Plan, plan_to_native
+from gemma_convert.mapping.region import blocks
+from gemma_convert.mapping.table import load_table
+from gemma_convert.stores.safetensors import INDEX, SafetensorsFolder
+from gemma_convert.stores.safetensors_header import safetensors_header
+from gemma_convert.transfer import WORKERS, selection
+from gemma_convert.values import convert
+
+CONFIGS = {
+    "e2b": "gemma-4-E2B-it",
+    "e4b": "gemma-4-E4B-it",
+    "26b-a4b": "gemma-4-26B-A4B-it",
+    "31b": "gemma-4-31B-it",
+}
+SHARD_BYTES = 2 << 30
+RANDOM_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """One command whose time is taken; `source` and `target` are folder names."""
+
+    name: str
+    source: str
+    target: str
+    arguments: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One measured run: seconds, bytes."""
+
+    wall: float
+    cpu: float
+    anonymous: int
+    read: int
+    written: int
+
+
+def main() -> None:
+    arguments = _arguments()
+    work: Path = arguments.work.absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    folder = work / "benchmark"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        size = make_checkpoint(
+            arguments.model, folder / "hf", int(arguments.gigabytes * 1e9), arguments.full
+        )
+        cases = _cases(arguments.model, arguments.only)
+        print(f"{arguments.model}: {size / 1e9:.2f} GB, {os.cpu_count()} cores", flush=True)
+        runs = measure(folder, cases, arguments.rounds)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    report = summary(runs, size)
+    show(report)
+    if arguments.json:
+        values = {"model": arguments.model, "bytes": size, "cases": report}
+        arguments.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--model", choices=CONFIGS, default="31b")
+    parser.add_argument("--gigabytes", type=float, default=3.5)
+    parser.add_argument("--full", action="store_true", help="all layers and all rows")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="run cases whose name holds this")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def make_checkpoint(model: str, folder: Path, size: int, full: bool) -> int:
+    """Writes a checkpoint of about `size` bytes, real widths and fewer layers; its size."""
+    published = Path(__file__).parents[1] / "tests" / "data" / "models" / CONFIGS[model]
+    config = json.loads((published / "config.json").read_text(encoding="utf-8"))
+    if not full:
+        _shrink(config, model, size)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    shapes = huggingface_tensors(read_architecture(folder), kv_leftovers=False)
+    specs = {name: TensorSpec("bfloat16", shape) for name, shape in shapes.items()}
+    shards: list[dict[str, TensorSpec]] = [{}]
+    for name, spec in specs.items():
+        if sum(one.nbytes for one in shards[-1].values()) > SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = spec
+    weight_map = {}
+    values = _random_bytes()
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        weight_map |= dict.fromkeys(shard, file)
+        with (folder / file).open("wb") as writer:
+            writer.write(safetensors_header(shard))
+            for spec in shard.values():
+                for start in range(0, spec.nbytes, RANDOM_BYTES):
+                    writer.write(values[: min(RANDOM_BYTES, spec.nbytes - start)])
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return sum(spec.nbytes for spec in specs.values())
+
+
+def _shrink(config: dict[str, object], model: str, size: int) -> None:
+    """Fewer rows of the tables, no towers, and as many layers as fit."""
+    text = config["text_config"]
+    assert isinstance(text, dict)
+    for tower in ("vision_config", "audio_config"):
+        config[tower] = None
+    rows = 64 << 10
+    text["vocab_size"] = rows
+    if model in {"e2b", "e4b"}:
+        text["vocab_size_per_layer_input"] = rows
+        return
+    pattern = text["layer_types"]
+    period = pattern.index("full_attention") + 1
+    layer_bytes = {"26b-a4b": 1.62e9, "31b": 0.95e9}[model]
+    layers = max(1, round(size / layer_bytes / period)) * period
+    text["num_hidden_layers"] = layers
+    text["layer_types"] = pattern[:layers]
+
+
+def _random_bytes() -> memoryview:
+    """bfloat16 values of either sign, from 0.5 to 2, so that no cast or root loses any."""
+    bits = np.random.default_rng(0).integers(0, 1 << 16, RANDOM_BYTES // 2, np.uint16)
+    return memoryview(((bits & 0x80FF) | 0x3F00).tobytes())
+
+
+def _cases(model: str, only: str) -> list[Case]:
+    layouts: dict[str, tuple[str, ...]] = {
+        "maxtext zarr": ("--format", "maxtext", "--no-ocdbt"),
+        "maxtext ocdbt": ("--format", "maxtext"),
+        "gemma-jax zarr": ("--format", "gemma-jax", "--no-ocdbt"),
+        "gemma-jax ocdbt": ("--format", "gemma-jax"),
+    }
+    if model not in {"e2b", "e4b"}:
+        layouts["maxtext scanned zarr"] = ("--format", "maxtext", "--no-ocdbt", "--scan-layers")
+        layouts["maxtext scanned ocdbt"] = ("--format", "maxtext", "--scan-layers")
+        layouts["fast-llm"] = ("--format", "fast-llm")
+    cases = []
+    for name, options in layouts.items():
+        if only in name:
+            cases.append(Case(f"hf to {name}", "hf", "native", ("to-native", *options)))
+            cases.append(Case(f"{name} to hf", "native", "back", ("to-hf",)))
+    return cases
+
+
+def measure(folder: Path, cases: list[Case], rounds: int) -> dict[str, list[Run]]:
+    """Name → its runs, one a round; every round runs everything once."""
+    runs: dict[str, list[Run]] = {"cp -r": [], "floor": []}
+    python = [sys.executable, "-m", "gemma_convert"]
+    for number in range(rounds):
+        print(f"round {number + 1} of {rounds}", flush=True)
+        runs["cp -r"].append(_watch(["cp", "-r", "hf", "copy"], folder))
+        shutil.rmtree(folder / "copy")
+        floor = [sys.executable, __file__, "--floor", "hf", "floor.bin"]
+        runs["floor"].append(_watch(floor, folder))
+        (folder / "floor.bin").unlink()
+        for case in cases:
+            command = [*python, case.arguments[0], case.source, case.target, *case.arguments[1:]]
+            runs.setdefault(case.name, []).append(_watch(command, folder))
+            if case.target == "back":
+                for name in ("native", "back"):
+                    shutil.rmtree(folder / name)
+    return runs
+
+
+def _watch(command: list[str], folder: Path) -> Run:
+    """Runs a command, then syncs the disk; both count."""
+    started = time.monotonic()
+    before = os.times()
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
+    peak = {"anonymous": 0, "read": 0, "written": 0}
+
+    def look() -> None:
+        while process.poll() is None:
+            for key, value in _figures(process.pid):
+                peak[key] = max(peak[key], value)
+            time.sleep(0.02)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    code = process.wait()
+    watcher.join()
+    os.sync()
+    wall = time.monotonic() - started
+    after = os.times()
+    if code:
+        raise SystemExit(f"{' '.join(command)} ended with {code}")
+    cpu = sum(after[2:4]) - sum(before[2:4])
+    return Run(wall, cpu, peak["anonymous"], peak["read"], peak["written"])
+
+
+def _figures(pid: int) -> Iterator[tuple[str, int]]:
+    """Anonymous memory now, and bytes read and written so far."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+        io = Path(f"/proc/{pid}/io").read_text(encoding="ascii")
+    except OSError:
+        return
+    for line in (*status.splitlines(), *io.splitlines()):
+        key, _, value = line.partition(":")
+        if key == "RssAnon":
+            yield "anonymous", int(value.split()[0]) * 1024
+        elif key in {"rchar", "wchar"}:
+            yield {"rchar": "read", "wchar": "written"}[key], int(value)
+
+
+def floor(source: Path, target: Path) -> None:
+    """Reads every tensor once, transposes it as a conversion does, writes one raw file, syncs."""
+    with SafetensorsFolder(source) as reader:
+        plan = plan_to_native(
+            read_architecture(source), load_table("maxtext"), reader.specs, DTypePolicy()
+        )
+        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT, 0o644)
+        with ThreadPoolExecutor(WORKERS) as pool:
+            local = threading.local()
+            jobs = [
+                pool.submit(job, local) for job in _floor_jobs(plan, reader, descriptor)
+            ]
+            for job in jobs:
+                job.result()
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _floor_jobs(
+    plan: Plan, reader: SafetensorsFolder, descriptor: int
+) -> Iterator[Callable[[threading.local], None]]:
+    """One job a block: its own read, transpose and write, in two buffers of its thread."""
+    place = 0
+    for name, source in plan.sources.items():
+        offset = 0
+        for ranges in blocks(source.region, source.steps):
+            lengths = source.region.lengths(ranges)
+            size = prod(lengths) * source.spec.itemsize
+
+            def job(
+                local: threading.local,
+                name: str = name,
+                source: object = source,
+                ranges: Mapping[str, tuple[int, int]] = ranges,
+                lengths: tuple[int, ...] = lengths,
+                size: int = size,
+                offset: int = offset,
+                place: int = place,
+            ) -> None:
+                given = _buffer(local, "given", size)
+                reader.read_into(reader.tensors[name], offset, given.data)
+                dtype = numpy_dtype(source.spec.dtype)
+                block = given.view(dtype).reshape(lengths)
+                at = place
+                for copy in source.copies:
+                    if copy.source.meets(ranges):
+                        part = block[selection(copy, ranges)].transpose(copy.permutation)
+                        spec = plan.targets[copy.target.tensor].spec
+                        count = part.size * spec.itemsize
+                        made = _buffer(local, "made", count)
+                        values = made.view(numpy_dtype(spec.dtype)).reshape(part.shape)
+                        convert(part, values, copy.scale)
+                        os.pwrite(descriptor, made.data, at)
+                        at += count
+
+            yield job
+            place += size * (2 if source.copies[0].scale is not None else 1)
+            offset += size
+
+
+def _buffer(local: threading.local, name: str, size: int) -> np.ndarray:
+    buffer = getattr(local, name, None)
+    if buffer is None or buffer.size < size:
+        buffer = np.empty(size, np.uint8)
+        setattr(local, name, buffer)
+    return buffer[:size]
+
+
+def summary(runs: Mapping[str, list[Run]], size: int) -> dict[str, dict[str, object]]:
+    """Name → median time, its ratios to the floor and to `cp -r` of the same round, memory, bytes."""
+    report: dict[str, dict[str, object]] = {}
+    for name, found in runs.items():
+        walls = [run.wall for run in found]
+        report[name] = {
+            "seconds": statistics.median(walls),
+            "over_floor": _ratio(walls, runs["floor"]),
+            "over_cp": _ratio(walls, runs["cp -r"]),
+            "cpu_seconds": statistics.median(run.cpu for run in found),
+            "peak_anonymous_bytes": max(run.anonymous for run in found),
+            "bytes_read": statistics.median(run.read for run in found),
+            "bytes_written": statistics.median(run.written for run in found),
+            "gigabytes_per_second": size / statistics.median(walls) / 1e9,
+            "runs": [asdict(run) for run in found],
+        }
+    return report
+
+
+def _ratio(walls: list[float], others: list[Run]) -> float:
+    return statistics.median(wall / other.wall for wall, other in zip(walls, others, strict=True))
+
+
+def show(report: Mapping[str, Mapping[str, object]]) -> None:
+    head = ("case", "s", "/ floor", "/ cp", "CPU s", "anon MB", "read GB", "written GB")
+    rows = [
+        (
+            name,
+            f"{found['seconds']:.1f}",
+            f"{found['over_floor']:.2f}",
+            f"{found['over_cp']:.2f}",
+            f"{found['cpu_seconds']:.1f}",
+            f"{found['peak_anonymous_bytes'] / 1e6:.0f}",
+            f"{found['bytes_read'] / 1e9:.2f}",
+            f"{found['bytes_written'] / 1e9:.2f}",
+        )
+        for name, found in report.items()
+    ]
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    for row in (head, *rows):
+        first, *rest = (text.rjust(width) for text, width in zip(row, widths, strict=True))
+        print("  ".join([row[0].ljust(widths[0]), *rest]))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--floor"]:
+        floor(Path(sys.argv[2]), Path(sys.argv[3]))
+    else:
+        main()
