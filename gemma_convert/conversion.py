@@ -124,6 +124,7 @@ class Conversion:
     ) -> None:
         own = folder / sidecar.OWN
         own.mkdir(parents=True)
+        self._carry_other_dtypes(result)
         digests = sidecar.copy_files(self.root, folder, self.files)
         sidecar.write_headers(own, self.shards)
         whole = [name for name, losses in result.losses.items() if losses.whole]
@@ -144,6 +145,15 @@ class Conversion:
         manifest = self._manifest(result, checksums, digests)
         listed_regions = {name: list(boxes.items()) for name, boxes in regions.items()}
         sidecar.write_manifest(own, manifest | {"regions": listed_regions})
+
+    def _carry_other_dtypes(self, result: TransferResult) -> None:
+        """Single values are kept in the original's dtype; a tensor in another is carried whole."""
+        headers = {tensor.name: tensor.spec for shard in self.shards for tensor in shard.tensors}
+        for name, losses in result.losses.items():
+            if losses.places and self._spec(name) != headers[name]:
+                losses.whole = True
+                losses.places.clear()
+                losses.originals.clear()
 
     def _spec(self, name: str) -> TensorSpec:
         return self.tensors.specs[name]
@@ -171,7 +181,9 @@ class Conversion:
             ],
             "tensors": {
                 tensor.name: {
-                    "dtype": tensor.spec.dtype,
+                    "dtype": (
+                        self._spec(tensor.name) if tensor.name in carried else tensor.spec
+                    ).dtype,
                     "shape": list(tensor.spec.shape),
                     "kept": self._kept(tensor.name, result.losses.get(tensor.name)),
                     "xxh3_128": carried.get(tensor.name)

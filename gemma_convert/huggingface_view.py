@@ -26,6 +26,7 @@ from gemma_convert.values import (
     convert,
     count_rounded,
     keep_originals,
+    restore,
     restore_exactly,
 )
 
@@ -67,6 +68,7 @@ class HuggingFaceView:
         scaled = np.empty(values.shape, numpy_dtype(dtype))
         self._assemble(name, ranges, scaled)
         back = restore_exactly(scaled, source.spec.dtype, scale)
+        self._narrow(name, scaled, back, scale)
         self._keep_originals(name, offset // source.spec.itemsize, scaled, back, scale)
         lost = count_rounded(scaled, back, scale)
         if lost:
@@ -118,16 +120,25 @@ class HuggingFaceView:
     def _native_dtype(self, name: str) -> str:
         return native_dtype(self.native, self.plan.sources[name])
 
+    def _narrow(self, name: str, scaled: Array, back: Array, scale: float) -> None:
+        """Where a value of the original's dtype gives the native one, it is what comes back."""
+        dtype = self.original.specs[name].dtype
+        if back.dtype.name != dtype:
+            narrow = np.empty(back.shape, back.dtype)
+            convert(restore(scaled, dtype, scale), narrow, None)
+            keep_originals(narrow, scaled, back, scale)
+
     def _keep_originals(
         self, name: str, start: int, scaled: Array, back: Array, scale: float
     ) -> None:
         """Puts back original values that the native dtype could not hold, if still theirs."""
-        if back.dtype.name != self.original.specs[name].dtype:
-            return
         if self.original.holds(name):
             stored = self.original.read(name, start, back.size).reshape(back.shape)
-            keep_originals(stored, scaled, back, scale)
-        elif name in self.original.exceptions:
+            if stored.dtype == back.dtype:
+                keep_originals(stored, scaled, back, scale)
+        elif name in self.original.exceptions and (
+            back.dtype.name == self.original.specs[name].dtype
+        ):
             places, originals = self.original.exceptions[name]
             here = (places >= start) & (places < start + back.size)
             at = places[here] - start

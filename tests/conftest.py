@@ -61,3 +61,23 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """converted(source, layout, **options): a conversion, made once and never written to."""
+    from gemma_convert import to_native
+
+    root = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        root = root.parent
+
+    def convert(source: Path, layout: str, **options) -> Path:
+        words = "-".join(f"{key}={value}" for key, value in sorted(options.items()))
+        folder = root / f"{layout}-of-{source.name}-{words}"
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                to_native(source, folder, layout=layout, **options)
+        return folder
+
+    return convert

@@ -11,13 +11,11 @@ from maxtext_trees import CONFIGS, change, logits_of, make_model, maxtext_tree, 
 from gemma_convert.config import parse_architecture, read_architecture
 from gemma_convert.errors import SourceError
 from gemma_convert.logits.divergence import compare
-from gemma_convert.native import maxtext
-from gemma_convert.native.restore import (
-    TEXT_MODULES,
-    maxtext_facts,
-    restore_maxtext,
-)
-from gemma_convert.native.shapes import check_shapes
+from gemma_convert.native import decoder, maxtext
+from gemma_convert.native.maxtext import MaxTextLayer, MaxTextWeights
+from gemma_convert.native.maxtext_shapes import check_shapes
+from gemma_convert.native.prompt import Prompt
+from gemma_convert.native.restore import maxtext_facts, restore_maxtext
 from gemma_convert.stores.orbax_reader import find_items
 
 ORACLE = os.environ.get("GEMMA_CONVERT_ORACLE")
@@ -84,14 +82,14 @@ def test_scanned_layers_are_taken_from_their_place():
 
 def test_layers_of_one_kind_are_compiled_once(cases):
     case = cases["dense"]
-    maxtext.layer.clear_cache()
+    decoder.layer.clear_cache()
     maxtext.forward(case.scanned, case.text, case.ids)
-    assert maxtext.layer._cache_size() == 2
+    assert decoder.layer._cache_size() == 2
 
 
 def test_head_over_slices_of_positions_is_the_whole(cases):
     case = cases["moe"]
-    (hidden,) = maxtext.final_hidden(case.tree, case.text, [case.ids])
+    (hidden,) = maxtext.final_hidden(case.tree, case.text, [Prompt(case.ids)])
     table = maxtext.output_table(case.tree, case.text)
     parts = [
         maxtext.head(table, hidden[:, start : start + 9], case.text)
@@ -102,8 +100,8 @@ def test_head_over_slices_of_positions_is_the_whole(cases):
 
 def test_batches_of_other_lengths_run_together(cases):
     case = cases["ple"]
-    batches = [case.ids[:1, :11], case.ids]
-    short, whole = maxtext.final_hidden(case.tree, case.text, batches)
+    prompts = [Prompt(case.ids[:1, :11]), Prompt(case.ids)]
+    short, whole = maxtext.final_hidden(case.tree, case.text, prompts)
     np.testing.assert_allclose(short[0], whole[0, :11], atol=1e-4)
 
 
@@ -133,13 +131,8 @@ def test_router_weights_are_those_of_transformers():
     expected = np.zeros((9, 5), np.float32)
     np.put_along_axis(expected, chosen.numpy(), weights.numpy(), axis=1)
     text = parse_architecture(model.config.to_dict(), Path("config.json")).text
-    params = maxtext_tree(model)["decoder"]["layers_1"]["mlp"]
-    found = maxtext.router(
-        params["moe_block"]["MoeBlock_0"],
-        params["pre_forward_scale_2"],
-        hidden[None],
-        maxtext.kind_of(text, text.layers[1]),
-    )
+    weights = MaxTextLayer(maxtext_tree(model)["decoder"]["layers_1"])
+    found = decoder.router(weights, hidden[None], decoder.kind_of(text, text.layers[1]))
     np.testing.assert_allclose(found[0], expected, atol=1e-5)
 
 
@@ -152,9 +145,10 @@ def test_per_layer_inputs_are_those_of_transformers(cases):
         ids = torch.tensor(case.ids, dtype=torch.long)
         embedded = model.embed_tokens(ids)
         expected = model.project_per_layer_inputs(embedded, model.get_per_layer_inputs(ids))
-    found = maxtext.embed(case.tree, case.text, case.ids, "float32")
+    weights, prompt = MaxTextWeights(case.tree, case.text), Prompt(case.ids)
+    found = decoder.embed(weights, case.text, prompt, "float32")
     np.testing.assert_allclose(found, embedded.numpy(), rtol=1e-6)
-    found = maxtext.per_layer_inputs(case.tree, case.text, case.ids, found)
+    found = decoder.per_layer_inputs(weights, case.text, prompt, found)
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
 
 
@@ -383,7 +377,7 @@ def test_folders_that_hold_no_maxtext_tree_are_refused(tmp_path):
             restore_maxtext(tmp_path / name)
     write_maxtext({"decoder": {"a": np.ones(2)}}, tmp_path)
     with pytest.raises(SourceError, match="token_embedder"):
-        restore_maxtext(find_items(tmp_path), TEXT_MODULES)
+        restore_maxtext(find_items(tmp_path), ("token_embedder", "decoder"))
 
 
 @pytest.mark.parametrize("scanned", [False, True])
@@ -425,7 +419,7 @@ def test_maxtexts_own_trees_give_maxtexts_own_logits(name):
     text = read_architecture(oracle / "hf" / model).text
     items = find_items(oracle / "maxtext" / name)
     check_shapes(maxtext_facts(items), text, items)
-    tree = restore_maxtext(items, TEXT_MODULES)
+    tree = restore_maxtext(items, maxtext.text_modules(text))
     noise = 5e-3 if text.ple else 1e-4
     theirs = load_file(oracle / "logits" / f"transformers_{model}.safetensors")
     found = np.asarray(maxtext.forward(tree, text, theirs["input_ids"].astype(np.int32)))

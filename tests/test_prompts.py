@@ -73,6 +73,7 @@ def test_built_in_prompts_begin_once_and_the_last_exceeds_the_window(tmp_path):
     for one in sequences:
         assert one.ids[0] == BEGIN and BEGIN not in one.ids[1:]
         assert len(one.pieces) == len(one.ids)
+        assert one.compared.dtype == bool and one.compared.tolist() == [True] * len(one.ids)
     assert len(sequences[-1].ids) >= WINDOW + 32
     english = sequences[0]
     assert len(english.ids) == 1 + byte_length(PROMPTS["english"])
@@ -137,8 +138,9 @@ def test_a_prompt_with_an_images_place_is_refused(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     place = token_sequences(tmp_path, architecture, ["q"])[0].ids[1]
     (tmp_path / "config.json").write_text(json.dumps(config | {"image_token_id": place}))
-    with pytest.raises(UsageError, match="stands for an image"):
-        token_sequences(tmp_path, architecture, ["q"])
+    with pytest.raises(UsageError, match="stands for an image") as caught:
+        token_sequences(tmp_path, architecture, ["fine", "q"])
+    assert (caught.value.where, caught.value.found) == ("prompt-1", str(place))
 
 
 def test_options_that_contradict_each_other_are_refused(tmp_path):

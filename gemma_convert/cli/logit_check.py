@@ -21,7 +21,7 @@ def command(
         Path, typer.Argument(metavar="HF", help="Folder of the Hugging Face checkpoint.")
     ],
     native: Annotated[
-        Path, typer.Argument(metavar="NATIVE", help="The converted checkpoint, or its items.")
+        Path, typer.Argument(metavar="NATIVE", help="The native checkpoint, of any layout.")
     ],
     max_kl: Annotated[
         float | None,
@@ -29,6 +29,14 @@ def command(
     ] = None,
     prompt: Prompts = None,
     tokens: Tokens = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="An image to be seen by both; may be given several times."),
+    ] = None,
+    audio: Annotated[
+        list[Path] | None,
+        typer.Option(help="A WAV file to be heard by both; may be given several times."),
+    ] = None,
     dtype: Annotated[
         DType, typer.Option(help="Dtype of the native side; the reference runs in float32.")
     ] = DType.FLOAT32,
@@ -41,7 +49,7 @@ def command(
 
     Exits 0 where the worst token is within the limit, 1 where it is not (NaN is not).
 
-    Example: gemma-convert logit-check gemma-4-E2B-it out
+    Example: gemma-convert logit-check gemma-4-E2B-it out --image cat.png
     """
     from gemma_convert.logits.check import logit_check
     from gemma_convert.logits.report import render
@@ -53,6 +61,8 @@ def command(
         max_kl=max_kl,
         prompts=tuple(prompt or ()),
         tokens=tokens,
+        images=tuple(image or ()),
+        audio=tuple(audio or ()),
         dtype=dtype.value,
         golden=golden,
     )

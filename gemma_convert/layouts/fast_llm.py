@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,14 @@ from gemma_convert.layouts.fast_llm_metadata import (
     differences,
     fast_llm_metadata,
     read_metadata,
+    short,
     write_metadata,
 )
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.region import Box
 from gemma_convert.native_source import NativeSource
 from gemma_convert.stores.checksums import checksum
+from gemma_convert.stores.journal import UNFINISHED
 from gemma_convert.stores.orbax import OrbaxFormat
 from gemma_convert.stores.safetensors import SafetensorsFolder, plain_name
 from gemma_convert.stores.safetensors_header import StoredTensor, library_order
@@ -54,7 +57,8 @@ class FastLLM:
     def check_metadata(self, folder: Path, plan: Plan) -> dict[str, str]:
         found = read_metadata(folder)
         expected = fast_llm_metadata(plan.architecture, {})
-        found.get("config", {}).pop("distributed", None)
+        if isinstance(config := found.get("config"), dict):
+            config.pop("distributed", None)
         for part in (found, expected):
             part.pop("fast_llm_version", None)
             part.pop("metadata", None)
@@ -115,9 +119,19 @@ class FastLLMArray:
 
     def read(self, box: Box) -> Array:
         """The values in `box`, as a new array; raises SourceError where they cannot be read."""
+        shape = self.spec.shape
+        if len(box) != len(shape) or any(
+            start < 0 or start + length > size
+            for (start, length), size in zip(box, shape, strict=True)
+        ):
+            raise SourceError(
+                "A tensor has another shape than it is read with.",
+                where=f"{self.reader.folder}, tensor {self.tensor.name}",
+                found=list(shape),
+            )
         values = np.empty([length for _, length in box], numpy_dtype(self.spec.dtype))
-        rows, row_size = _rows(values), self.spec.size // self.spec.shape[0]
-        start, count = box[0]
+        rows, row_size = _rows(values), prod(shape[1:])
+        start, count = box[0] if box else (0, 1)
         inner_start, inner = box[1] if len(box) > 1 else (0, 1)
         if inner == row_size:
             rows = rows.reshape(1, -1)
@@ -135,17 +149,23 @@ def is_fast_llm(path: Path) -> bool:
 
 def fast_llm_source(folder: Path) -> NativeSource:
     """The checkpoint in `folder`; raises SourceError where it cannot be read."""
+    if any((folder / name).exists() for name in UNFINISHED):
+        raise SourceError(
+            "This is an unfinished conversion.",
+            where=folder,
+            do="run the conversion again with --resume",
+        )
     metadata = read_metadata(folder)
     index = metadata.get("metadata", {})
     index = index.get("state_index") if isinstance(index, dict) else None
     if not isinstance(index, dict) or not index:
         raise SourceError("metadata.yaml has no state_index.", where=folder / METADATA)
     for name, file in index.items():
-        if not isinstance(file, str) or not plain_name(file):
+        if not isinstance(name, str) or not isinstance(file, str) or not plain_name(file):
             raise SourceError(
                 "The state_index names a file that is not a plain file name.",
-                where=f"{folder / METADATA}, tensor {name!r}",
-                found=repr(file),
+                where=f"{folder / METADATA}, tensor {short(name)}",
+                found=short(file),
             )
     reader = SafetensorsFolder(folder, sorted(set(index.values())))
     astray = [
@@ -193,4 +213,4 @@ def _place(box: Box) -> tuple[slice, ...]:
 
 
 def _rows(values: Array) -> Array:
-    return values.view(np.uint8).reshape(len(values), -1)
+    return values.reshape(-1).view(np.uint8).reshape(len(values) if values.ndim else 1, -1)

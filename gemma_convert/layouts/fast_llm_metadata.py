@@ -6,6 +6,7 @@ computation is written. Keys and values: what Fast-LLM 0.4.0 writes for Gemma 4 
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,16 @@ METADATA = "metadata.yaml"
 VERSION = "0.4.0"
 
 MAX_METADATA_BYTES = 16 << 20
+
+_UNREADABLE = (
+    yaml.YAMLError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    ValueError,
+)
+"""What PyYAML raises on broken input, such as `!!bool maybe`."""
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -54,7 +65,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         raise SourceError(
             "metadata.yaml cannot be read.", where=path, found=error.strerror
         ) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise SourceError(
             "metadata.yaml is not valid YAML.", where=path, found=str(error)[:300]
         ) from None
@@ -63,9 +74,14 @@ def read_metadata(folder: Path) -> dict[str, Any]:
             "The metadata is not that of a checkpoint in Fast-LLM's own format.",
             where=path,
             expected="format: fast_llm",
-            found=str(metadata.get("format") if isinstance(metadata, dict) else metadata)[:200],
+            found=short(metadata.get("format") if isinstance(metadata, dict) else metadata),
         )
     return metadata
+
+
+def short(value: object) -> str:
+    """A value of a metadata.yaml for a message; one that is nested without end stays short."""
+    return (value if isinstance(value, str) else reprlib.repr(value))[:200]
 
 
 def differences(expected: Any, found: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -74,13 +90,13 @@ def differences(expected: Any, found: Any, path: str = "") -> Iterator[tuple[str
         for key in sorted({*expected, *found}, key=str):
             below = f"{path}.{key}" if path else str(key)
             if key not in found:
-                yield below, f"is missing; expected {expected[key]}"
+                yield below, f"is missing; expected {short(expected[key])}"
             elif key not in expected:
-                yield below, f"is unexpected: {found[key]}"
+                yield below, f"is unexpected: {short(found[key])}"
             else:
                 yield from differences(expected[key], found[key], below)
     elif type(expected) is not type(found) or expected != found:
-        yield path, f"is {str(found)[:200]} instead of {str(expected)[:200]}"
+        yield path, f"is {short(found)} instead of {short(expected)}"
 
 
 def _base_model(text: TextArchitecture) -> dict[str, Any]:
@@ -169,7 +185,6 @@ def _mlp(width: int) -> dict[str, Any]:
 
 
 def _hybrid(text: TextArchitecture, layer: Layer) -> dict[str, Any]:
-    norms = {"pre_norm": _norm(text), "post_norm": _norm(text)}
     routed = {
         **_mlp(text.expert_mlp),
         "type": "moe",
@@ -180,7 +195,15 @@ def _hybrid(text: TextArchitecture, layer: Layer) -> dict[str, Any]:
         "router_per_expert_scale": {"enabled": True},
         "router_scale": {"enabled": True},
     }
-    return {"type": "hybrid_moe", "dense": _mlp(layer.mlp) | norms, "routed": routed | norms}
+    return {
+        "type": "hybrid_moe",
+        "dense": _mlp(layer.mlp) | _norms(text),
+        "routed": routed | _norms(text),
+    }
+
+
+def _norms(text: TextArchitecture) -> dict[str, Any]:
+    return {"pre_norm": _norm(text), "post_norm": _norm(text)}
 
 
 def _norm(text: TextArchitecture) -> dict[str, Any]:

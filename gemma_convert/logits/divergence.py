@@ -101,14 +101,20 @@ class Accumulator:
         start: int,
         ids: Sequence[int],
         pieces: Sequence[str] | None = None,
+        compared: npt.NDArray[np.bool_] | None = None,
     ) -> None:
-        """Takes in one slice: logits [positions vocab] at `start` and later, and their tokens."""
+        """Takes in one slice: logits [positions vocab] at `start` and later, and their tokens.
+
+        Rows that are not `compared` [positions] are left out.
+        """
         if len(ids) != len(reference):
             raise ValueError(f"{len(ids)} tokens for {len(reference)} rows of logits")
-        self._slices.append(compare(reference, native))
-        for offset, token in enumerate(ids):
-            piece = None if pieces is None else pieces[offset]
-            self._places.append((sequence, start + offset, int(token), piece))
+        places = np.arange(len(ids)) if compared is None else np.flatnonzero(compared)
+        rows: list[int] = places.tolist()
+        self._slices.append(compare(reference[rows], native[rows]))
+        for row in rows:
+            piece = None if pieces is None else pieces[row]
+            self._places.append((sequence, start + row, int(ids[row]), piece))
 
     def result(self) -> Divergence:
         """The divergence over all slices. Raises ValueError where no token was compared."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from gemma_convert.architecture import Architecture
 from gemma_convert.errors import UsageError
-from gemma_convert.native.restore import ArrayFacts
 
 Dtype: TypeAlias = Literal["float32", "bfloat16"]
 
@@ -72,19 +71,22 @@ def _some(rows: Sequence[str]) -> str:
 
 
 def find_lossy_rows(
-    native: Path, items: Path, facts: Mapping[str, ArrayFacts], architecture: Architecture
+    folder: Path, dtypes: Collection[str], scaled_dtype: str | None, architecture: Architecture
 ) -> tuple[str, ...]:
-    """What the native checkpoint holds rounded: by its manifest, or else by its dtypes."""
-    for root in (native, items.parent.parent):
+    """What the native checkpoint in `folder` holds rounded: by its manifest, or by its dtypes.
+
+    `scaled_dtype` is that of an embedding stored × √embed, None where it is stored as it is.
+    """
+    for root in (folder, *folder.absolute().parents[:2]):
         rows = _manifest_rows(root / _MANIFEST)
         if rows is not None:
             return rows
-    if architecture.dtype == "float32" and any(one.dtype == "bfloat16" for one in facts.values()):
+    if architecture.dtype == "float32" and "bfloat16" in dtypes:
         return ("weights: float32 in the original, bfloat16 here",)
     embed = architecture.text.embed
     exact = embed & (embed - 1) == 0 and embed.bit_length() % 2 == 1  # √embed is a power of two
-    if facts["token_embedder/embedding"].dtype == "bfloat16" and not exact:
-        return ("token_embedder/embedding: the scaled embedding in bfloat16",)
+    if scaled_dtype == "bfloat16" and not exact:
+        return ("the embedding: scaled, in bfloat16",)
     return ()
 
 

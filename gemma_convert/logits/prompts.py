@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from gemma_convert.architecture import Architecture
 from gemma_convert.errors import SourceError, UsageError
@@ -32,7 +33,7 @@ PROMPTS = {
 }
 
 _PLACEHOLDERS = ("image_token_id", "video_token_id", "audio_token_id")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class TokenSequence:
     name: str
     ids: tuple[int, ...]
     pieces: tuple[str, ...] | None = None
+
+    @property
+    def compared(self) -> npt.NDArray[np.bool_]:
+        """Whether the logits behind each token count in a comparison, [length]: all of them."""
+        return np.ones(len(self.ids), bool)
 
 
 def token_sequences(
@@ -60,19 +66,18 @@ def token_sequences(
             found=f"{tokens} tokens and {len(prompts)} prompts",
         )
     long = architecture.text.window + BEYOND_WINDOW
-    has_tokenizer = any((hf / name).is_file() for name in _TOKENIZER_FILES)
-    if tokens is not None or not has_tokenizer:
+    if tokens is not None or not has_tokenizer(hf):
         if prompts:
             raise UsageError(
                 "Prompts need a tokenizer, and the folder has none.",
                 where=hf,
-                expected=" or ".join(_TOKENIZER_FILES),
+                expected=" or ".join(TOKENIZER_FILES),
                 do="add the tokenizer's files, or use --tokens",
             )
         sequences = _random_sequences(hf, architecture, tokens, long)
     else:
         sequences = _text_sequences(hf, prompts, long)
-        _refuse_placeholders(sequences, _config(hf))
+        refuse_placeholders(sequences, hf)
     for sequence in sequences:
         check_ids(sequence, architecture, hf)
     return sequences
@@ -129,7 +134,12 @@ def reserved_ids(config: Mapping[str, Any]) -> frozenset[int]:
     return frozenset(found)
 
 
-def _refuse_placeholders(sequences: Iterable[TokenSequence], config: Mapping[str, Any]) -> None:
+def refuse_placeholders(sequences: Iterable[TokenSequence], hf: Path) -> None:
+    """Nothing where no sequence holds a place of an image, a video or a sound.
+
+    config.json in `hf` says which ids those are. Raises UsageError else.
+    """
+    config = _config(hf)
     places = {
         id for key in _PLACEHOLDERS if config.get(key) is not None for id in _integers(config[key])
     }
@@ -140,7 +150,7 @@ def _refuse_placeholders(sequences: Iterable[TokenSequence], config: Mapping[str
                 "A prompt holds the token that stands for an image, a video or a sound.",
                 where=sequence.name,
                 found=min(found),
-                do="leave it out: logits are compared for text alone",
+                do="leave it out: a prompt is text alone",
             )
 
 
@@ -155,13 +165,19 @@ def _config(hf: Path) -> Mapping[str, Any]:
 
 
 def _text_sequences(hf: Path, prompts: Sequence[str], long: int) -> list[TokenSequence]:
-    tokenizer = _tokenizer(hf)
+    tokenizer = load_tokenizer(hf)
     named = {f"prompt-{number}": text for number, text in enumerate(prompts)} or PROMPTS
-    sequences = [_tokenized(tokenizer, name, text) for name, text in named.items()]
+    sequences = [tokenized(tokenizer, name, text) for name, text in named.items()]
     return [*sequences, _long_sequence(tokenizer, long)]
 
 
-def _tokenizer(hf: Path) -> Any:
+def has_tokenizer(hf: Path) -> bool:
+    """Whether the folder `hf` holds a tokenizer's file."""
+    return any((hf / name).is_file() for name in TOKENIZER_FILES)
+
+
+def load_tokenizer(hf: Path) -> Any:
+    """transformers' tokenizer of the folder `hf`. Raises SourceError where it cannot be loaded."""
     from transformers import AutoTokenizer
 
     try:
@@ -173,8 +189,13 @@ def _tokenizer(hf: Path) -> Any:
             "transformers cannot load the tokenizer.",
             where=hf,
             found=str(error)[:500],
-            do="repair the tokenizer's files, or use --tokens",
+            do="repair the tokenizer's files",
         ) from error
+
+
+def tokenized(tokenizer: Any, name: str, text: str) -> TokenSequence:
+    """The ids of `text` behind one begin token, where the tokenizer has one."""
+    return _begun(tokenizer, name, _ids(tokenizer, text))
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
@@ -183,21 +204,16 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def _tokenized(tokenizer: Any, name: str, text: str) -> TokenSequence:
-    return _sequence(tokenizer, name, _ids(tokenizer, text))
-
-
 def _long_sequence(tokenizer: Any, length: int) -> TokenSequence:
     """`length` tokens or more made of the built-in prompts, over and over."""
     sentences = [_ids(tokenizer, text + "\n") for text in PROMPTS.values()]
     if not any(sentences):
         raise SourceError("The tokenizer makes no tokens of text.", where=tokenizer.name_or_path)
     endless = itertools.chain.from_iterable(itertools.cycle(sentences))
-    return _sequence(tokenizer, "longer-than-window", list(itertools.islice(endless, length)))
+    return _begun(tokenizer, "longer-than-window", list(itertools.islice(endless, length)))
 
 
-def _sequence(tokenizer: Any, name: str, ids: list[int]) -> TokenSequence:
-    """The ids behind one begin token, where the tokenizer has one."""
+def _begun(tokenizer: Any, name: str, ids: list[int]) -> TokenSequence:
     begin = tokenizer.bos_token_id
     if begin is not None and ids[:1] != [begin]:
         ids = [begin, *ids]

@@ -1,7 +1,9 @@
 """The logits of the original checkpoint, computed by transformers' own Gemma 4 in float32.
 
 Keys that transformers would fill with random numbers in silence are an error here. Source of the
-head: `Gemma4ForCausalLM.forward` in `transformers/models/gemma4/modeling_gemma4.py` (5.23).
+head: `Gemma4ForCausalLM.forward` in `transformers/models/gemma4/modeling_gemma4.py` (5.23); what
+the model is given beside the tokens of an image or a sound: `Gemma4Processor` in
+`processing_gemma4.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ import numpy.typing as npt
 from gemma_convert.architecture import Architecture
 from gemma_convert.config import read_architecture
 from gemma_convert.errors import SourceError
+from gemma_convert.logits.images import ImageSequence
 from gemma_convert.logits.prompts import TokenSequence
+from gemma_convert.logits.soft import SoftSequence
 
 if TYPE_CHECKING:
     import torch
@@ -55,15 +59,46 @@ class Reference:
             return str(torch.cuda.get_device_name(self.device))
         return "cpu"
 
-    def hidden(self, ids: Sequence[int]) -> torch.Tensor:
+    def hidden(self, sequence: TokenSequence) -> torch.Tensor:
         """What the head is given, [positions embed], on the model's device."""
         import torch
 
         with torch.no_grad():
-            tokens = torch.tensor([list(ids)], dtype=torch.long, device=self.device)
-            output = self._model.model(input_ids=tokens, use_cache=False)
+            output = self._model.model(**self._inputs(sequence), use_cache=False)
         state: torch.Tensor = output.last_hidden_state[0]
         return state
+
+    def image_features(self, sequence: ImageSequence) -> npt.NDArray[np.float32]:
+        """What stands in the places of the image in the embedding, [soft_tokens embed]."""
+        import torch
+
+        inputs = self._inputs(sequence)
+        with torch.no_grad():
+            output = self._model.model.get_image_features(
+                inputs["pixel_values"], inputs["image_position_ids"], return_dict=True
+            )
+        array: npt.NDArray[np.float32] = output.pooler_output[0].cpu().numpy()
+        return array
+
+    def audio_features(self, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """The same for the mel bands of one sound, [frames mel_bands], without padding."""
+        import torch
+
+        sound = torch.from_numpy(features)[None].to(self.device)
+        heard = torch.ones(sound.shape[:2], dtype=torch.bool, device=self.device)
+        with torch.no_grad():
+            output = self._model.model.get_audio_features(sound, heard, return_dict=True)
+        array: npt.NDArray[np.float32] = output.pooler_output[output.attention_mask].cpu().numpy()
+        return array
+
+    def _inputs(self, sequence: TokenSequence) -> dict[str, torch.Tensor]:
+        """The model's arguments for a batch of this one sequence."""
+        import torch
+
+        arrays: dict[str, npt.NDArray[Any]] = {"input_ids": np.array(sequence.ids, np.int64)}
+        if isinstance(sequence, SoftSequence):
+            arrays |= sequence.arguments
+        return {name: torch.from_numpy(a)[None].to(self.device) for name, a in arrays.items()}
 
     def head(self, hidden: torch.Tensor) -> npt.NDArray[np.float32]:
         """Logits [positions vocab] of hidden states [positions embed], soft-capped."""
@@ -84,7 +119,7 @@ class Reference:
 
     def logits(self, ids: Sequence[int], rows: int) -> Iterator[npt.NDArray[np.float32]]:
         """Logits of `ids` in slices of at most `rows` positions, [positions vocab] each."""
-        hidden = self.hidden(ids)
+        hidden = self.hidden(TokenSequence("ids", tuple(ids)))
         for start in range(0, len(ids), rows):
             yield self.head(hidden[start : start + rows])
 
@@ -94,7 +129,7 @@ class TransformersLogits:
 
     def __init__(self, hf: Path, sequences: Sequence[TokenSequence]) -> None:
         self._reference = Reference(hf)
-        self._hidden = [self._reference.hidden(sequence.ids) for sequence in sequences]
+        self._hidden = [self._reference.hidden(sequence) for sequence in sequences]
         self._reference.drop_layers()
 
     @property

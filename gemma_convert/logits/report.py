@@ -30,6 +30,9 @@ class LogitReport:
     sequences: int
     longest_sequence: int
     sliding_window: int
+    images: int
+    sounds: int
+    layout: str
     dtype: str
     reference: str
     reference_device: str
@@ -64,6 +67,9 @@ class LogitReport:
             "tokens": tokens,
             "longest_sequence": self.longest_sequence,
             "sliding_window": self.sliding_window,
+            "images": self.images,
+            "sounds": self.sounds,
+            "layout": self.layout,
             "dtype": self.dtype,
             "reference": self.reference,
             "devices": {"reference": self.reference_device, "native": self.native_device},
@@ -102,10 +108,12 @@ def _lines(report: LogitReport) -> list[tuple[str, str]]:
         (
             "compared",
             f"{found.tokens} tokens in {report.sequences} sequences, the longest "
-            f"{report.longest_sequence} (sliding window {report.sliding_window})",
+            f"{report.longest_sequence} (sliding window {report.sliding_window})"
+            + (f", {report.images} with an image" if report.images else "")
+            + (f", {report.sounds} with a sound" if report.sounds else ""),
         ),
         ("reference", f"{report.reference}, float32, {report.reference_device}"),
-        ("native", f"{report.dtype}, {report.native_device}"),
+        ("native", f"{report.layout}, {report.dtype}, {report.native_device}"),
         ("time", f"{report.seconds:.1f} s"),
     ]
 

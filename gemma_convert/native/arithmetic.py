@@ -16,7 +16,7 @@ import numpy as np
 from gemma_convert.architecture import Rope, TextArchitecture
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
+    from jaxtyping import Array, Bool, Float, Int
 
 
 def product(equation: str, x: jax.Array, kernel: jax.Array, result: Any | None = None) -> jax.Array:
@@ -70,25 +70,36 @@ def attend(
     query: Float[Array, "batch length heads head_dim"],
     key: Float[Array, "batch length kv_heads head_dim"],
     value: Float[Array, "batch length kv_heads head_dim"],
-    window: int | None,
+    seen: Bool[Array, "rows length length"],
 ) -> Float[Array, "batch length heads head_dim"]:
     """Values mixed by attention [batch length heads head_dim]; scores are not scaled.
 
-    Neighbouring query heads share one key and value head.
+    Neighbouring query heads share one key and value head. `seen` are the keys by query, as
+    `visible` has them.
     """
     batch, length, kv_heads, head_dim = key.shape
     grouped = query.reshape(batch, length, kv_heads, -1, head_dim)
     scores = product("bqkgd,bskd->bkgqs", grouped, key, jnp.float32)
-    scores = jnp.where(visible(length, window), scores, -jnp.inf)
+    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return product("bkgqs,bskd->bqkgd", weights, value).reshape(query.shape)
 
 
-def visible(length: int, window: int | None) -> Bool[Array, "query key"]:
-    """Which keys [query key] a query sees: itself and those before it, at most `window` in all."""
+def visible(
+    length: int, window: int | None, images: Int[Array, "batch length"] | None = None
+) -> Bool[Array, "rows length length"]:
+    """Which keys a query sees [rows query key]: itself, and `window` - 1 or all of those before it.
+
+    Tokens of one image (equal numbers other than 0) see each other both ways; the window bounds how
+    far back, never how far forward: `create_masks_for_vision_model` of transformers. One row serves
+    the whole batch where there are no images.
+    """
     query, key = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
-    causal = key <= query
-    return causal if window is None else causal & (key > query - window)
+    seen = (key <= query)[None]
+    if images is not None:
+        same = (images[:, :, None] == images[:, None, :]) & (images != 0)[:, :, None]
+        seen = seen | same
+    return seen if window is None else seen & (key > query - window)
 
 
 def routing(

@@ -1,13 +1,15 @@
-"""A MaxText checkpoint → its parameter tree, read by Orbax itself.
+"""A MaxText or gemma checkpoint → its parameter tree, read by Orbax itself.
 
 Our own store is never used here: a check that read the tree with the code that wrote it would hide
 that code's mistakes. Nothing is written, and no optimizer state is loaded. Layout of the folders:
-MaxText's `load_parameters_path` and its training checkpoints (August 2026).
+MaxText's `load_parameters_path` and its training checkpoints (August 2026); what
+`gm.ckpts.save_params` of google/gemma 4.1.0 writes.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
 
 Tree: TypeAlias = dict[str, Any]
 """Nested dicts whose leaves are arrays; bfloat16 is ml_dtypes' bfloat16."""
-
-TEXT_MODULES = ("token_embedder", "decoder")
 
 _CONTENT = "_METADATA"
 
@@ -46,30 +46,67 @@ def maxtext_facts(items: Path) -> dict[str, ArrayFacts]:
 def restore_maxtext(items: Path, modules: Sequence[str] | None = None) -> Tree:
     """The nested dict below params/params, as numpy arrays of the stored dtypes.
 
-    `modules` names the modules to read (`TEXT_MODULES` leaves the vision tower out); None reads
-    all. Raises SourceError where the tree is not `params.params.<module>` or lacks a module.
+    `modules` names the modules to read (`maxtext.text_modules` leaves the vision tower out); None
+    reads all. Raises SourceError where the tree is not `params.params.<module>` or lacks a module.
     """
-    import orbax.checkpoint as ocp
-
     with _orbax(items) as handler:
         below = _below_params(_metadata(handler, items), items)
         for module in modules or ():
             if module not in below:
                 raise _unlike_maxtext(items, f"params.params.{module}", below)
         wanted = {name: below[name] for name in (modules or below)}
-        item = {"params": {"params": wanted}}
-        arguments = ocp.args.PyTreeRestore(
-            item=item,
-            restore_args=_as_numpy(item, ocp.RestoreArgs(restore_type=np.ndarray)),
-            **_only_these_leaves(ocp),
-        )
-        try:
-            restored = handler.restore(items, args=arguments)
-        except (OSError, ValueError, KeyError) as error:
-            raise SourceError(
-                "Orbax cannot read this checkpoint.", where=items, found=str(error)[:500]
-            ) from error
-    return _numpy(restored["params"]["params"])
+        tree: Tree = _restored(handler, items, {"params": {"params": wanted}})["params"]["params"]
+        return tree
+
+
+def is_gemma_jax(items: Path) -> bool:
+    """Whether the tree is the gemma library's, by its first keys, rather than MaxText's."""
+    with _orbax(items) as handler:
+        tree = _metadata(handler, items)
+        return isinstance(tree, Mapping) and "embedder" in tree
+
+
+def gemma_jax_facts(items: Path) -> dict[str, ArrayFacts]:
+    """Shapes and dtypes of the tree by path with slashes; reads no array.
+
+    A key that holds a slash stands in single quotes; dense feed-forward kernels end in `/w`.
+    """
+    with _orbax(items) as handler:
+        return dict(_leaves(_dense_below_w(_gemma_jax_tree(_metadata(handler, items), items))))
+
+
+def restore_gemma_jax(items: Path, modules: Sequence[str] | None = None) -> Tree:
+    """The nested dict that the gemma library loads, as numpy arrays of the stored dtypes.
+
+    `modules` names the keys to read (`gemma_jax.text_modules` leaves the towers out); None reads
+    all. Dense feed-forward kernels, which may be stored bare, come out as `{"w": kernel}`. Raises
+    SourceError where the tree has a `params` wrapper, is not nested as the library has it or lacks
+    a module.
+    """
+    with _orbax(items) as handler:
+        tree = _gemma_jax_tree(_metadata(handler, items), items)
+        for module in modules or ():
+            if module not in tree:
+                raise _unlike_gemma_jax(items, module, tree)
+        wanted = {name: tree[name] for name in (modules or tree)}
+        return _dense_below_w(_restored(handler, items, wanted))
+
+
+def _restored(handler: ocp.PyTreeCheckpointHandler, items: Path, item: Tree) -> Tree:
+    """The arrays that stand in `item`, the part of the metadata that is wanted."""
+    import orbax.checkpoint as ocp
+
+    arguments = ocp.args.PyTreeRestore(
+        item=item,
+        restore_args=_as_numpy(item, ocp.RestoreArgs(restore_type=np.ndarray)),
+        **_only_these_leaves(ocp),
+    )
+    try:
+        return _numpy(handler.restore(items, args=arguments))
+    except (OSError, ValueError, KeyError) as error:
+        raise SourceError(
+            "Orbax cannot read this checkpoint.", where=items, found=str(error)[:500]
+        ) from error
 
 
 @contextmanager
@@ -118,19 +155,65 @@ def _below_params(tree: Any, items: Path) -> Tree:
 
 
 def _unlike_maxtext(items: Path, missing: str, level: Any) -> SourceError:
-    names = ", ".join(sorted(map(str, level))[:8]) if isinstance(level, Mapping) else "no dict"
     return SourceError(
         "This is not MaxText's parameter tree.",
         where=items,
         expected=f"{missing} in a tree params.params.<module>",
-        found=names or "nothing",
+        found=_names(level),
     )
+
+
+def _names(level: Any) -> str:
+    """Names of the keys that stand at one level of a tree, the first few of them."""
+    names = ", ".join(sorted(map(str, level))[:8]) if isinstance(level, Mapping) else "no dict"
+    return names or "nothing"
+
+
+def _gemma_jax_tree(tree: Any, items: Path) -> Tree:
+    if not isinstance(tree, Mapping) or not isinstance(tree.get("embedder"), Mapping):
+        raise _unlike_gemma_jax(items, "embedder", tree)
+    return dict(tree)
+
+
+def _unlike_gemma_jax(items: Path, missing: str, level: Any) -> SourceError:
+    wrapped = isinstance(level, Mapping) and "params" in level
+    return SourceError(
+        "This is not the gemma library's parameter tree.",
+        where=items,
+        expected=f"{missing} in a tree of nested dicts",
+        found=_names(level),
+        do="save what stands below params, which is what the library loads" if wrapped else None,
+    )
+
+
+def _dense_below_w(tree: Tree) -> Tree:
+    """The tree with `{"w": kernel}` for every kernel of a dense feed-forward that stands bare."""
+    return {
+        name: _layer_below_w(below) if re.fullmatch(r"layer_\d+", name, re.ASCII) else below
+        for name, below in tree.items()
+    }
+
+
+def _layer_below_w(layer: Any) -> Any:
+    if not isinstance(layer, Mapping):
+        return layer
+    found = dict(layer)
+    for branch in found.keys() & {"mlp", "mlp2"}:
+        if isinstance(found[branch], Mapping):
+            found[branch] = {
+                name: {"w": below}
+                if name in ("gating_einsum", "linear") and not isinstance(below, Mapping)
+                else below
+                for name, below in found[branch].items()
+            }
+    return found
 
 
 def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, ArrayFacts]]:
     if isinstance(tree, Mapping):
         for name, below in tree.items():
-            yield from _leaves(below, f"{path}/{name}" if path else str(name))
+            key = f"'{name}'" if "/" in name else name
+            yield from _leaves(below, f"{path}/{key}" if path else key)
     elif getattr(tree, "shape", None) is not None:
         yield path, ArrayFacts(tuple(tree.shape), np.dtype(tree.dtype).name)
 

@@ -1,7 +1,7 @@
-"""The shapes that MaxText's tree must have for one architecture, written out by hand.
+"""Whether a native tree has the arrays that a forward pass reads; the error names those it lacks.
 
-Not taken from a mapping table: a tree that does not fit is refused by name before anything runs,
-rather than by a line of einsum. Layout: MaxText (August 2026).
+Which arrays those are is written out by hand for each tree, not taken from a mapping table: a tree
+that does not fit is refused by name before anything runs, rather than by a line of einsum.
 """
 
 from __future__ import annotations
@@ -9,34 +9,35 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
-from gemma_convert.architecture import Layer, TextArchitecture
+from gemma_convert.architecture import TextArchitecture
 from gemma_convert.errors import SourceError
 from gemma_convert.native.restore import ArrayFacts
 
-Shape = tuple[int, ...]
+Shape: TypeAlias = tuple[int, ...]
 _LISTED = 8
 
 
-def check_shapes(facts: Mapping[str, ArrayFacts], text: TextArchitecture, where: Path) -> None:
-    """Nothing where every array that the forward pass reads is there and fits `text`.
+def check_fit(
+    facts: Mapping[str, ArrayFacts],
+    wanted: Mapping[str, Shape],
+    layer_prefix: str,
+    text: TextArchitecture,
+    where: Path,
+) -> None:
+    """Nothing where `facts` have every array that is `wanted`, in its shape, and no layer beyond.
 
-    Raises SourceError that names the arrays that do not.
+    `layer_prefix` is what stands before a layer's number in its path. Raises SourceError that names
+    the arrays.
     """
-    scanned = any(path.startswith("decoder/scanned_blocks/") for path in facts)
-    if scanned and text.period is None:
-        raise SourceError(
-            "The tree is scanned, but by config.json its layers do not repeat in blocks.",
-            where=where,
-            do="give the config.json of the model that was converted",
-        )
-    wanted = dict(_text_shapes(text, scanned))
     wrong = [
         f"{path} is {_found(facts.get(path))} instead of {list(shape)}"
         for path, shape in wanted.items()
         if path not in facts or facts[path].shape != shape
     ]
-    wrong += [f"{path} is one layer too many" for path in _layers_beyond(facts, len(text.layers))]
+    beyond = _layers_beyond(facts, layer_prefix, len(text.layers))
+    wrong += [f"{path} is one layer too many" for path in beyond]
     if wrong:
         more = f"; and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
         raise SourceError(
@@ -53,76 +54,8 @@ def _found(facts: ArrayFacts | None) -> str:
     return "missing" if facts is None else str(list(facts.shape))
 
 
-def _layers_beyond(facts: Mapping[str, ArrayFacts], layers: int) -> Iterator[str]:
-    names = sorted({path.split("/")[1] for path in facts if path.startswith("decoder/layers_")})
-    for name in names:
-        number = re.fullmatch(r"layers_(\d+)", name, re.ASCII)
-        if number is not None and int(number[1]) >= layers:
-            yield f"decoder/{name}"
-
-
-def _text_shapes(text: TextArchitecture, scanned: bool) -> Iterator[tuple[str, Shape]]:
-    yield "token_embedder/embedding", (text.vocab, text.embed)
-    yield "decoder/decoder_norm/scale", (text.embed,)
-    if text.ple:
-        packed = len(text.layers) * text.ple
-        yield "decoder/per_layer_embedder/embed_tokens_per_layer", (text.ple_vocab, packed)
-        yield (
-            "decoder/per_layer_embedder/per_layer_model_projection/kernel",
-            (text.embed, packed),
-        )
-        yield "decoder/per_layer_embedder/per_layer_projection_norm/scale", (text.ple,)
-    for layer in text.layers:
-        prefix, scan = _place(text, layer.index, scanned)
-        for name, (first, *rest) in _layer_shapes(text, layer):
-            yield f"{prefix}/{name}", (first, *scan, *rest)
-
-
-def _place(text: TextArchitecture, index: int, scanned: bool) -> tuple[str, Shape]:
-    """Where a layer stands in the tree, and the scan axes of its arrays."""
-    if not scanned or text.period is None:
-        return f"decoder/layers_{index}", ()
-    blocks = len(text.layers) // text.period
-    if (index + 1) % text.period:
-        return "decoder/scanned_blocks/local_layers", (blocks, text.period - 1)
-    return "decoder/scanned_blocks/global_layer", (blocks,)
-
-
-def _layer_shapes(text: TextArchitecture, layer: Layer) -> Iterator[tuple[str, Shape]]:
-    embed, head_dim = text.embed, layer.head_dim
-    yield "self_attention/query/kernel", (embed, layer.heads, head_dim)
-    yield "self_attention/out/kernel", (layer.heads, head_dim, embed)
-    yield "self_attention/query_norm/scale", (head_dim,)
-    if layer.owns_kv:
-        yield "self_attention/key/kernel", (embed, layer.kv_heads, head_dim)
-        yield "self_attention/key_norm/scale", (head_dim,)
-    if layer.owns_value:
-        yield "self_attention/value/kernel", (embed, layer.kv_heads, head_dim)
-    for name in ("pre_self_attention", "post_self_attention", "pre_ffw", "post_ffw"):
-        yield f"{name}_norm/scale", (embed,)
-    yield "layer_scalar", (1,)
-    if text.ple:
-        yield "per_layer_input_gate/kernel", (embed, text.ple)
-        yield "per_layer_projection/kernel", (text.ple, embed)
-        yield "post_per_layer_input_norm/scale", (embed,)
-    yield from _feed_forward_shapes(text, layer.mlp)
-
-
-def _feed_forward_shapes(text: TextArchitecture, mlp: int) -> Iterator[tuple[str, Shape]]:
-    embed = text.embed
-    dense = "mlp/moe_block/shared_experts" if text.moe else "mlp"
-    yield f"{dense}/wi_0/kernel", (embed, mlp)
-    yield f"{dense}/wi_1/kernel", (embed, mlp)
-    yield f"{dense}/wo/kernel", (mlp, embed)
-    if not text.moe:
-        return
-    routed = "mlp/moe_block/MoeBlock_0"
-    yield f"{routed}/wi_0", (text.experts, embed, text.expert_mlp)
-    yield f"{routed}/wi_1", (text.experts, embed, text.expert_mlp)
-    yield f"{routed}/wo", (text.experts, text.expert_mlp, embed)
-    yield f"{routed}/gate/kernel", (embed, text.experts)
-    yield f"{routed}/per_expert_scale", (text.experts,)
-    yield "mlp/pre_forward_scale_2", (embed,)
-    yield "mlp/pre_feedforward_layernorm_2/scale", (embed,)
-    yield "mlp/post_feedforward_layernorm_1/scale", (embed,)
-    yield "mlp/post_feedforward_layernorm_2/scale", (embed,)
+def _layers_beyond(facts: Mapping[str, ArrayFacts], prefix: str, layers: int) -> Iterator[str]:
+    numbers = (re.match(rf"{re.escape(prefix)}(\d+)/", path, re.ASCII) for path in facts)
+    for number in sorted({int(found[1]) for found in numbers if found}):
+        if number >= layers:
+            yield f"{prefix}{number}"

@@ -1,0 +1,158 @@
+"""Prompts with an image: text before and behind it, and the patches of its pixels.
+
+Pixels come from transformers' own image processor, always the one that runs on Pillow: that with
+torchvision resizes a little differently, and a check should not depend on what is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from gemma_convert.architecture import Architecture, VisionArchitecture
+from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.logits.soft import Medium, SoftPrompts, SoftSequence, load_processor, no_tower
+
+IMAGE = Medium(
+    one="image",
+    many="images",
+    senses="sees",
+    tower="vision",
+    option="--image",
+    processor="image processor",
+    begin="boi_token",
+    place="image_token",
+    end="eoi_token",
+    before="A picture from the harbour:\n",
+    question="\nWhat does it show, and which colours stand out? It shows",
+)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ImageSequence(SoftSequence):
+    """Token ids of one prompt with one image, and the image.
+
+    `pixels` [patches patch] are the flattened patches in rows, `positions` [patches 2] the column
+    and row of each, and -1 for patches that only fill up.
+    """
+
+    medium: ClassVar[Medium] = IMAGE
+    pixels: npt.NDArray[np.float32]
+    positions: npt.NDArray[np.int64]
+
+    @property
+    def arguments(self) -> Mapping[str, npt.NDArray[Any]]:
+        """Patches and their positions, and which tokens are the image's."""
+        return {
+            "pixel_values": self.pixels,
+            "image_position_ids": self.positions,
+            "mm_token_type_ids": self.places,
+        }
+
+
+def image_sequences(
+    hf: Path, architecture: Architecture, images: Sequence[Path], prompts: Sequence[str] = ()
+) -> list[ImageSequence]:
+    """One sequence for each image file with each prompt behind it, or with a built-in question.
+
+    Nothing is fetched from a network, and no code of the checkpoint is run. Raises UsageError where
+    the model sees no images, or a file or a prompt cannot be used, and SourceError where the
+    checkpoint's tokenizer or processor is missing or does not fit its model.
+    """
+    if architecture.vision is None or architecture.text_only:
+        raise no_tower(IMAGE, hf)
+    _require_pillow()
+    processor = load_processor(hf, IMAGE, "Gemma4ImageProcessorPil")
+    texts = SoftPrompts(hf, architecture, IMAGE, architecture.image_token, prompts)
+    sequences = []
+    for number, path in enumerate(images):
+        patches = _patches(processor, path, hf)
+        _check_fits(patches, processor, architecture.vision, hf)
+        for text, places in texts.around(f"image-{number} ({path.name})", patches.soft_tokens):
+            sequences.append(
+                ImageSequence(
+                    text.name,
+                    text.ids,
+                    text.pieces,
+                    places=places,
+                    pixels=patches.pixels,
+                    positions=patches.positions,
+                )
+            )
+    return sequences
+
+
+def _require_pillow() -> None:
+    try:
+        import PIL.Image  # noqa: F401
+    except ImportError:
+        raise UsageError(
+            "Images need Pillow, which is not installed.", do="pip install 'gemma-convert[check]'"
+        ) from None
+
+
+@dataclass(frozen=True)
+class _Patches:
+    pixels: npt.NDArray[np.float32]
+    positions: npt.NDArray[np.int64]
+    soft_tokens: int
+
+
+def _patches(processor: Any, path: Path, hf: Path) -> _Patches:
+    image = _open(path)
+    try:
+        found = processor(image, return_tensors="np")
+    except (ValueError, TypeError) as error:
+        raise SourceError(
+            "transformers' image processor cannot cut the image into patches.",
+            where=f"{path}, with the processor of {hf}",
+            found=str(error)[:500],
+        ) from error
+    return _Patches(
+        pixels=found["pixel_values"][0],
+        positions=found["image_position_ids"][0],
+        soft_tokens=int(found["num_soft_tokens_per_image"][0]),
+    )
+
+
+def _open(path: Path) -> Any:
+    """The image as transformers opens a file: turned as its EXIF says, in RGB without alpha."""
+    import PIL.Image
+    from transformers.image_utils import load_image
+
+    if not path.is_file():
+        raise UsageError("The image does not exist.", where=path, expected="a file")
+    try:
+        with PIL.Image.open(path) as image:
+            return load_image(image)
+    except PIL.Image.DecompressionBombError as error:
+        raise UsageError(
+            "The image has more pixels than Pillow opens.",
+            where=path,
+            found=error,
+            do="give a smaller one",
+        ) from None
+    except (OSError, ValueError, SyntaxError, RuntimeError, EOFError) as error:
+        raise UsageError(
+            "The file is no image that Pillow can read.", where=path, found=str(error)[:500]
+        ) from error
+
+
+def _check_fits(patches: _Patches, processor: Any, vision: VisionArchitecture, hf: Path) -> None:
+    found = (patches.pixels.shape[1], processor.pooling_kernel_size)
+    if found == (vision.patch, vision.pooling) and patches.positions.max() < vision.positions:
+        return
+    raise SourceError(
+        "The image processor does not fit the vision tower.",
+        where=hf,
+        expected=f"patches of {vision.patch} values, {vision.pooling} by {vision.pooling} of them "
+        f"for a soft token, at positions below {vision.positions}",
+        found=f"{found[0]} values, {found[1]} by {found[1]}, positions to "
+        f"{patches.positions.max()}",
+        do="use the processor that belongs to this checkpoint",
+    )

@@ -1,0 +1,208 @@
+"""Prompts with a sound: text before and behind it, and the mel bands of its frames.
+
+Frames come from transformers' own feature extractor, called as `Gemma4Processor` calls it; those
+that it makes of padding are dropped, since nothing else sees them. WAV files are read by Python's
+`wave` and never resampled.
+"""
+
+from __future__ import annotations
+
+import json
+import wave
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from gemma_convert.architecture import Architecture, AudioArchitecture
+from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.logits.soft import Medium, SoftPrompts, SoftSequence, load_processor, no_tower
+
+SOUND = Medium(
+    one="sound",
+    many="sounds",
+    senses="hears",
+    tower="audio",
+    option="--audio",
+    processor="audio feature extractor",
+    begin="boa_token",
+    place="audio_token",
+    end="eoa_token",
+    before="A recording from the harbour:\n",
+    question="\nWhat is heard in it, and how far away? One hears",
+)
+
+_LONGEST = 480_000
+"""Samples; the feature extractor of transformers 5.23 cuts off in silence what lies beyond."""
+
+_MOST_SOFT_TOKENS = 750
+"""What `Gemma4Processor` of transformers 5.23 takes where no `audio_seq_length` is configured."""
+
+_WIDTHS = (1, 2, 3, 4)
+_CONVERSION = "convert it, for example with: ffmpeg -i IN -ar {rate} -ac 1 -c:a pcm_s16le OUT.wav"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SoundSequence(SoftSequence):
+    """Token ids of one prompt with one sound; `features` [frames mel] are the sound's log-mels."""
+
+    medium: ClassVar[Medium] = SOUND
+    features: npt.NDArray[np.float32]
+
+    @property
+    def arguments(self) -> Mapping[str, npt.NDArray[Any]]:
+        """The frames, and a mask that leaves none out."""
+        return {
+            "input_features": self.features,
+            "input_features_mask": np.ones(len(self.features), bool),
+        }
+
+
+def sound_sequences(
+    hf: Path, architecture: Architecture, files: Sequence[Path], prompts: Sequence[str] = ()
+) -> list[SoundSequence]:
+    """One sequence for each WAV file with each prompt behind it, or with a built-in question.
+
+    Nothing is fetched from a network, and no code of the checkpoint is run. Raises UsageError where
+    the model hears no sounds, or a file or a prompt cannot be used, and SourceError where the
+    checkpoint's tokenizer or feature extractor is missing or does not fit its model.
+    """
+    if architecture.audio is None or architecture.text_only:
+        raise no_tower(SOUND, hf)
+    extractor = load_processor(hf, SOUND, "Gemma4AudioFeatureExtractor")
+    _check_fits(extractor, architecture.audio, hf)
+    texts = SoftPrompts(
+        hf, architecture, SOUND, _config(hf / "config.json", "audio_token_id"), prompts
+    )
+    most = _config(hf / "processor_config.json", "audio_seq_length") or _MOST_SOFT_TOKENS
+    sequences = []
+    for number, path in enumerate(files):
+        features = _features(extractor, path, hf)
+        soft_tokens = _halved(_halved(len(features)))
+        if soft_tokens > most:
+            raise _too_long(path, f"at most {most} soft tokens", soft_tokens)
+        for text, places in texts.around(f"sound-{number} ({path.name})", soft_tokens):
+            sequences.append(
+                SoundSequence(text.name, text.ids, text.pieces, places=places, features=features)
+            )
+    return sequences
+
+
+def _halved(frames: int) -> int:
+    """What a convolution of kernel three, stride two and padding one leaves of frames or bands."""
+    return (frames - 1) // 2 + 1
+
+
+def _config(path: Path, key: str) -> int | None:
+    """A whole number in a JSON file, None where there is no file or no key."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")).get(key)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError) as error:
+        raise SourceError("The file is no JSON object.", where=path, found=error) from None
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise SourceError(f"{key} is no whole number.", where=path, found=value)
+    return value
+
+
+def _check_fits(extractor: Any, audio: AudioArchitecture, hf: Path) -> None:
+    bands = extractor.feature_size
+    if _halved(_halved(bands)) != audio.frequencies:
+        raise SourceError(
+            "The audio feature extractor does not fit the audio tower.",
+            where=hf,
+            expected=f"feature_size {4 * audio.frequencies}",
+            found=bands,
+            do="use the feature extractor that belongs to this checkpoint",
+        )
+
+
+def _features(extractor: Any, path: Path, hf: Path) -> npt.NDArray[np.float32]:
+    """The real frames of a file [frames mel]."""
+    samples = _samples(path, extractor.sampling_rate)
+    try:
+        found = extractor([samples], return_tensors="np")
+    except (ValueError, TypeError, IndexError, ArithmeticError) as error:
+        raise SourceError(
+            "transformers' audio feature extractor cannot make frames of the sound.",
+            where=f"{path}, with the feature extractor of {hf}",
+            found=str(error)[:500],
+        ) from error
+    features: npt.NDArray[np.float32] = found["input_features"][0]
+    real: npt.NDArray[np.float32] = features[found["input_features_mask"][0]]
+    if not len(real):
+        raise UsageError(
+            "The sound is too short for a single frame.",
+            where=path,
+            expected=f"more than {extractor.frame_length // 2} samples",
+            found=len(samples),
+        )
+    return real
+
+
+def _samples(path: Path, rate: int) -> npt.NDArray[np.float32]:
+    """The samples of a WAV file from -1 to 1 [samples], its channels averaged."""
+    if not path.is_file():
+        raise UsageError("The sound does not exist.", where=path, expected="a file")
+    try:
+        with wave.open(str(path), "rb") as file:
+            found = file.getparams()
+            _check_readable(path, found, rate)
+            data = file.readframes(found.nframes)
+    except (wave.Error, EOFError, OSError, ValueError, RuntimeError) as error:
+        raise UsageError(
+            "The file is no WAV file of PCM.",
+            where=path,
+            found=str(error)[:500] or "the end of the file",
+            do=_CONVERSION.format(rate=rate),
+        ) from error
+    width, channels = found.sampwidth, found.nchannels
+    if len(data) != found.nframes * channels * width:
+        raise UsageError(
+            "The WAV file ends early.",
+            where=path,
+            expected=f"{found.nframes} samples",
+            found=len(data) // (channels * width),
+        )
+    words = np.zeros((found.nframes * channels, 4), np.uint8)
+    words[:, 4 - width :] = np.frombuffer(data, np.uint8).reshape(-1, width)
+    if width == 1:
+        words[:, 3] ^= 0x80  # 8 bits alone have no sign
+    samples = words.view("<i4").reshape(-1, channels) / 2.0**31
+    mono: npt.NDArray[np.float32] = samples.mean(axis=1).astype(np.float32)
+    return mono
+
+
+def _check_readable(path: Path, found: Any, rate: int) -> None:
+    if found.framerate != rate:
+        raise UsageError(
+            "The sound has another sampling rate than the model hears.",
+            where=path,
+            expected=f"{rate} Hz",
+            found=f"{found.framerate} Hz",
+            do=_CONVERSION.format(rate=rate),
+        )
+    if found.sampwidth not in _WIDTHS:
+        raise UsageError(
+            "The samples of the WAV file are too wide.",
+            where=path,
+            expected="8, 16, 24 or 32 bits",
+            found=f"{8 * found.sampwidth} bits",
+            do=_CONVERSION.format(rate=rate),
+        )
+    if found.nframes > _LONGEST:
+        raise _too_long(path, f"at most {_LONGEST} samples", found.nframes)
+
+
+def _too_long(path: Path, most: str, found: int) -> UsageError:
+    return UsageError(
+        "The sound is longer than the model's processor takes.",
+        where=path,
+        expected=most,
+        found=found,
+        do="give a shorter one",
+    )
