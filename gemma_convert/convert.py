@@ -7,6 +7,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+from gemma_convert.budget import block_bytes
 from gemma_convert.config import read_architecture
 from gemma_convert.conversion import Conversion, Inherited
 from gemma_convert.dtypes import Choice, DTypePolicy, ScaledChoice
@@ -37,6 +38,7 @@ def to_native(
     text_only: bool = False,
     ocdbt: bool = True,
     compression: Compression = "none",
+    memory: int | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
     resume: bool = False,
@@ -46,12 +48,13 @@ def to_native(
 
     `source` is a Hugging Face folder, or a native checkpoint of any layout; `like` names the
     Hugging Face original of one that has no sidecar. `target` appears when everything is in it.
-    Raises SourceError, TargetError or UsageError with one clear message; then nothing is left
-    behind.
+    About `memory` bytes of anonymous memory are taken, 512 MiB by default. Raises SourceError,
+    TargetError or UsageError with one clear message; then nothing is left behind.
     """
     started, source, target = time.monotonic(), Path(source), Path(target)
     policy, form = DTypePolicy(dtype, scaled_dtype), OrbaxFormat(ocdbt, compression)
     load_table(layout)
+    limit = block_bytes(memory)
     with ExitStack() as stack:
         if is_native(source):
             job = _from_native(
@@ -64,6 +67,7 @@ def to_native(
                 scanned=scan_layers,
                 text_only=text_only,
                 form=form,
+                limit=limit,
             )
         else:
             if like is not None:
@@ -77,6 +81,7 @@ def to_native(
                 scanned=scan_layers,
                 text_only=text_only,
                 form=form,
+                limit=limit,
             )
         if dry_run:
             return job.report(TransferResult(), started, dry_run=True)
@@ -97,6 +102,7 @@ def _from_huggingface(
     scanned: bool,
     text_only: bool,
     form: OrbaxFormat,
+    limit: int | None,
 ) -> Conversion:
     architecture = read_architecture(source)
     reader = stack.enter_context(SafetensorsFolder(source))
@@ -107,6 +113,7 @@ def _from_huggingface(
         policy,
         scanned=scanned,
         text_only=text_only,
+        block_bytes=limit,
         where=str(source),
     )
     files, listed = sidecar.other_files(source, [shard.file for shard in reader.shards])
@@ -139,8 +146,9 @@ def _from_native(
     scanned: bool,
     text_only: bool,
     form: OrbaxFormat,
+    limit: int | None,
 ) -> Conversion:
-    native = stack.enter_context(open_native(source))
+    native = stack.enter_context(open_native(source, limit))
     original = stack.enter_context(open_original(native.folder, like))
     plan, view = plan_relayout(
         native, original, layout, policy, scanned=scanned, text_only=text_only

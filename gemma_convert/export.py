@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
 
+from gemma_convert.budget import block_bytes
 from gemma_convert.dtypes import Choice, numpy_dtype
 from gemma_convert.layouts.registry import open_native
 from gemma_convert.mapping.plan import Plan
@@ -38,12 +40,14 @@ from gemma_convert.values import (
     bits,
     convert,
     count_rounded,
+    keep_exact,
     keep_originals,
     restore_exactly,
 )
 from gemma_convert.version import __version__
 
 PIECE_BYTES = 16 << 20
+SHORT_RUN_BYTES = 4 << 10
 SPARE_BYTES = 4 << 20
 
 
@@ -90,6 +94,7 @@ def to_hf(
     max_shard_size: int | None = None,
     kv_shared: KVShared = "keep",
     text_only: bool = False,
+    memory: int | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
     resume: bool = False,
@@ -104,7 +109,7 @@ def to_hf(
     started, source, target = time.monotonic(), Path(source), Path(target)
     named = None if like is None else Path(like)
     with (
-        open_native(source) as native,
+        open_native(source, block_bytes(memory)) as native,
         open_original(native.folder, named) as original,
     ):
         plan = plan_native(native, original)
@@ -140,6 +145,7 @@ class _Export:
         self.different: list[str] = []
         self.unchecked = 0
         self._lock = threading.Lock()
+        self._local = threading.local()
         self.largest_decode = native.largest_chunk(list(plan.targets))
 
     def write(self, folder: Path, progress: Progress) -> None:
@@ -221,19 +227,47 @@ class _Export:
     ) -> None:
         """Puts one part of a native array into its place in a Hugging Face tensor."""
         name = self.export.names[copy.source.tensor]
-        part = source_part(copy, ranges, writer.array(name))
         dtype = writer.spec(name).dtype
         back = restore_exactly(values, dtype, copy.scale)
+        if copy.scale is not None:
+            keep_exact(values, back, self.original.specs[copy.source.tensor].dtype, copy.scale)
         if copy.scale is not None and self.original.holds(copy.source.tensor):
             self._keep_originals(copy, ranges, values, back)
         lost = count_rounded(values, back, copy.scale)
-        bits(part)[...] = bits(back)
+        self._put(copy, ranges, back, writer)
         if lost:
             with self._lock:
                 self.rounded[name] = self.rounded.get(name, 0) + lost
         with self._lock:
-            writer.let_go(back.nbytes)
             progress.advance(back.nbytes, name)
+
+    def _put(
+        self, copy: RegionCopy, ranges: Ranges, values: Array, writer: SafetensorsWriter
+    ) -> None:
+        """Writes values in the native order of axes: long runs one by one, short ones mapped."""
+        name = self.export.names[copy.source.tensor]
+        run, places = copy.source.runs(ranges)
+        if run * values.itemsize < SHORT_RUN_BYTES:
+            convert(values, source_part(copy, ranges, writer.array(name)), None)
+            with self._lock:
+                writer.let_go(values.nbytes)
+            return
+        ordered = values.transpose(np.argsort(copy.permutation))
+        if not ordered.flags.c_contiguous:
+            ordered = self._buffer(ordered.shape, values.dtype)
+            convert(values.transpose(np.argsort(copy.permutation)), ordered, None)
+        flat = ordered.reshape(-1)
+        for number, place in enumerate(places):
+            writer.write(name, place, flat[number * run : (number + 1) * run])
+
+    def _buffer(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """An array in a buffer of this thread, good until the next one is asked for."""
+        size = prod(shape) * dtype.itemsize
+        buffer = getattr(self._local, "buffer", None)
+        if buffer is None or buffer.size < size:
+            self._local.buffer = buffer = np.empty(size, np.uint8)
+        array: Array = buffer[:size].view(dtype).reshape(shape)
+        return array
 
     def _keep_originals(self, copy: RegionCopy, ranges: Ranges, values: Array, back: Array) -> None:
         """Where the original still converts to the native value, it is what comes back."""
@@ -251,26 +285,26 @@ class _Export:
         self, name: str, origin: str, writer: SafetensorsWriter, progress: Progress
     ) -> None:
         """Copies a tensor that the original has and the native side has not."""
-        spec, target = self.original.specs[origin], writer.array(name).reshape(-1)
+        spec, dtype = self.original.specs[origin], numpy_dtype(writer.spec(name).dtype)
         step = max(1, PIECE_BYTES // spec.itemsize)
         for start in range(0, spec.size, step):
             values = self.original.read(origin, start, min(step, spec.size - start))
-            piece = target[start : start + values.size]
+            piece = np.empty(values.shape, dtype)
             convert(values, piece, None)
+            writer.write(name, start, piece)
             lost = count_rounded(values, piece, None)
             if lost:
                 self.rounded[name] = self.rounded.get(name, 0) + lost
-            writer.let_go(piece.nbytes)
             progress.advance(piece.nbytes, name)
 
     def _write_equal(
         self, name: str, origin: str, writer: SafetensorsWriter, progress: Progress
     ) -> None:
         """A tied output head is the embedding once more; shared bounds are alike."""
-        source, target = writer.array(origin).reshape(-1), writer.array(name).reshape(-1)
+        source = writer.array(origin).reshape(-1)
         step = max(1, PIECE_BYTES // source.itemsize)
         for start in range(0, source.size, step):
-            bits(target)[start : start + step] = bits(source)[start : start + step]
+            writer.write(name, start, source[start : start + step])
             writer.let_go(step * source.itemsize)
             progress.advance(min(step, source.size - start) * source.itemsize, name)
 

@@ -25,8 +25,8 @@ from gemma_convert.values import (
     Array,
     convert,
     count_rounded,
+    keep_exact,
     keep_originals,
-    restore,
     restore_exactly,
 )
 
@@ -68,7 +68,7 @@ class HuggingFaceView:
         scaled = np.empty(values.shape, numpy_dtype(dtype))
         self._assemble(name, ranges, scaled)
         back = restore_exactly(scaled, source.spec.dtype, scale)
-        self._narrow(name, scaled, back, scale)
+        keep_exact(scaled, back, self.original.specs[name].dtype, scale)
         self._keep_originals(name, offset // source.spec.itemsize, scaled, back, scale)
         lost = count_rounded(scaled, back, scale)
         if lost:
@@ -119,14 +119,6 @@ class HuggingFaceView:
 
     def _native_dtype(self, name: str) -> str:
         return native_dtype(self.native, self.plan.sources[name])
-
-    def _narrow(self, name: str, scaled: Array, back: Array, scale: float) -> None:
-        """Where a value of the original's dtype gives the native one, it is what comes back."""
-        dtype = self.original.specs[name].dtype
-        if back.dtype.name != dtype:
-            narrow = np.empty(back.shape, back.dtype)
-            convert(restore(scaled, dtype, scale), narrow, None)
-            keep_originals(narrow, scaled, back, scale)
 
     def _keep_originals(
         self, name: str, start: int, scaled: Array, back: Array, scale: float
@@ -190,6 +182,7 @@ def plan_relayout(
             policy,
             scanned=scanned,
             text_only=text_only,
+            block_bytes=native.block_bytes,
             where=str(native.folder),
         )
 
@@ -223,7 +216,8 @@ def _specs(
 ) -> dict[str, TensorSpec]:
     """The Hugging Face tensors in the dtypes that they have here.
 
-    A tensor whose root is divided away has the original's dtype again, unless others left theirs.
+    A tensor whose root is divided away has the dtype of its values in the sidecar, or that of the
+    original, unless others left theirs.
     """
     specs = dict(original.specs)
     found = {name: native_dtype(native, source) for name, source in before.sources.items()}
@@ -232,6 +226,8 @@ def _specs(
     for name, dtype in found.items():
         if name in raw or name not in scaled or trained:
             specs[name] = TensorSpec(dtype, specs[name].shape)
+        elif original.stored is not None and original.holds(name):
+            specs[name] = original.stored.specs[name]
     for name in original.specs:
         if original.stored is not None and name in before.carried and original.holds(name):
             specs[name] = original.stored.specs[name]

@@ -39,8 +39,9 @@ class StoredArray(Protocol):
 class NativeSource:
     """The arrays of a native checkpoint: name in the table → spec, and chunk.
 
-    `opener(name, cache_bytes)` opens one; `identity` changes when the checkpoint does; `beside` are
-    arrays that are no parameters. Use as a context manager.
+    `opener(name, cache_bytes)` opens one, parts of up to `block_bytes` are read at once, `identity`
+    changes when the checkpoint does, and `beside` are arrays that are no parameters. Use as a
+    context manager.
     """
 
     layout: str
@@ -51,6 +52,7 @@ class NativeSource:
     scanned: bool
     identity: tuple[int, ...]
     beside: tuple[str, ...] = ()
+    block_bytes: int | None = None
     release: Callable[[], None] = lambda: None
 
     def __enter__(self) -> NativeSource:
@@ -82,7 +84,7 @@ class NativeSource:
     def open(self, name: str, copies: list[RegionCopy]) -> NativeArray:
         """One array, to be read region by region as `copies` (native side: target) need it."""
         array = self.opener(name, 0)
-        reading = _Reading(copies, array)
+        reading = _Reading(copies, array, self.block_bytes or BLOCK_BYTES)
         if reading.cache_bytes:
             array = self.opener(name, reading.cache_bytes)
         return NativeArray(array, reading)
@@ -106,7 +108,7 @@ class NativeArray:
 class _Reading:
     """How an array is cut for reading: along whole chunks, so that each is decoded once."""
 
-    def __init__(self, copies: list[RegionCopy], array: StoredArray) -> None:
+    def __init__(self, copies: list[RegionCopy], array: StoredArray, limit: int) -> None:
         dims = copies[0].target.dims
         shape, chunk = array.spec.shape, array.chunk
         self._steps: dict[str, tuple[int, int]] = {}
@@ -125,14 +127,14 @@ class _Reading:
             for extents, step in zip(dims, chunk, strict=True)
         )
         if not shared:
-            self._grow(dims, lengths, array.spec.itemsize)
+            self._grow(dims, lengths, array.spec.itemsize, limit)
         slab = prod(
             self._steps[extents[0].axis][0] if len(extents) == 1 and extents[0].at is None else size
             for extents, size in zip(dims, shape, strict=True)
         )
         self.cache_bytes = slab * array.spec.itemsize + (1 << 20) if shared else 0
 
-    def _grow(self, dims: Any, lengths: list[int], itemsize: int) -> None:
+    def _grow(self, dims: Any, lengths: list[int], itemsize: int, limit: int) -> None:
         """Takes several chunks at once, while they stay within a block."""
         for place in reversed(range(len(dims))):
             cut = _cut(dims[place], lengths[place])
@@ -141,7 +143,7 @@ class _Reading:
             axis, inner, _ = cut
             step, size = self._steps[axis.axis]
             others = prod(lengths[:place] + lengths[place + 1 :]) * itemsize * inner
-            count = max(1, BLOCK_BYTES // max(1, others * step))
+            count = max(1, limit // max(1, others * step))
             step = min(size, step * count)
             self._steps[axis.axis] = (step, size)
             lengths[place] = step * inner
@@ -183,6 +185,7 @@ def plan_native(native: NativeSource, original: Original) -> Plan:
         DTypePolicy(),
         scanned=native.scanned,
         text_only=not native.towers,
+        block_bytes=native.block_bytes,
         where=str(original.folder),
     )
     missing = [name for name in plan.targets if name not in native.specs]

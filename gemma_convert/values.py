@@ -57,7 +57,18 @@ def keep_originals(stored: Array, native: Array, back: Array, scale: float | Non
     """Puts `stored` into `back` where it still converts to the native values, bit for bit."""
     again = np.empty(native.shape, native.dtype)
     convert(stored, again, scale)
-    np.copyto(bits(back), bits(stored), where=bits(again) == bits(native))
+    kept = np.empty(back.shape, back.dtype)
+    convert(stored, kept, None)
+    np.copyto(bits(back), bits(kept), where=bits(again) == bits(native))
+
+
+def keep_exact(native: Array, back: Array, dtype: str, scale: float) -> None:
+    """Where a value of the narrower `dtype` gives the native one, it is what comes back.
+
+    A float32 quotient of such a product may be off in its last bit.
+    """
+    if back.dtype != numpy_dtype(dtype):
+        keep_originals(restore(native, dtype, scale), native, back, scale)
 
 
 def count_rounded(values: Array, back: Array, scale: float | None) -> int:
@@ -97,13 +108,19 @@ def _widen(source: Array, target: Array) -> None:
 
 def _copy_bits(source: Array, target: Array) -> None:
     """target = source, in tiles where the fastest axes of the two differ."""
-    if source.ndim < 2 or source.strides[-1] == source.itemsize:
+    fast, slow = _fastest(target), _fastest(source)
+    if fast is None or slow is None or fast == slow:
         np.copyto(target, source)
         return
-    fast = min(range(source.ndim), key=lambda axis: (abs(source.strides[axis]), -axis))
-    for at in range(0, source.shape[fast], _TILE):
-        rows = [slice(None)] * source.ndim
-        rows[fast] = slice(at, at + _TILE)
-        for column in range(0, source.shape[-1], _TILE):
-            rows[-1] = slice(column, column + _TILE)
-            np.copyto(target[tuple(rows)], source[tuple(rows)])
+    tile = [slice(None)] * source.ndim
+    for row in range(0, source.shape[slow], _TILE):
+        tile[slow] = slice(row, row + _TILE)
+        for column in range(0, source.shape[fast], _TILE):
+            tile[fast] = slice(column, column + _TILE)
+            np.copyto(target[tuple(tile)], source[tuple(tile)])
+
+
+def _fastest(array: Array) -> int | None:
+    """The axis whose neighbours lie next to each other in memory; None for a scalar."""
+    long = [axis for axis in range(array.ndim) if array.shape[axis] > 1]
+    return min(long, key=lambda axis: abs(array.strides[axis]), default=None)

@@ -45,6 +45,7 @@ OF_FAMILY = {
     "26b-a4b": tuple(FORMS),
     "31b": tuple(FORMS),
 }
+DEPTHS = {"e2b": {"layers": 10}, "e4b": {"layers": 12}, "31b": {"layers": 6}}
 PAIRS = [
     (family, one, two)
     for family, forms in OF_FAMILY.items()
@@ -65,7 +66,7 @@ def equal(left: Path, right: Path) -> bool:
 
 @pytest.mark.parametrize(("family", "one", "two"), PAIRS)
 def test_one_layout_becomes_another(tiny, converted, tmp_path, family, one, two):
-    source, out = tiny(family), tmp_path / "out"
+    source, out = tiny(family, **DEPTHS.get(family, {})), tmp_path / "out"
     report = to_native(converted(source, **FORMS[one]), out, **FORMS[two])
     direct = converted(source, **FORMS[two])
     assert not differing(arrays(out, two), arrays(direct, two))
@@ -130,13 +131,12 @@ def test_towers_come_from_the_sidecar_where_there_is_a_place_for_them(
     [
         ("e2b", "gemma-jax", "maxtext"),
         ("31b", "gemma-jax", "gemma-jax"),
-        ("31b", "maxtext", "gemma-jax"),
         ("26b-a4b", "gemma-jax", "scanned"),
         ("31b", "fast-llm", "maxtext"),
     ],
 )
 def test_towers_are_carried_on_request(tiny, converted, tmp_path, family, one, two):
-    source, out = tiny(family), tmp_path / "out"
+    source, out = tiny(family, **DEPTHS.get(family, {})), tmp_path / "out"
     to_native(converted(source, **FORMS[one]), out, text_only=True, **FORMS[two])
     hf = read_safetensors(source)
     towers = {name: array for name, array in hf.items() if ".language_model." not in name}
@@ -160,12 +160,17 @@ def test_a_text_only_checkpoint_stays_one_in_its_layout(tiny, converted, tmp_pat
     assert sums(tmp_path / "back") == sums(source)
 
 
-@pytest.mark.parametrize(("one", "two"), [("gemma-jax", "scanned"), ("scanned", "fast-llm")])
-def test_small_blocks_give_the_same_checkpoint(tiny, converted, tmp_path, monkeypatch, one, two):
+@pytest.fixture
+def small_blocks(monkeypatch) -> None:
+    """Real arrays are read in many blocks; here blocks are made small."""
     for module in ("mapping.plan", "native_source"):
-        monkeypatch.setattr(f"gemma_convert.{module}.BLOCK_BYTES", 9000)
+        monkeypatch.setattr(f"gemma_convert.{module}.BLOCK_BYTES", 20_000)
     for module in ("mapping.plan", "transfer"):
-        monkeypatch.setattr(f"gemma_convert.{module}.GATHER_BYTES", 64)
+        monkeypatch.setattr(f"gemma_convert.{module}.GATHER_BYTES", 2_000)
+
+
+@pytest.mark.parametrize(("one", "two"), [("gemma-jax", "scanned")])
+def test_small_blocks_give_the_same_checkpoint(tiny, converted, tmp_path, small_blocks, one, two):
     source = tiny("26b-a4b", layers=6)
     to_native(converted(source, **FORMS[one]), tmp_path / "cut", **FORMS[two])
     direct = converted(source, **FORMS[two])
@@ -178,7 +183,7 @@ def test_small_blocks_give_the_same_checkpoint(tiny, converted, tmp_path, monkey
 
 # Values that a root, or a dtype, would change.
 
-ODD_BITS = {5: 0x7F7F, 700: 0x7FC1, 701: 0x7F80, 702: 0x0001, 703: 0xFF7F}
+ODD_BITS = {5: 0x7F7F, 700: 0x7FC1, 701: 0x7F80, 702: 0x0001, 9000: 0xFF7F, 20001: 0x7F7E}
 """Place in the embedding → bfloat16 bits: huge, NaN with a payload, infinite, denormal, huge."""
 
 
@@ -188,8 +193,8 @@ def odd(values: np.ndarray) -> np.ndarray:
     return values
 
 
-@pytest.mark.parametrize("through", ["gemma-jax", "fast-llm", "scanned"])
-def test_single_values_that_scaling_loses_come_back(tiny, tmp_path, through):
+@pytest.mark.parametrize("through", ["gemma-jax", "scanned"])
+def test_single_values_that_scaling_loses_come_back(tiny, tmp_path, small_blocks, through):
     source = edited(tiny("31b", layers=6), tmp_path / "hf", {EMBED_TOKENS: odd})
     report = to_native(source, tmp_path / "maxtext")
     assert 0 < report.exceptions <= len(ODD_BITS)
@@ -208,7 +213,7 @@ def test_single_values_that_scaling_loses_come_back(tiny, tmp_path, through):
 
 
 @pytest.mark.parametrize("through", ["gemma-jax", "fast-llm"])
-def test_an_embedding_that_is_carried_whole_comes_back(tiny, tmp_path, through):
+def test_an_embedding_that_is_carried_whole_comes_back(tiny, tmp_path, small_blocks, through):
     """Most float32 values times a root are rounded."""
     source = tiny("31b", layers=6, dtype="float32")
     to_native(source, tmp_path / "maxtext")
@@ -220,6 +225,56 @@ def test_an_embedding_that_is_carried_whole_comes_back(tiny, tmp_path, through):
     assert manifest(tmp_path / "out") == manifest(tmp_path / "direct")
     to_hf(tmp_path / "out", tmp_path / "back")
     assert sums(tmp_path / "back") == sums(source)
+
+
+def coarse(values: np.ndarray) -> np.ndarray:
+    """Powers of two, which scaling in float32 keeps, and a few values that it does not."""
+    flat = values.view(np.uint16).reshape(-1)
+    flat[:] = (np.arange(flat.size) % 50 + 100) << 7
+    flat[1::300] |= 127
+    return values
+
+
+@pytest.mark.parametrize("edits", [{}, {EMBED_TOKENS: coarse}])
+def test_a_tree_made_wider_goes_through_a_scaled_one(tiny, converted, tmp_path, edits):
+    """The sidecar holds float32 values of a tensor that was bfloat16 in the original."""
+    source = edited(tiny("31b", layers=6), tmp_path / "hf", edits)
+    to_native(source, tmp_path / "wide", dtype="float32", **GEMMA)
+    report = to_native(tmp_path / "wide", tmp_path / "maxtext")
+    assert report.carried_why == {"its values do not come back from the stored dtype": 1}
+    assert report.exceptions == 0
+    passes(tmp_path / "maxtext")
+    to_native(tmp_path / "maxtext", tmp_path / "again", **GEMMA)
+    wide, again = (arrays(tmp_path / name, "gemma-jax") for name in ("wide", "again"))
+    assert not differing(again, wide)
+
+
+@pytest.mark.parametrize("edits", [{}, {EMBED_TOKENS: coarse}])
+def test_and_its_export_is_the_original(tiny, tmp_path, edits):
+    source = edited(tiny("31b", layers=6), tmp_path / "hf", edits)
+    to_native(source, tmp_path / "wide", dtype="float32", **GEMMA)
+    to_native(tmp_path / "wide", tmp_path / "maxtext")
+    to_hf(tmp_path / "maxtext", tmp_path / "back")
+    assert sums(tmp_path / "back") == sums(source)
+
+
+def test_a_wide_export_of_a_scaled_tree_is_the_wide_original(tiny, converted, tmp_path):
+    source = tiny("31b", layers=6)
+    to_hf(converted(source, "maxtext"), tmp_path / "scaled", dtype="float32")
+    to_hf(converted(source, "gemma-jax"), tmp_path / "unscaled", dtype="float32")
+    assert sums(tmp_path / "scaled") == sums(tmp_path / "unscaled")
+
+
+@pytest.mark.parametrize("like", [False, True])
+@pytest.mark.parametrize("two", ["gemma-jax", "fast-llm"])
+def test_a_wider_scaled_tree_gives_the_values_of_the_original(tiny, converted, tmp_path, two, like):
+    """A product that a bfloat16 value gives is that value, though float32 has others near."""
+    source = tiny("31b", layers=6)
+    wide, original = converted(source, "maxtext", dtype="float32"), source if like else None
+    report = to_native(wide, tmp_path / "out", like=original, **FORMS[two])
+    direct = converted(source, two, dtype="float32")
+    assert not differing(arrays(tmp_path / "out", two), arrays(direct, two))
+    assert not report.lossy_rows
 
 
 @pytest.mark.parametrize("like", [False, True])
@@ -296,6 +351,22 @@ def test_a_trained_float32_tree_stays_what_it_is(tiny, tmp_path, two):
     assert not differing(read_safetensors(tmp_path / "back"), values)
 
 
+def test_a_trained_embedding_alone_goes_through_maxtext(tiny, tmp_path):
+    """Its values lie in the sidecar, in float32, while all other tensors are bfloat16."""
+    import orbax.checkpoint as ocp
+
+    source = tiny("31b", layers=6)
+    values = read_safetensors(source)
+    values[EMBED_TOKENS] = trained(values[EMBED_TOKENS])
+    tree = gemma_jax_tree(values, read_architecture(source))
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "run", nested(tree))
+    to_native(tmp_path / "run", tmp_path / "maxtext", like=source)
+    report = to_native(tmp_path / "maxtext", tmp_path / "out", **GEMMA)
+    assert not differing(arrays(tmp_path / "out", "gemma-jax"), tree)
+    assert not report.lossy_rows
+
+
 def test_trained_towers_are_carried_unrounded(tiny, tmp_path):
     """MaxText has no place for the towers of E2B: what the gemma library trained travels along."""
     import jax
@@ -333,6 +404,7 @@ def test_trained_towers_are_carried_unrounded(tiny, tmp_path):
     to_hf(tmp_path / "out", tmp_path / "wide", dtype="float32")
     found = read_safetensors(tmp_path / "wide")
     assert not differing({name: found[name] for name in towers}, towers)
+    passes(tmp_path / "back", tmp_path / "out")
 
 
 @pytest.mark.parametrize(("one", "two"), [("maxtext", "gemma-jax"), ("gemma-jax", "fast-llm")])

@@ -132,6 +132,14 @@ def test_json_report(tiny, out):
     assert inspected["tensors"] == report["arrays_written"]
 
 
+def test_dry_run_says_what_is_filled_in(tiny, out):
+    source = tiny("e2b", kv_shared="omit")
+    done = run("to-native", source, out, "--format", "gemma-jax", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "attn/kv_einsum/w bfloat16 [2, " in done.stdout
+    assert done.stdout.count("filled with 0") == done.stdout.count("filled with 1") > 0
+
+
 def test_dry_run_prints_the_plan(tiny, out):
     done = run("to-native", tiny("26b-a4b"), out, "--format", "maxtext", "--dry-run")
     assert done.returncode == 0

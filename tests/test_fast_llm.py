@@ -147,9 +147,9 @@ def test_every_file_comes_back_and_is_verified(tiny, converted, tmp_path, family
 @pytest.mark.parametrize("family", LARGE)
 def test_small_blocks_give_the_same_files(tiny, converted, tmp_path, monkeypatch, family):
     for module in ("mapping.plan", "native_source"):
-        monkeypatch.setattr(f"gemma_convert.{module}.BLOCK_BYTES", 3000)
+        monkeypatch.setattr(f"gemma_convert.{module}.BLOCK_BYTES", 10_000)
     for module in ("mapping.plan", "transfer"):
-        monkeypatch.setattr(f"gemma_convert.{module}.GATHER_BYTES", 64)
+        monkeypatch.setattr(f"gemma_convert.{module}.GATHER_BYTES", 1_000)
     native_of(tiny(family), tmp_path / "cut")
     whole = converted(tiny(family), "fast-llm")
     for file in (WEIGHTS, METADATA):
@@ -384,6 +384,17 @@ def test_what_is_damaged_is_an_error_of_the_source(out, tmp_path, damage):
             action(out)
         assert len(str(caught.value)) < 2000
     assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "{}/other.safetensors", "model_0"])
+def test_a_file_elsewhere_is_not_read(out, name):
+    """Though it is there, and holds just what the state_index says."""
+    shutil.copy(out / WEIGHTS, out.parent / "other.safetensors")
+    shutil.copy(out / WEIGHTS, out / "model_0")
+    index = dict.fromkeys(state_index(out), name.format(out.parent))
+    rename_in_index(lambda old: old.update(index))(out)
+    with pytest.raises(SourceError, match="not a plain file name"):
+        verify(out)
 
 
 @pytest.mark.parametrize("shape", [[], [1, 1], [2]])

@@ -203,7 +203,7 @@ def test_what_the_report_and_the_manifest_say(tiny, tmp_path):
 
 ROUND_TRIPS = [
     ("e2b", {}, {}),
-    ("e2b", {"kv_shared": "omit", "shards": 3}, {"compression": "zstd"}),
+    ("e2b", {"layers": 10, "kv_shared": "omit", "shards": 3}, {"compression": "zstd"}),
     ("e2b", {"layers": 10, "text_only": True, "dtype": "float16"}, {"ocdbt": False}),
     (
         "e4b",
@@ -215,7 +215,6 @@ ROUND_TRIPS = [
     ("26b-a4b", {"text_only": True}, {"compression": "zstd"}),
     ("26b-a4b", {}, {"text_only": True}),
     ("31b", {"dtype": "float16"}, {"text_only": True, "compression": "zstd"}),
-    ("31b", {"shards": 3}, {}),
 ]
 
 
@@ -244,9 +243,9 @@ def test_every_file_comes_back_and_is_verified(tiny, converted, tmp_path, family
 def test_small_blocks_give_the_same_checkpoint(tiny, tmp_path, monkeypatch):
     """Blocks of real models are cut along their slowest axes; here blocks are made tiny."""
     for module in ("mapping.plan", "native_source"):
-        monkeypatch.setattr(f"gemma_convert.{module}.BLOCK_BYTES", 3000)
+        monkeypatch.setattr(f"gemma_convert.{module}.BLOCK_BYTES", 10_000)
     for module in ("mapping.plan", "transfer"):
-        monkeypatch.setattr(f"gemma_convert.{module}.GATHER_BYTES", 64)
+        monkeypatch.setattr(f"gemma_convert.{module}.GATHER_BYTES", 1_000)
     source = tiny("e2b", layers=10, kv_shared="omit", shards=3)
     report = to_native(source, tmp_path / "cut", layout="gemma-jax")
     cut = [target for target in report.plan.filled.values() if target.chunk != target.spec.shape]
@@ -272,7 +271,8 @@ def filled_names(source: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize("family", ["e2b", "e4b"])
 def test_what_the_source_lacks_is_filled_in_and_left_out_again(tiny, tmp_path, family):
-    source, out = tiny(family, kv_shared="omit", shards=2), tmp_path / "out"
+    depth = {"e2b": 10, "e4b": 12}[family]
+    source, out = tiny(family, layers=depth, kv_shared="omit", shards=2), tmp_path / "out"
     report = to_native(source, out, layout="gemma-jax", dtype="float32")
     expected, arrays = filled_names(source), arrays_of(out, "gemma-jax")
     assert len(expected) > 4
@@ -502,7 +502,7 @@ def save_by_pytree(folder: Path, tree: dict) -> Path:
         ("26b-a4b", save_by_standard, bare),
         ("31b", save_by_manager, bare),
         ("31b", save_by_pytree, dict),
-        ("e4b", save_by_standard, bare),
+        ("e2b", save_by_standard, bare),
     ],
 )
 def test_trees_saved_by_orbax_itself_are_read(tiny, tmp_path, family, save, form):
@@ -510,7 +510,7 @@ def test_trees_saved_by_orbax_itself_are_read(tiny, tmp_path, family, save, form
     import jax
     import jax.numpy as jnp
 
-    source = tiny(family, layers=12)
+    source = tiny(family, layers=10 if family == "e2b" else 6)
     tree = form(by_hand(source))
     run = save(tmp_path / "run", jax.tree.map(jnp.asarray, nested(tree)))
     report = to_hf(run, tmp_path / "back", like=source)
@@ -527,7 +527,7 @@ def test_trained_float32_values_are_rounded_as_numpy_rounds(tiny, tmp_path):
     import jax
     import jax.numpy as jnp
 
-    source, random = tiny("26b-a4b"), np.random.default_rng(1)
+    source, random = tiny("26b-a4b", layers=6), np.random.default_rng(1)
     hf = read_safetensors(source)
     trained = {
         name: (values.astype(np.float32) * random.uniform(0.9, 1.1, values.shape)).astype(

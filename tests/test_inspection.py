@@ -61,6 +61,37 @@ def test_maxtext(tiny, tmp_path, family, scanned):
     assert (bare.family, bare.layers, bare.scanned) == (family, whole.layers, scanned)
 
 
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [*((family, "gemma-jax") for family in FAMILIES), ("26b-a4b", "fast-llm"), ("31b", "fast-llm")],
+)
+def test_other_layouts(tiny, converted, tmp_path, family, layout):
+    out = converted(tiny(family), layout)
+    whole = inspect(out)
+    assert (whole.layout, whole.family, whole.scanned) == (layout, family, False)
+    assert whole.coverage.complete
+    assert whole.coverage.expected == whole.tensors
+    towers = {"fast-llm": ()}.get(
+        layout, ("vision", "audio") if family.startswith("e") else ("vision",)
+    )
+    assert whole.towers == towers
+    assert whole.dtypes == {"bfloat16": whole.tensors}
+    assert whole.extras == ()
+    assert whole.config == str(out / "hf" / "config.json")
+    assert whole.converted_by.startswith("gemma-convert ")
+    shutil.copytree(out, tmp_path / "bare", ignore=shutil.ignore_patterns("hf"))
+    bare = inspect(tmp_path / "bare")
+    assert (bare.family, bare.layers, bare.towers) == (family, whole.layers, towers)
+    assert (bare.coverage, bare.config, bare.converted_by) == (None, None, None)
+    assert (bare.parameters, bare.bytes) == (whole.parameters, whole.bytes)
+
+
+@pytest.mark.parametrize("kv_shared", ["keep", "omit"])
+def test_arrays_that_were_filled_in_are_expected(tiny, converted, kv_shared):
+    source = tiny("e4b", layers=12, kv_shared=kv_shared)
+    assert inspect(converted(source, "gemma-jax")).coverage.complete
+
+
 def test_lossy_rows_are_named(tiny, tmp_path):
     to_native(tiny("31b"), tmp_path / "out", scaled_dtype="bfloat16")
     assert inspect(tmp_path / "out").lossy_rows == ("model.language_model.embed_tokens.weight",)

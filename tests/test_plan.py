@@ -20,6 +20,7 @@ from models import (
     text_only,
     without_layers,
 )
+from native_tables import native_data, native_row, read_native
 from tables import (
     huggingface_data,
     huggingface_row,
@@ -173,7 +174,7 @@ def assert_whole_chunks(box, target):
 
 
 def test_the_bounds_of_blocks_and_gathered_tensors():
-    assert (BLOCK_BYTES, GATHER_BYTES) == (64 << 20, 1 << 20)
+    assert (BLOCK_BYTES, GATHER_BYTES) == (32 << 20, 1 << 20)
 
 
 SHAPES = {
@@ -851,3 +852,236 @@ def test_a_tied_row_that_names_nothing():
     with pytest.raises(MappingError, match="`tied` names no row") as caught:
         make(E2B, source, table=table)
     assert caught.value.where == "huggingface.toml, section 3, row 1"
+
+
+# The gemma library and Fast-LLM.
+
+# layout, name, source tensors, arrays, tensors that another stands for, carried
+OTHER_PLANS = [
+    ("gemma-jax", E2B, 2011, 1316, 128, 0),
+    ("gemma-jax", E4B, 2130, 1421, 128, 0),
+    ("gemma-jax", A4B, 1013, 618, 0, 0),
+    ("gemma-jax", DENSE, 1188, 738, 0, 0),
+    ("fast-llm", A4B, 1013, 602, 0, 356),
+    ("fast-llm", DENSE, 1188, 722, 0, 356),
+]
+OTHERS = pytest.mark.parametrize(("layout", "name"), [plan[:2] for plan in OTHER_PLANS])
+
+
+@cache
+def plan_for(layout, name):
+    return make(name, table=load_table(layout))
+
+
+@pytest.mark.parametrize(("layout", "name", "tensors", "arrays", "shared", "carried"), OTHER_PLANS)
+def test_counts_of_other_layouts(layout, name, tensors, arrays, shared, carried):
+    plan, published = plan_for(layout, name), load_tensors(name)
+    assert len(published) == tensors
+    assert len(plan.targets) == arrays
+    assert (len(plan.shared), len(plan.carried), plan.filled) == (shared, carried, {})
+    assert len(plan.sources) == tensors - shared - carried
+    fates = [*plan.sources, *plan.carried, *plan.shared]
+    assert len(fates) == len(set(fates))
+    assert set(fates) == set(published)
+    assert plan.equal == plan.shared
+    assert all(copy.scale is None for copy in plan.copies)
+    assert plan.source_bytes == 2 * sum(target.spec.size for target in plan.targets.values())
+    assert (plan.layout, plan.scanned, plan.tied) == (layout, False, {})
+
+
+@OTHERS
+def test_both_sides_of_other_layouts_are_covered_once(layout, name):
+    plan, published = plan_for(layout, name), load_tensors(name)
+    into = defaultdict(list)
+    for tensor, source in plan.sources.items():
+        assert source.region.shape == source.spec.shape == published[tensor].shape
+        assert_covered([copy.source for copy in source.copies], source.spec.shape)
+        for copy in source.copies:
+            into[copy.target.tensor].append(copy.target)
+    assert into.keys() == plan.targets.keys()
+    for target, regions in into.items():
+        assert_covered(regions, plan.targets[target].spec.shape)
+
+
+@OTHERS
+def test_blocks_of_other_layouts_are_whole_chunks_of_bounded_size(layout, name):
+    plan = plan_for(layout, name)
+    for target in plan.targets.values():
+        assert math.prod(target.chunk) * target.spec.itemsize <= BLOCK_BYTES
+        assert len(target.chunk) == len(target.spec.shape)
+    for source in plan.sources.values():
+        for ranges in blocks(source.region, source.steps):
+            for copy in source.copies:
+                target = plan.targets[copy.target.tensor]
+                if copy.source.meets(ranges) and target.spec.nbytes > GATHER_BYTES:
+                    assert_whole_chunks(copy.target.box(ranges), target)
+
+
+OTHER_SHAPES = {
+    ("gemma-jax", E2B): {
+        "embedder/input_embedding": (262144, 1536),
+        "embedder/per_layer_embeddings": (262144, 35, 256),
+        "embedder/per_layer_model_projection/w": (1536, 35, 256),
+        "layer_0/attn/q_einsum/w": (8, 1536, 256),
+        "layer_4/attn/kv_einsum/w": (2, 1, 1536, 512),
+        "layer_34/attn/kv_einsum/w": (2, 1, 1536, 512),
+        "layer_34/attn/attn_vec_einsum/w": (8, 512, 1536),
+        "layer_14/mlp/gating_einsum/w": (2, 6144, 1536),
+        "layer_15/mlp/gating_einsum/w": (2, 12288, 1536),
+        "layer_15/mlp/linear/w": (12288, 1536),
+        "layer_0/skip_scale": (1,),
+        "vision_encoder/entry/pos_emb": (10240, 2, 768),
+        "vision_encoder/standardize/scale": None,
+        "vision_encoder/transformer/stacked_layers/block/attn/kv_einsum/w": (16, 2, 12, 768, 64),
+        "vision_encoder/transformer/stacked_layers/block/attn/kv_einsum/clip_input_max": (16,),
+        "audio_encoder/'conformer/stacked_layers_11'/lconv/depthwise_conv1d/kernel": (5, 1, 1024),
+        "audio_encoder/'conformer/stacked_layers_0'/trans_atten/post/kernel": (8, 128, 1024),
+        "audio_encoder/'conformer/stacked_layers_0'/trans_atten/post/clip_input_min": (),
+        "audio_encoder/feature/input_proj/kernel": (32, 32, 1024),
+        "audio_encoder/feature/subsampling_1/kernel": (3, 3, 128, 32),
+    },
+    ("gemma-jax", A4B): {
+        "layer_0/mlp/gating_einsum/w": (128, 2, 704, 2816),
+        "layer_0/mlp/linear/w": (128, 704, 2816),
+        "layer_0/mlp/router_logits/w": (2816, 128),
+        "layer_0/mlp2/gating_einsum/w": (2, 2112, 2816),
+        "layer_4/attn/kv_einsum/w": (2, 8, 2816, 256),
+        "layer_5/attn/k_einsum/w": (2, 2816, 512),
+        "layer_5/attn/kv_einsum/w": None,
+        "vision_encoder/standardize/scale": (1152,),
+        "vision_encoder/transformer/stacked_layers/block/mlp/linear/w": (27, 4304, 1152),
+    },
+    ("fast-llm", A4B): {
+        "decoder.0.mlp.routed.layer_1.weight/weights": (128 * 2 * 704, 2816),
+        "decoder.0.mlp.routed.layer_2.weight/weights": (128 * 704, 2816),
+        "decoder.0.mlp.dense.layer_1.weight/weights": (2 * 2112, 2816),
+        "decoder.4.mixer.key_value.weight/weights": (2 * 8 * 256, 2816),
+        "decoder.5.mixer.key_value.weight/weights": (2 * 512, 2816),
+        "decoder.0.norm_2.weight/weights": None,
+    },
+    ("fast-llm", DENSE): {
+        "embeddings.word_embeddings_weight/weights": (262144, 5376),
+        "decoder.59.mlp.layer_1.weight/weights": (2 * 21504, 5376),
+        "decoder.59.mlp.layer_2.weight/weights": (21504, 5376),
+        "decoder.59.mixer.query.weight/weights": (32 * 512, 5376),
+        "decoder.59.mixer.dense.weight/weights": (5376, 32 * 512),
+        "decoder.0.output_scale/weights": (1,),
+    },
+}
+
+
+@pytest.mark.parametrize(("layout", "name"), OTHER_SHAPES)
+def test_shapes_of_other_layouts(layout, name):
+    targets = plan_for(layout, name).targets
+    for path, shape in OTHER_SHAPES[layout, name].items():
+        if shape is None:
+            assert path not in targets
+        else:
+            assert (path, targets[path].spec.shape) == (path, shape)
+
+
+@pytest.mark.parametrize("name", [E2B, E4B])
+def test_what_save_pretrained_leaves_out_is_filled_in(name):
+    plan, whole = make(name, lean(name), table=load_table("gemma-jax")), plan_for("gemma-jax", name)
+    assert {t: target.spec for t, target in plan.targets.items()} == {
+        t: target.spec for t, target in whole.targets.items()
+    }
+    owners = [layer.owns_kv for layer in load_architecture(name).text.layers]
+    expected = {
+        f"layer_{index}/attn/{array}": value
+        for index, owns in enumerate(owners)
+        for array, value in (("kv_einsum/w", 0), ("key_norm/scale", 1))
+        if not owns
+    }
+    assert {target: planned.fill for target, planned in plan.filled.items()} == expected
+    assert all(planned.scale is None for planned in plan.filled.values())
+    for planned in plan.filled.values():
+        assert math.prod(planned.chunk) * planned.spec.itemsize <= BLOCK_BYTES
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("keep", "float16"), ("bfloat16", "bfloat16")])
+def test_what_is_filled_in_has_the_usual_dtype(dtype, stored):
+    source = with_dtype(lean(E4B), "float16", *lean(E4B))
+    source = with_dtype(source, "float32", "model.language_model.norm.weight")
+    policy = DTypePolicy(dtype, "float32")
+    plan = make(E4B, source, table=load_table("gemma-jax"), policy=policy)
+    assert {target.spec.dtype for target in plan.filled.values()} == {stored}
+
+
+def test_text_only_plans_fill_in_nothing_of_the_towers():
+    plan = make(E2B, lean(E2B), table=load_table("gemma-jax"), text_only=True)
+    assert not [name for name in plan.targets if name.startswith(("vision_", "audio_"))]
+    assert len(plan.filled) == 40
+    assert plan.shared == {}
+    assert {plan.carried[name] for name in plan.carried} == {
+        "the towers are carried on request (--text-only)"
+    }
+    assert len(plan.carried) == 2011 - 600
+
+
+def test_which_bounds_stand_for_which():
+    shared = plan_for("gemma-jax", E2B).shared
+    layers = "model.vision_tower.encoder.layers."
+    assert shared[f"{layers}15.self_attn.v_proj.output_min"] == (
+        f"{layers}15.self_attn.k_proj.output_min"
+    )
+    assert shared[f"{layers}0.mlp.up_proj.input_max"] == f"{layers}0.mlp.gate_proj.input_max"
+    assert all(name.startswith(layers) for name in shared)
+
+
+def other_refusal(layout, config, **options):
+    model = parse_architecture(config, WHERE)
+    with pytest.raises(UsageError) as caught:
+        plan_to_native(model, load_table(layout), {}, DTypePolicy(), where="here", **options)
+    return caught.value
+
+
+@pytest.mark.parametrize(("name", "tensors"), [(E2B, 108), (E4B, 129)])
+def test_models_that_fast_llm_cannot_hold(name, tensors):
+    error = other_refusal("fast-llm", load_config(name))
+    assert error.what.startswith("Fast-LLM has no per-layer embeddings; Fast-LLM has no layers")
+    assert ("one width of the feed-forward" in error.what) == (name == E2B)
+    assert f"no place for {tensors} tensors: model.language_model.embed_tokens_per" in error.found
+    assert (error.where, error.exit_code) == ("here", 2)
+    assert error.expected == "a model that fast-llm can hold"
+
+
+def test_keys_and_values_that_stem_from_elsewhere():
+    config = load_config(E4B)
+    config["text_config"]["num_kv_shared_layers"] += 1
+    error = other_refusal("gemma-jax", config)
+    assert "shared keys and values from the last two layers that own them" in error.what
+    assert error.found == "e4b"
+
+
+@pytest.mark.parametrize("layout", ["gemma-jax", "fast-llm"])
+def test_other_layouts_have_no_scanned_form(layout):
+    error = other_refusal(layout, load_config(DENSE), scanned=True)
+    assert error.what == f"The layout {layout} has no scanned form."
+
+
+def test_an_optional_tensor_that_is_not_filled_in_leaves_no_hole():
+    """Without `fill` the array of a layer is not written; nothing else changes."""
+    data = native_data("gemma-jax")
+    for hf in ("self_attn.{kv}_proj.weight", "self_attn.k_proj.weight", "self_attn.k_norm.weight"):
+        del native_row(data, hf)[1]["fill"]
+    plan = make(E2B, lean(E2B), table=read_native(data, "gemma-jax"))
+    assert plan.filled == {}
+    assert len(plan.targets) == 1316 - 40
+
+
+def test_keys_used_as_values_are_filled_in_too():
+    """No published model has both; the array of a full layer has another name and no values."""
+    config = load_config(DENSE)
+    config["text_config"]["num_kv_shared_layers"] = 6
+    model = parse_architecture(config, WHERE)
+    source = {
+        tensor: TensorSpec("bfloat16", shape)
+        for tensor, shape in huggingface_tensors(model, kv_leftovers=False).items()
+    }
+    plan = plan_to_native(model, load_table("gemma-jax"), source, DTypePolicy())
+    filled = {target: (planned.spec.shape, planned.fill) for target, planned in plan.filled.items()}
+    assert len(filled) == 12
+    assert filled["layer_59/attn/k_einsum/w"] == ((4, 5376, 512), 0)
+    assert filled["layer_58/attn/kv_einsum/w"] == ((2, 16, 5376, 256), 0)
+    assert filled["layer_59/attn/key_norm/scale"] == ((512,), 1)

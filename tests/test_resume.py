@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from native_checkpoints import arrays_of, differing
 from trees import restore, same_bits
 
 from gemma_convert import SourceError, inspect, to_hf, to_native
@@ -25,6 +26,7 @@ native_source.BLOCK_BYTES = 20_000
 planning.GATHER_BYTES = transfer.GATHER_BYTES = 2_000
 from gemma_convert.stores.safetensors import SafetensorsFolder
 from gemma_convert.stores.orbax_reader import OrbaxArray
+from gemma_convert.layouts.fast_llm import FastLLMArray
 reads = [0]
 def throttled(read):
     def slow(self, *arguments):
@@ -34,6 +36,7 @@ def throttled(read):
     return slow
 SafetensorsFolder.read_into = throttled(SafetensorsFolder.read_into)
 OrbaxArray.read = throttled(OrbaxArray.read)
+FastLLMArray.read = throttled(FastLLMArray.read)
 import gemma_convert
 print("started", flush=True)
 gemma_convert.{call}
@@ -182,3 +185,73 @@ def test_resume_with_nothing_to_resume_is_a_plain_run(tiny, tmp_path):
     to_native(tiny("31b"), tmp_path / "out", resume=True)
     to_hf(tmp_path / "out", tmp_path / "back", resume=True)
     assert sums(tmp_path / "back") == sums(tiny("31b"))
+
+
+LEAN = {"layers": 10, "kv_shared": "omit", "text_only": True}
+
+
+@pytest.mark.parametrize(
+    ("layout", "family", "made"), [("gemma-jax", "e2b", LEAN), ("fast-llm", "26b-a4b", {})]
+)
+def test_killed_conversions_to_other_layouts_continue(
+    tiny, converted, tmp_path, layout, family, made
+):
+    source, out = tiny(family, **made), tmp_path / "out"
+    call = f"to_native({str(source)!r}, {str(out)!r}, layout={layout!r}, resume=True)"
+    kill_and_resume(call, out, seed=1, kills=2)
+    direct = converted(source, layout)
+    assert not differing(arrays_of(out, layout), arrays_of(direct, layout))
+    ours = json.loads((out / "hf" / "gemma-convert" / "manifest.json").read_text())
+    theirs = json.loads((direct / "hf" / "gemma-convert" / "manifest.json").read_text())
+    del ours["regions"], theirs["regions"]
+    assert ours == theirs
+    assert {entry.name for entry in out.iterdir()} == {entry.name for entry in direct.iterdir()}
+    to_hf(out, tmp_path / "back")
+    assert sums(tmp_path / "back") == sums(source)
+
+
+@pytest.mark.parametrize(
+    ("one", "two"), [("gemma-jax", "fast-llm"), ("fast-llm", "maxtext"), ("maxtext", "gemma-jax")]
+)
+def test_killed_conversions_between_layouts_continue(tiny, converted, tmp_path, one, two):
+    """What is complete is kept: the last run reads less than a whole one does."""
+    source, out = tiny("31b", layers=6), tmp_path / "out"
+    native = converted(source, one)
+    call = f"to_native({str(native)!r}, {str(out)!r}, layout={two!r}, resume=True)"
+    process = start(call)
+    journal = tmp_path / ".out.partial" / ".gemma-convert.journal"
+    while not journal.exists() or journal.read_text().count("\n") < 40:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert not out.exists()
+    with pytest.raises(SourceError):
+        inspect(tmp_path / ".out.partial")
+    resumed = int(start(call).communicate(timeout=120)[0])
+    whole = start(call.replace(str(out), str(tmp_path / "fresh")))
+    assert resumed + 30 <= int(whole.communicate(timeout=120)[0])
+    direct = converted(source, two)
+    for folder in (out, tmp_path / "fresh"):
+        assert not differing(arrays_of(folder, two), arrays_of(direct, two))
+    to_hf(out, tmp_path / "back")
+    assert sums(tmp_path / "back") == sums(source)
+
+
+def test_damaged_tensors_of_fast_llm_are_written_again(tiny, converted, tmp_path):
+    """The journal says that they are there; their checksums say that they are not."""
+    source, out = tiny("26b-a4b"), tmp_path / "out"
+    call = f"to_native({str(source)!r}, {str(out)!r}, layout='fast-llm', resume=True)"
+    process = start(call)
+    journal = tmp_path / ".out.partial" / ".gemma-convert.journal"
+    while not journal.exists() or journal.read_text().count("\n") < 40:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    weights = tmp_path / ".out.partial" / "model_0.safetensors"
+    data = bytearray(weights.read_bytes())
+    begin = 8 + int.from_bytes(data[:8], "little")
+    data[begin:] = bytes(len(data) - begin)
+    weights.write_bytes(data)
+    assert start(call).wait(timeout=120) == 0
+    direct = converted(source, "fast-llm")
+    assert not differing(arrays_of(out, "fast-llm"), arrays_of(direct, "fast-llm"))

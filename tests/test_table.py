@@ -1,6 +1,7 @@
 """The shipped tables load; every way to get a table wrong is an error that names its place."""
 
 import pytest
+from native_tables import native_data, native_row, read_native
 from tables import (
     huggingface_data,
     huggingface_row,
@@ -394,3 +395,135 @@ def test_a_text_only_prefix_that_is_wrong(prefix):
 def test_after_is_no_boolean():
     with pytest.raises(MappingError, match="`after`"):
         maxtext(lambda data: put(data["placement"]["scanned"], "after", True))
+
+
+# Tables with shared, filled and refused rows.
+
+
+def test_the_gemma_table_loads():
+    table = load_table("gemma-jax")
+    assert (table.layout, table.carried, table.placements) == ("gemma-jax", (), {})
+    assert [row for row in table.rows if row.scale is not None] == []
+    shared = {row.hf.view.pattern.text: row.share for row in table.rows if row.share}
+    layer = "model.vision_tower.encoder.layers.{vit_layer}."
+    assert shared == {
+        layer + "self_attn.{kv}_proj.{bound}": "kv",
+        layer + "mlp.{gate_up}_proj.{bound}": "gate_up",
+    }
+    filled = {row.native.pattern.text: row.fill for row in table.rows if row.fill is not None}
+    assert filled == {
+        "layer_{layer}/attn/kv_einsum/w": 0,
+        "layer_{layer}/attn/k_einsum/w": 0,
+        "layer_{layer}/attn/key_norm/scale": 1,
+    }
+    assert {row.tower for row in table.rows} == {None, "vision", "audio"}
+    (refusal,) = table.refused
+    assert (refusal.when, refusal.names) == (parse_condition("kv_sources_apart"), ())
+
+
+def test_the_fast_llm_table_loads():
+    table = load_table("fast-llm")
+    assert (table.layout, table.placements) == ("fast-llm", {})
+    assert {(row.scale, row.share, row.fill, row.tower) for row in table.rows} == {(None,) * 4}
+    assert [refusal.when for refusal in table.refused] == [
+        parse_condition(fact) for fact in ("ple", "kv_shared", "double_wide")
+    ]
+    assert [len(refusal.names) for refusal in table.refused] == [6, 0, 0]
+    vision = table.inventory.row("model.vision_tower.std_scale")
+    assert [entry.why for entry in table.carried if entry.matches(vision)] == [
+        "Fast-LLM has no place for Gemma 4's vision tower"
+    ]
+
+
+@pytest.mark.parametrize("layout", ["gemma-jax", "fast-llm"])
+def test_towers_are_known_by_their_names(layout):
+    table = load_table(layout)
+    towers = ("vision_encoder/entry/pos_emb", "audio_encoder/feature/norm_0/scale")
+    assert [table.in_tower(name) for name in towers] == [layout == "gemma-jax"] * 2
+    text = ("embedder/input_embedding", "layer_0/skip_scale", "decoder.0.norm_1.weight/weights")
+    assert not any(table.in_tower(name) for name in text)
+
+
+V_BOUND = "self_attn.{kv}_proj.{bound}"
+
+SHARE_AND_FILL = [
+    (V_BOUND, {"share": "heads_and_tails"}, "`heads_and_tails` is not an axis."),
+    (V_BOUND, {"share": 2}, "`share` is a string."),
+    (V_BOUND, {"share": "gate_up"}, "`share` is an axis that stands in the Hugging Face name."),
+    (V_BOUND, {"share": "vit_heads"}, "`share` is an axis that stands in the Hugging Face name."),
+    (V_BOUND, {"share": "bound"}, "The two sides of the row do not use the same axes."),
+    (V_BOUND, {"share": None}, "`share` is a string."),
+    ("self_attn.k_norm.weight", {"fill": 2}, "`fill` is 0 or 1."),
+    ("self_attn.k_norm.weight", {"fill": -1}, "`fill` is 0 or 1."),
+    ("self_attn.k_norm.weight", {"fill": True}, "`fill` is 0 or 1."),
+    ("self_attn.k_norm.weight", {"fill": 1.0}, "`fill` is 0 or 1."),
+    ("self_attn.k_norm.weight", {"fill": "1"}, "`fill` is 0 or 1."),
+    ("self_attn.q_norm.weight", {"fill": 1}, "Only an optional tensor can be filled in."),
+    ("self_attn.k_norm.weight", {"filled": 1}, "Unknown key `filled`."),
+]
+
+
+@pytest.mark.parametrize(("hf", "change", "what"), SHARE_AND_FILL)
+def test_a_shared_or_filled_row_that_is_wrong(hf, change, what):
+    data = native_data("gemma-jax")
+    place, row = native_row(data, hf)
+    row |= change
+    with pytest.raises(MappingError) as caught:
+        read_native(data, "gemma-jax")
+    assert caught.value.what == what
+    assert caught.value.where.startswith(f"gemma_jax.toml, {place}")
+
+
+def test_a_row_that_loses_its_share_has_other_axes():
+    data = native_data("gemma-jax")
+    place, row = native_row(data, V_BOUND)
+    del row["share"]
+    with pytest.raises(MappingError, match="do not use the same axes") as caught:
+        read_native(data, "gemma-jax")
+    assert caught.value.where == f"gemma_jax.toml, {place}"
+    assert "kv" in caught.value.expected.split()
+
+
+REFUSALS = [
+    ({"hf": ["model.language_model.nothing"]}, "names no tensor of huggingface.toml"),
+    ({"hf": "model.language_model.norm.weight"}, "`hf` is a list of names."),
+    ({"hf": [1]}, "`hf` is a list of names."),
+    ({"when": "plee"}, "`plee` is not a fact."),
+    ({"when": 1}, "`when` is a string."),
+    ({"why": None}, "`why` is a string."),
+    ({"because": "x"}, "Unknown key `because`."),
+]
+
+
+@pytest.mark.parametrize(("change", "what"), REFUSALS)
+def test_a_refusal_that_is_wrong(change, what):
+    data = native_data("fast-llm")
+    data["refused"][0] |= change
+    with pytest.raises(MappingError) as caught:
+        read_native(data, "fast-llm")
+    assert what in caught.value.what
+    assert caught.value.where.startswith("fast_llm.toml, refused 1")
+
+
+def test_a_tensor_that_is_no_longer_refused_needs_a_place():
+    data = native_data("fast-llm")
+    lost = data["refused"][0]["hf"].pop()
+    with pytest.raises(MappingError, match="neither mapped nor carried nor refused") as caught:
+        read_native(data, "fast-llm")
+    assert lost in caught.value.found
+
+
+@pytest.mark.parametrize("value", [{}, "ple", 3])
+def test_refusals_are_a_list(value):
+    data = native_data("fast-llm")
+    data["refused"] = value
+    with pytest.raises(MappingError, match="`refused` is a list"):
+        read_native(data, "fast-llm")
+
+
+@pytest.mark.parametrize("names", [["input_min"], ["a", "b", "c", "c"], list("abcde")])
+def test_bounds_are_spelt_once_each(names):
+    data = native_data("gemma-jax")
+    data["spellings"]["bound"] = names
+    with pytest.raises(MappingError, match="`bound`"):
+        read_native(data, "gemma-jax")

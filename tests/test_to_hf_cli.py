@@ -14,7 +14,7 @@ import pytest
 from test_cli import fails, run
 
 from gemma_convert import to_native
-from gemma_convert.cli.to_hf import parse_size
+from gemma_convert.cli.options import parse_size
 from gemma_convert.errors import UsageError
 
 
@@ -234,7 +234,7 @@ def test_interrupt_exits_130_and_is_forgotten_by_the_next_run(native, out, where
     ],
 )
 def test_sizes(text, size):
-    assert parse_size(text) == size
+    assert parse_size("--max-shard-size", text) == size
 
 
 @pytest.mark.parametrize(
@@ -242,9 +242,9 @@ def test_sizes(text, size):
 )
 def test_sizes_that_are_none(text):
     with pytest.raises(UsageError, match="--max-shard-size is a size"):
-        parse_size(text)
+        parse_size("--max-shard-size", text)
 
 
 def test_size_beyond_all_bounds():
     with pytest.raises(UsageError, match="--max-shard-size is a size"):
-        parse_size("9" * 400 + "GB")
+        parse_size("--max-shard-size", "9" * 400 + "GB")

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from typing import Annotated
 
 import typer
+
+from gemma_convert.errors import UsageError
+
+LONGEST_SIZE = 24
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 class DType(StrEnum):
@@ -26,6 +34,10 @@ Overwrite = Annotated[
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue an interrupted run where it stopped.")
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="Anonymous memory to keep to, such as 512MB.  [default: 512MiB]"),
+]
 Prompts = Annotated[
     list[str] | None,
     typer.Option("--prompt", help="A prompt of your own; may be given several times."),
@@ -33,3 +45,17 @@ Prompts = Annotated[
 Tokens = Annotated[
     int | None, typer.Option(help="Use N fixed random tokens instead of prompts.", min=1)
 ]
+
+
+def parse_size(option: str, text: str | None) -> int | None:
+    """Bytes that `5GB` (decimal) or `5GiB` (binary) means, None for None.
+
+    Raises UsageError, naming the option, for other text.
+    """
+    if text is None:
+        return None
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or len(text) > LONGEST_SIZE:
+        raise UsageError(f"{option} is a size.", expected="such as 5GB", found=text)
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** _POWERS[match[2].lower()])

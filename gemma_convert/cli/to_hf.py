@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemma_convert.cli.options import AsJson, DType, KVShared, Overwrite, Resume
-from gemma_convert.errors import UsageError
+from gemma_convert.cli.options import (
+    AsJson,
+    DType,
+    KVShared,
+    Memory,
+    Overwrite,
+    Resume,
+    parse_size,
+)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -17,10 +23,6 @@ if TYPE_CHECKING:
     from gemma_convert.export import ToHFReport
 
 SHOWN = 5
-LONGEST_SIZE = 24
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
-_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 def command(
@@ -45,6 +47,7 @@ def command(
     text_only: Annotated[
         bool, typer.Option("--text-only", help="Export the text model alone (Gemma4ForCausalLM).")
     ] = False,
+    memory: Memory = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be written, and stop.")
     ] = False,
@@ -58,17 +61,20 @@ def command(
 
     gemma-convert to-hf run/checkpoints/1000 exported --like gemma-4-E2B-it
     """
+    from gemma_convert.allocator import reuse_large_blocks
     from gemma_convert.export import to_hf
     from gemma_convert.output import ProgressBar, note, show, show_json
 
+    reuse_large_blocks()
     report = to_hf(
         source,
         target,
         like=like,
         dtype=dtype.value,
-        max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
+        max_shard_size=parse_size("--max-shard-size", max_shard_size),
         kv_shared=kv_shared.value,
         text_only=text_only,
+        memory=parse_size("--memory", memory),
         dry_run=dry_run,
         overwrite=overwrite,
         resume=resume,
@@ -80,15 +86,6 @@ def command(
         show_json(report.as_json())
     else:
         show(_summary(report))
-
-
-def parse_size(text: str) -> int:
-    """Bytes that `5GB` (decimal) or `5GiB` (binary) means; raises UsageError for other text."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None or len(text) > LONGEST_SIZE:
-        raise UsageError("--max-shard-size is a size.", expected="such as 5GB", found=text)
-    base = 1024 if match[3] else 1000
-    return int(float(match[1]) * base ** _POWERS[match[2].lower()])
 
 
 def _summary(report: ToHFReport) -> RenderableType:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemma_convert.cli.options import AsJson, DType, Overwrite, Resume
+from gemma_convert.cli.options import AsJson, DType, Memory, Overwrite, Resume, parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,6 +62,7 @@ def command(
     compression: Annotated[
         Compression, typer.Option(help="Compression of the arrays.")
     ] = Compression.NONE,
+    memory: Memory = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, from headers alone, and stop.")
     ] = False,
@@ -76,9 +77,11 @@ def command(
 
     Example: gemma-convert to-native gemma-4-E2B-it out --format maxtext
     """
+    from gemma_convert.allocator import reuse_large_blocks
     from gemma_convert.convert import to_native
     from gemma_convert.output import ProgressBar, note, show, show_json
 
+    reuse_large_blocks()
     report = to_native(
         source,
         target,
@@ -90,6 +93,7 @@ def command(
         text_only=text_only,
         ocdbt=ocdbt,
         compression=compression.value,
+        memory=parse_size("--memory", memory),
         dry_run=dry_run,
         overwrite=overwrite,
         resume=resume,
@@ -181,6 +185,9 @@ def _arrays(report: ToNativeReport) -> Iterator[str]:
     for name, target in report.plan.targets.items():
         shape, chunk = list(target.spec.shape), list(target.chunk)
         cut = "" if chunk == shape else f" in chunks of {chunk}"
+        if target.fill is not None:
+            yield f"{name} {target.spec.dtype} {shape}{cut} filled with {target.fill}"
+            continue
         first, *more = sources[name]
         others = f" and {len(more)} more" if more else ""
         yield f"{name} {target.spec.dtype} {shape}{cut} <- {first}{others}"

@@ -35,9 +35,11 @@ def command(
 
     gemma-convert verify exported --against out
     """
+    from gemma_convert.allocator import reuse_large_blocks
     from gemma_convert.output import ProgressBar, show, show_json
     from gemma_convert.verification import verify
 
+    reuse_large_blocks()
     report = verify(path, against=against, progress=ProgressBar)
     if as_json:
         show_json(report.as_json())

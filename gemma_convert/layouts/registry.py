@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from gemma_convert.errors import SourceError
@@ -19,17 +20,17 @@ LAYOUTS: Mapping[str, Layout] = {
 }
 
 
-def open_native(path: Path) -> NativeSource:
-    """The native checkpoint at `path`, whatever its layout.
+def open_native(path: Path, block_bytes: int | None = None) -> NativeSource:
+    """The native checkpoint at `path`, whatever its layout, to be read in blocks of that size.
 
     Raises SourceError where there is none, or none of a known layout.
     """
     if is_fast_llm(path):
-        return fast_llm_source(path)
+        return replace(fast_llm_source(path), block_bytes=block_bytes)
     tree = read_orbax_tree(find_items(path))
     native = maxtext_source(tree) or gemma_jax_source(tree)
     if native is not None:
-        return native
+        return replace(native, block_bytes=block_bytes)
     raise SourceError(
         "The checkpoint holds no parameters in a layout that is known.",
         where=tree.folder,

@@ -25,8 +25,11 @@ from gemma_convert.mapping.region import (
 )
 from gemma_convert.mapping.table import NativeRow, Placement, Table
 
-BLOCK_BYTES = 64 << 20
-"""Largest piece that is read, transposed and written at once, and largest chunk of a target."""
+BLOCK_BYTES = 32 << 20
+"""Largest piece that is read, transposed and written at once, unless another is asked for.
+
+It is the largest chunk of a target too.
+"""
 
 GATHER_BYTES = 1 << 20
 """Targets up to this size that take several copies are gathered in memory and written at once."""
@@ -117,6 +120,7 @@ def plan_to_native(
     *,
     scanned: bool = False,
     text_only: bool = False,
+    block_bytes: int | None = None,
     where: str = "the checkpoint",
 ) -> Plan:
     """The plan from a Hugging Face checkpoint, given its headers, to a native layout.
@@ -151,7 +155,7 @@ def plan_to_native(
     )
     widths = _widths(copies, source, targets)
     sources = {
-        name: _source(name, group, source[name], widths[group[0].row])
+        name: _source(name, group, source[name], widths[group[0].row], block_bytes or BLOCK_BYTES)
         for name, group in copies.items()
     }
     return Plan(
@@ -328,6 +332,7 @@ def _source(
     copies: list[RegionCopy],
     spec: TensorSpec,
     width: int,
+    limit: int,
 ) -> SourceTensor:
     whole = Region(
         name,
@@ -336,7 +341,7 @@ def _source(
     leading = frozenset.intersection(
         *(frozenset(dim[0].axis for dim in copy.target.dims if dim) for copy in copies)
     )
-    steps = split_steps(whole, width, BLOCK_BYTES, leading)
+    steps = split_steps(whole, width, limit, leading)
     first = {axis: (0, step) for axis, step in steps.items()}
     for copy in copies:
         try:

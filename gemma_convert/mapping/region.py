@@ -61,6 +61,25 @@ class Region:
         """
         return tuple(_span(dim, ranges) for dim in self.dims)
 
+    def runs(self, ranges: Ranges) -> tuple[int, Iterator[int]]:
+        """Length of the pieces without gaps that make up the region, and where each begins.
+
+        Both count elements of the tensor; the region is restricted to `ranges`.
+        """
+        strides = [1]
+        for extent in reversed(list(self.extents)):
+            strides.append(strides[-1] * extent.size)
+        outer = list(zip(self.extents, reversed(strides[:-1]), strict=True))
+        run, base = 1, 0
+        while outer:
+            extent, stride = outer.pop()
+            low, high = extent.range(ranges)
+            run, base = (high - low) * stride, low * stride
+            if high - low < extent.size:
+                break
+        places = [[at * stride for at in range(*extent.range(ranges))] for extent, stride in outer]
+        return run, (base + sum(place) for place in itertools.product(*places))
+
     def lengths(self, ranges: Ranges) -> tuple[int, ...]:
         """Length of every free axis under `ranges`, slowest first."""
         spans = (extent.range(ranges) for extent in self.extents if extent.at is None)

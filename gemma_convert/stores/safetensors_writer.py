@@ -55,18 +55,17 @@ class SafetensorsWriter:
 
     def __init__(self, folder: Path, shards: Sequence[OutputShard]) -> None:
         self._maps: dict[str, mmap.mmap] = {}
+        self._descriptors: dict[str, int] = {}
         self._tensors: dict[str, StoredTensor] = {}
         self._written = 0
         for shard in shards:
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             descriptor = os.open(folder / shard.file, flags, 0o644)
-            try:
-                os.pwrite(descriptor, shard.header, 0)
-                os.ftruncate(descriptor, shard.size)
-                _reserve(descriptor, shard.size)
-                self._maps[shard.file] = mmap.mmap(descriptor, shard.size)
-            finally:
-                os.close(descriptor)
+            self._descriptors[shard.file] = descriptor
+            os.pwrite(descriptor, shard.header, 0)
+            os.ftruncate(descriptor, shard.size)
+            _reserve(descriptor, shard.size)
+            self._maps[shard.file] = mmap.mmap(descriptor, shard.size)
             self._tensors |= {tensor.name: tensor for tensor in shard.tensors}
 
     def __enter__(self) -> SafetensorsWriter:
@@ -76,6 +75,9 @@ class SafetensorsWriter:
         self.close()
 
     def close(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
         for mapped in self._maps.values():
             with contextlib.suppress(BufferError):  # an array in a traceback keeps its map open
                 mapped.close()
@@ -90,6 +92,15 @@ class SafetensorsWriter:
             self._maps[tensor.file], np.uint8, count=tensor.spec.nbytes, offset=tensor.start
         )
         return flat.view(numpy_dtype(tensor.spec.dtype)).reshape(tensor.spec.shape)
+
+    def write(self, name: str, start: int, values: Array) -> None:
+        """Writes contiguous `values` over the tensor's elements from `start` on."""
+        tensor = self._tensors[name]
+        data = values.reshape(-1).view(np.uint8).data
+        place = tensor.start + start * tensor.spec.itemsize
+        while data:
+            count = os.pwrite(self._descriptors[tensor.file], data, place)
+            data, place = data[count:], place + count
 
     def let_go(self, count: int) -> None:
         """Says that `count` bytes more were written; now and then their pages are let go."""
