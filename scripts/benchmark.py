@@ -250,9 +250,7 @@ def floor(source: Path, target: Path) -> None:
         descriptor = os.open(target, os.O_WRONLY | os.O_CREAT, 0o644)
         with ThreadPoolExecutor(WORKERS) as pool:
             local = threading.local()
-            jobs = [
-                pool.submit(job, local) for job in _floor_jobs(plan, reader, descriptor)
-            ]
+            jobs = [pool.submit(job, local) for job in _floor_jobs(plan, reader, descriptor)]
             for job in jobs:
                 job.result()
         os.fsync(descriptor)

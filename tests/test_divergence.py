@@ -104,6 +104,64 @@ def test_worst_token_names_sequence_position_and_text():
     assert (worst.sequence, worst.position, worst.token, worst.text) == ("b", 11, 7, "w")
 
 
+def test_rows_that_are_not_compared_are_left_out():
+    reference, native = logits(6, 9, 10), logits(6, 9, 11)
+    native[2] = reference[2][::-1] * 100  # far off, and left out
+    native[5] = np.nan
+    compared = np.array([True, False, False, True, True, False])
+    total = Accumulator()
+    words = ["a", "b", "c", "d", "e", "f"]
+    total.add(
+        reference[:4],
+        native[:4],
+        sequence="one",
+        start=20,
+        ids=[1, 2, 3, 4],
+        pieces=words[:4],
+        compared=compared[:4],
+    )
+    total.add(
+        reference[4:], native[4:], sequence="one", start=24, ids=[5, 6], compared=compared[4:]
+    )
+    found, kept = total.result(), [0, 3, 4]
+    kl = plain_kl(reference[kept], native[kept])
+    assert found.tokens == 3
+    assert found.kl_mean == pytest.approx(kl.mean()) and found.kl_max == pytest.approx(kl.max())
+    worst = kept[int(kl.argmax())]
+    assert found.worst.position == 20 + worst and found.worst.token == 1 + worst
+    assert found.worst.text == (words[worst] if worst < 4 else None)
+    assert found.max_logit_difference == pytest.approx(np.abs(reference[kept] - native[kept]).max())
+
+
+def test_each_place_that_is_compared_keeps_its_own_word():
+    for row in range(4):
+        native = logits(4, 9, 12)
+        native[row] = native[row][::-1]
+        total = Accumulator()
+        total.add(
+            logits(4, 9, 12),
+            native,
+            sequence="one",
+            start=0,
+            ids=[5, 6, 7, 8],
+            pieces=["w", "x", "y", "z"],
+            compared=np.arange(4) >= row,
+        )
+        worst = total.result().worst
+        assert (worst.position, worst.token, worst.text) == (row, 5 + row, "wxyz"[row])
+
+
+def test_a_slice_without_a_compared_row_adds_nothing():
+    reference, total = logits(3, 9, 13), Accumulator()
+    nothing = np.zeros(3, bool)
+    total.add(reference, -reference, sequence="one", start=0, ids=[1, 2, 3], compared=nothing)
+    with pytest.raises(ValueError, match="no tokens"):
+        total.result()
+    total.add(reference, reference, sequence="one", start=3, ids=[4, 5, 6])
+    found = total.result()
+    assert found.tokens == 3 and found.kl_max == 0 and found.worst.position == 3
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("side", ["reference", "native", "both"])
 def test_values_that_are_not_finite_never_pass(value, side):

@@ -43,6 +43,10 @@ def command(
     golden: Annotated[
         Path | None, typer.Option(help="Reference logits saved by `gemma-convert golden`.")
     ] = None,
+    whole_model: Annotated[
+        bool,
+        typer.Option("--whole-model", help="Load both models whole instead of layer by layer."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run both models on the same tokens and compare every token's distribution.
@@ -65,6 +69,7 @@ def command(
         audio=tuple(audio or ()),
         dtype=dtype.value,
         golden=golden,
+        whole_model=whole_model,
     )
     if as_json:
         show_json(report.as_json())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -16,14 +17,18 @@ from gemma_convert.architecture import Architecture
 from gemma_convert.config import read_architecture
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.logits.divergence import Accumulator, Divergence
+from gemma_convert.logits.drift import TOLERANCE, Drift
 from gemma_convert.logits.golden import SLICE_BYTES, Golden, load_golden
 from gemma_convert.logits.images import image_sequences
+from gemma_convert.logits.layerwise import LayerwiseReference
 from gemma_convert.logits.limit import Dtype, choose_limit, find_lossy_rows
 from gemma_convert.logits.native import LogitSource, NativeModel, check_towers, open_model
 from gemma_convert.logits.prompts import TokenSequence, check_ids, token_sequences
 from gemma_convert.logits.reference import TransformersLogits
 from gemma_convert.logits.report import LogitReport
 from gemma_convert.logits.sounds import sound_sequences
+from gemma_convert.logits.streaming import GoldenSlices, Logits, compare_slices, run_in_step
+from gemma_convert.reports import peak_memory
 
 
 def logit_check(
@@ -38,13 +43,15 @@ def logit_check(
     dtype: Dtype = "float32",
     golden: Path | None = None,
     lossy_rows: Sequence[str] | None = None,
+    whole_model: bool = False,
 ) -> LogitReport:
     """The report on whether the checkpoint `native`, of any layout, computes what `hf` does.
 
     With `images` or `audio`, files of pictures or of sounds (WAV), the tower that sees or hears
     them is run too, and the text around each of them is compared. With `golden`, `hf` need hold
     config.json alone, and the sequences are the golden file's. `lossy_rows` names what the
-    conversion rounded; None finds out. `max_kl` is in nats per token.
+    conversion rounded; None finds out. `max_kl` is in nats per token. Both sides run layer by layer
+    and in step, unless `whole_model` loads all of both, and then nothing is said of single layers.
     Raises SourceError where a side cannot be read or the two do not fit, UsageError for options
     that contradict each other.
     """
@@ -61,24 +68,27 @@ def logit_check(
         lossy_rows = find_lossy_rows(model.folder, model.dtypes, model.scaled_dtype, architecture)
     limit = choose_limit(max_kl, dtype, lossy_rows)
     stored = None if golden is None else _matching_golden(golden, hf, architecture)
-    reference: LogitSource
     if stored is None:
         sequences = token_sequences(hf, architecture, prompts, tokens)
         sequences += image_sequences(hf, architecture, images) if images else []
         sequences += sound_sequences(hf, architecture, audio) if audio else []
         check_towers(model, sequences)
-        reference = TransformersLogits(hf, sequences)
     else:
-        sequences, reference = list(stored.sequences), stored
-    ours = model.run(sequences, dtype)
-    divergence = _diverge(reference, ours, sequences, architecture.text.vocab)
+        sequences = list(stored.sequences)
+    if whole_model:
+        found = _run_whole(hf, stored, model, sequences, dtype, architecture)
+    else:
+        exact = dtype == "float32" and not lossy_rows
+        tolerance = TOLERANCE if exact else None
+        found = _run_streamed(hf, stored, model, sequences, dtype, architecture, tolerance)
     longest, window = max(len(one.ids) for one in sequences), architecture.text.window
     return LogitReport(
-        passed=divergence.within(limit.kl),
+        passed=found.divergence.within(limit.kl),
         proof=limit.proof,
         limit=limit.kl,
         limit_reason=limit.reason,
-        divergence=divergence,
+        divergence=found.divergence,
+        drift=found.drift,
         sequences=len(sequences),
         longest_sequence=longest,
         sliding_window=window,
@@ -87,13 +97,53 @@ def logit_check(
         layout=model.layout,
         dtype=dtype,
         reference="transformers" if stored is None else f"golden logits {stored.path.name}",
-        reference_device=reference.device,
-        native_device=ours.device,
+        reference_device=found.reference_device,
+        native_device=found.native_device,
+        whole_model=whole_model,
+        peak_memory_bytes=peak_memory(),
         versions=_versions(stored, model),
         seconds=time.monotonic() - started,
         lossy_rows=tuple(lossy_rows),
         warnings=(*limit.warnings, *_window_warning(longest, window)),
     )
+
+
+@dataclass(frozen=True)
+class _Run:
+    divergence: Divergence
+    drift: Drift | None
+    reference_device: str
+    native_device: str
+
+
+def _run_streamed(
+    hf: Path,
+    golden: Golden | None,
+    model: NativeModel,
+    sequences: Sequence[TokenSequence],
+    dtype: Dtype,
+    architecture: Architecture,
+    tolerance: float | None,
+) -> _Run:
+    reference: Logits = GoldenSlices(golden) if golden else LayerwiseReference(hf, sequences)
+    ours, text = model.stream(sequences, dtype), architecture.text
+    drift = run_in_step(reference, ours, tolerance)
+    divergence = compare_slices(reference, ours, sequences, vocab=text.vocab, embed=text.embed)
+    return _Run(divergence, drift, reference.device, ours.device)
+
+
+def _run_whole(
+    hf: Path,
+    golden: Golden | None,
+    model: NativeModel,
+    sequences: Sequence[TokenSequence],
+    dtype: Dtype,
+    architecture: Architecture,
+) -> _Run:
+    reference: LogitSource = TransformersLogits(hf, sequences) if golden is None else golden
+    ours = model.run(sequences, dtype)
+    divergence = _diverge(reference, ours, sequences, architecture.text.vocab)
+    return _Run(divergence, None, reference.device, ours.device)
 
 
 def _diverge(

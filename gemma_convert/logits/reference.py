@@ -12,7 +12,7 @@ import gc
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,31 +40,24 @@ class Reference:
 
     def __init__(self, hf: Path) -> None:
         """Raises SourceError where the checkpoint does not fill the model exactly."""
-        import torch
-
         self.architecture = read_architecture(hf)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        torch.set_float32_matmul_precision("highest")
-        with _quiet():
+        self.device = reference_device()
+        with quiet():
             self._model, report = _load(hf, self.architecture)
-        _check_loaded(report, self.architecture, hf)
+        check_loaded(report, self.architecture, hf)
         self._model = self._model.to(self.device).eval()
 
     @property
     def device_name(self) -> str:
         """Name of the device that the model runs on."""
-        import torch
-
-        if self.device.type == "cuda":
-            return str(torch.cuda.get_device_name(self.device))
-        return "cpu"
+        return name_device(self.device)
 
     def hidden(self, sequence: TokenSequence) -> torch.Tensor:
         """What the head is given, [positions embed], on the model's device."""
         import torch
 
         with torch.no_grad():
-            output = self._model.model(**self._inputs(sequence), use_cache=False)
+            output = self._model.model(**arguments(sequence, self.device), use_cache=False)
         state: torch.Tensor = output.last_hidden_state[0]
         return state
 
@@ -72,7 +65,7 @@ class Reference:
         """What stands in the places of the image in the embedding, [soft_tokens embed]."""
         import torch
 
-        inputs = self._inputs(sequence)
+        inputs = arguments(sequence, self.device)
         with torch.no_grad():
             output = self._model.model.get_image_features(
                 inputs["pixel_values"], inputs["image_position_ids"], return_dict=True
@@ -91,24 +84,12 @@ class Reference:
         array: npt.NDArray[np.float32] = output.pooler_output[output.attention_mask].cpu().numpy()
         return array
 
-    def _inputs(self, sequence: TokenSequence) -> dict[str, torch.Tensor]:
-        """The model's arguments for a batch of this one sequence."""
-        import torch
-
-        arrays: dict[str, npt.NDArray[Any]] = {"input_ids": np.array(sequence.ids, np.int64)}
-        if isinstance(sequence, SoftSequence):
-            arrays |= sequence.arguments
-        return {name: torch.from_numpy(a)[None].to(self.device) for name, a in arrays.items()}
-
     def head(self, hidden: torch.Tensor) -> npt.NDArray[np.float32]:
         """Logits [positions vocab] of hidden states [positions embed], soft-capped."""
         import torch
 
-        softcap = self.architecture.text.logit_softcap
         with torch.no_grad():
-            logits = self._model.lm_head(hidden)
-            if softcap is not None:
-                logits = torch.tanh(logits / softcap) * softcap
+            logits = softcapped(self._model.lm_head(hidden), self.architecture)
         array: npt.NDArray[np.float32] = logits.cpu().numpy()
         return array
 
@@ -144,13 +125,60 @@ class TransformersLogits:
             yield self._reference.head(hidden[start : start + rows])
 
 
-def _load(hf: Path, architecture: Architecture) -> tuple[Any, dict[str, Any]]:
+def reference_device() -> torch.device:
+    """Where the reference runs, with float32 products of float32 precision."""
     import torch
+
+    torch.set_float32_matmul_precision("highest")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def name_device(device: torch.device) -> str:
+    """Name of `device`, for the report."""
+    import torch
+
+    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else "cpu"
+
+
+def arguments(sequence: TokenSequence, device: torch.device) -> dict[str, torch.Tensor]:
+    """The model's arguments for a batch of this one sequence."""
+    import torch
+
+    arrays: dict[str, npt.NDArray[Any]] = {"input_ids": np.array(sequence.ids, np.int64)}
+    if isinstance(sequence, SoftSequence):
+        arrays |= sequence.arguments
+    return {name: torch.from_numpy(array)[None].to(device) for name, array in arrays.items()}
+
+
+def softcapped(logits: torch.Tensor, architecture: Architecture) -> torch.Tensor:
+    """`logits` as the model caps them."""
+    import torch
+
+    softcap = architecture.text.logit_softcap
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def model_class(architecture: Architecture) -> Any:
+    """transformers' class of the whole model. Raises SourceError where it has none."""
     import transformers
 
     name = "Gemma4ForCausalLM" if architecture.text_only else "Gemma4ForConditionalGeneration"
     try:
-        return getattr(transformers, name).from_pretrained(  # type: ignore[no-any-return]
+        return getattr(transformers, name)
+    except AttributeError as error:
+        raise SourceError(
+            "The installed transformers does not know Gemma 4.",
+            found=f"transformers {transformers.__version__}",
+            expected="transformers 5.23 or later",
+        ) from error
+
+
+def _load(hf: Path, architecture: Architecture) -> tuple[Any, dict[str, Any]]:
+    import torch
+
+    model = model_class(architecture)
+    try:
+        return model.from_pretrained(  # type: ignore[no-any-return]
             str(hf.resolve()),
             dtype=torch.float32,
             attn_implementation="eager",
@@ -161,19 +189,14 @@ def _load(hf: Path, architecture: Architecture) -> tuple[Any, dict[str, Any]]:
             ignore_mismatched_sizes=True,  # they are reported below, by name
             output_loading_info=True,
         )
-    except AttributeError as error:
-        raise SourceError(
-            "The installed transformers does not know Gemma 4.",
-            found=f"transformers {transformers.__version__}",
-            expected="transformers 5.23 or later",
-        ) from error
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise SourceError(
             "transformers cannot load the original checkpoint.", where=hf, found=str(error)[:800]
         ) from error
 
 
-def _check_loaded(report: dict[str, Any], architecture: Architecture, hf: Path) -> None:
+def check_loaded(report: Mapping[str, Any], architecture: Architecture, hf: Path) -> None:
+    """Nothing where `report`, as transformers' `from_pretrained` makes it, has no fault to tell."""
     unexpected = [key for key in report["unexpected_keys"] if not _ignorable(key, architecture)]
     problems = {
         "missing": sorted(map(str, report["missing_keys"])),
@@ -206,7 +229,7 @@ def _ignorable(key: str, architecture: Architecture) -> bool:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers without progress bars, log lines and the network."""
     import transformers
 

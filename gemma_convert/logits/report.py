@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from gemma_convert.logits.divergence import Divergence
+from gemma_convert.logits.drift import Drift
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -27,6 +28,8 @@ class LogitReport:
     limit: float
     limit_reason: str
     divergence: Divergence
+    drift: Drift | None
+    """None where layers were not compared: of the whole model at once, or with golden logits."""
     sequences: int
     longest_sequence: int
     sliding_window: int
@@ -37,6 +40,8 @@ class LogitReport:
     reference: str
     reference_device: str
     native_device: str
+    whole_model: bool
+    peak_memory_bytes: int
     versions: dict[str, str]
     seconds: float
     lossy_rows: tuple[str, ...] = ()
@@ -53,6 +58,7 @@ class LogitReport:
         """The report as strict JSON: figures that are NaN or infinite are null, listed in `nan`."""
         figures = asdict(self.divergence)
         tokens, worst = figures.pop("tokens"), figures.pop("worst")
+        drift = self.drift
         return {
             "schema": SCHEMA,
             "passed": self.passed,
@@ -63,6 +69,14 @@ class LogitReport:
             **{name: _finite(value) for name, value in figures.items()},
             "nan": sorted(name for name, value in figures.items() if not math.isfinite(value)),
             "worst_token": {**worst, "kl": _finite(worst["kl"])},
+            "embedding_drift": None if drift is None else _finite(drift.embedding),
+            "layers": [
+                {"layer": index, "drift": _finite(value)}
+                for index, value in enumerate(() if drift is None else drift.layers)
+            ],
+            "final_norm_drift": None if drift is None else _finite(drift.final_norm),
+            "drift_tolerance": None if drift is None else drift.tolerance,
+            "first_drift": None if drift is None else drift.first,
             "sequences": self.sequences,
             "tokens": tokens,
             "longest_sequence": self.longest_sequence,
@@ -73,6 +87,8 @@ class LogitReport:
             "dtype": self.dtype,
             "reference": self.reference,
             "devices": {"reference": self.reference_device, "native": self.native_device},
+            "whole_model": self.whole_model,
+            "peak_memory_bytes": self.peak_memory_bytes,
             "versions": dict(self.versions),
             "seconds": round(self.seconds, 3),
             "lossy_rows": list(self.lossy_rows),
@@ -105,6 +121,7 @@ def _lines(report: LogitReport) -> list[tuple[str, str]]:
         ("worst token", f"{worst.sequence}, position {worst.position}: id {worst.token}{text}"),
         ("top-1, top-10", f"{found.top1_agreement:.2%}, {found.topk_overlap:.2%} the same"),
         ("largest logit difference", f"{found.max_logit_difference:.2e}"),
+        *([("drift", _drift(report.drift))] if report.drift is not None else []),
         (
             "compared",
             f"{found.tokens} tokens in {report.sequences} sequences, the longest "
@@ -114,8 +131,21 @@ def _lines(report: LogitReport) -> list[tuple[str, str]]:
         ),
         ("reference", f"{report.reference}, float32, {report.reference_device}"),
         ("native", f"{report.layout}, {report.dtype}, {report.native_device}"),
-        ("time", f"{report.seconds:.1f} s"),
+        (
+            "time, memory",
+            f"{report.seconds:.1f} s, {report.peak_memory_bytes / 1e9:.1f} GB at most"
+            + (", both models whole" if report.whole_model else ", layer by layer"),
+        ),
     ]
+
+
+def _drift(drift: Drift) -> str:
+    last = f"{drift.final_norm:.0e} before the head"
+    if drift.tolerance is None:
+        return last
+    if drift.first is None:
+        return f"{last}, all layers within {drift.tolerance:.0e}"
+    return f"{last}; first beyond {drift.tolerance:.0e}: {drift.first}"
 
 
 def _finite(value: float) -> float | None:

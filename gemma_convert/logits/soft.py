@@ -6,6 +6,7 @@ How such places stand among the tokens is from `transformers/models/gemma4/proce
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ class Medium:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class SoftSequence(TokenSequence):
+class SoftSequence(TokenSequence, ABC):
     """Token ids of one prompt with one image or sound; equal to itself alone.
 
     `places` [length] is 1 where a soft token stands and 0 elsewhere.
@@ -71,9 +72,9 @@ class SoftSequence(TokenSequence):
         return compared
 
     @property
+    @abstractmethod
     def arguments(self) -> Mapping[str, npt.NDArray[Any]]:
         """What transformers' model is given beside the ids, without the axis of a batch."""
-        raise NotImplementedError
 
 
 def no_tower(medium: Medium, hf: Path) -> UsageError:

@@ -9,7 +9,7 @@ and logits are float32, and float32 products are float32 on every accelerator.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
@@ -21,6 +21,7 @@ import numpy as np
 from gemma_convert.architecture import Layer, Rope, TextArchitecture
 from gemma_convert.native.arithmetic import attend, gelu, rms_norm, rotary, routing, visible
 from gemma_convert.native.prompt import Prompt
+from gemma_convert.native.stored import read
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -159,9 +160,20 @@ class Kind:
 def final_hidden(
     weights: DecoderWeights, text: TextArchitecture, prompts: Sequence[Prompt], dtype: Dtype
 ) -> list[Float[Array, "batch length embed"]]:
-    """What the head is given [batch length embed], for each of `prompts`.
+    """What the head is given [batch length embed], for each of `prompts`."""
+    states: list[jax.Array] = []
+    for states in stages(weights, text, prompts, dtype):  # noqa: B007
+        pass
+    return states
 
-    Every layer's weights are moved to the device once, for all prompts.
+
+def stages(
+    weights: DecoderWeights, text: TextArchitecture, prompts: Sequence[Prompt], dtype: Dtype
+) -> Iterator[list[Float[Array, "batch length embed"]]]:
+    """The states of `prompts` [batch length embed]: embedded, behind each layer, behind the norm.
+
+    Every layer's weights are read and moved to the device once, for all prompts, and dropped before
+    its states are given.
     """
     states = [embed(weights, text, prompt, dtype) for prompt in prompts]
     inputs = [
@@ -176,8 +188,9 @@ def final_hidden(
         for prompt in prompts
     ]
     kept: dict[tuple[int, int], KeysAndValues] = {}
+    yield list(states)
     for facts in text.layers:
-        mine = jax.device_put(weights.layer(facts.index))
+        mine = jax.device_put(jax.tree.map(read, weights.layer(facts.index)))
         kind = kind_of(text, facts)
         for number, ple in enumerate(inputs):
             states[number], keys_values = layer(
@@ -190,7 +203,9 @@ def final_hidden(
             )
             if facts.index in sources:
                 kept[number, facts.index] = keys_values
-    return [rms_norm(state, weights.final_scale(), text.norm_epsilon) for state in states]
+        del mine
+        yield list(states)
+    yield [rms_norm(state, weights.final_scale(), text.norm_epsilon) for state in states]
 
 
 def kind_of(text: TextArchitecture, facts: Layer) -> Kind:

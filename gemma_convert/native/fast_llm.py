@@ -79,26 +79,39 @@ class FastLLM:
     def final_hidden(
         self, batches: Sequence[Tokens]
     ) -> list[Float[torch.Tensor, "batch length embed"]]:
-        """What the head is given [batch length embed], for each of `batches` [batch length].
+        """What the head is given [batch length embed], for each of `batches` [batch length]."""
+        states: list[torch.Tensor] = []
+        for states in self.stages(batches):  # noqa: B007
+            pass
+        return states
 
-        Every layer's weights are loaded once, for all batches. Raises SourceError for token ids
-        outside the vocabulary.
+    def stages(
+        self, batches: Sequence[Tokens]
+    ) -> Iterator[list[Float[torch.Tensor, "batch length embed"]]]:
+        """The states of `batches` [batch length embed]: embedded, behind each layer, and the norm.
+
+        Every layer's weights are loaded once, for all batches, and dropped before its states are
+        given. Raises SourceError for token ids outside the vocabulary.
         """
         states = [self._embed(tokens) for tokens in batches]
+        yield states
         for index, block in enumerate(self.config.layers):
             weights = self._layer(index)
             states = [layer(weights, state, block) for state in states]
+            del weights
+            yield states
         weight = self._tensor(FINAL_NORM)
-        return [rms_norm(state, self.config.final_epsilon, weight) for state in states]
+        yield [rms_norm(state, self.config.final_epsilon, weight) for state in states]
 
     def head(
-        self, hidden: Float[torch.Tensor, "*places embed"]
+        self, hidden: Float[torch.Tensor, "*places embed"], vocab: slice = slice(None)
     ) -> Float[torch.Tensor, "*places vocab"]:
         """Logits [*places vocab] in float32, soft-capped; the output table is the embedding.
 
-        The table stays in the file: a slice of its rows at a time is moved to the device.
+        `vocab` are the tokens whose logits are wanted. The table stays in the file: a slice of its
+        rows at a time is moved to the device.
         """
-        table = self._read(EMBEDDING)
+        table = self._read(EMBEDDING)[vocab]
         slices = (
             rows.to(self.device).to(self._dtype).float() for rows in table.split(_VOCAB_SLICE)
         )

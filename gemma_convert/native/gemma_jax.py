@@ -8,7 +8,7 @@ them and `mlp2` the dense branch, and the norms are numbered accordingly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from gemma_convert.native import decoder
 from gemma_convert.native.arithmetic import gelu, head, product
 from gemma_convert.native.decoder import Dtype, Norm, Params, at
 from gemma_convert.native.prompt import Prompt
+from gemma_convert.native.stored import read
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -63,18 +64,37 @@ def forward(
 def final_hidden(
     tree: Params, text: TextArchitecture, prompts: Sequence[Prompt], dtype: Dtype = "float32"
 ) -> list[Float[Array, "batch length embed"]]:
-    """What the head is given [batch length embed], for each of `prompts`.
-
-    Every layer's weights are moved to the device once, for all prompts.
-    """
+    """What the head is given [batch length embed], for each of `prompts`."""
     return decoder.final_hidden(GemmaJaxWeights(tree, text), text, prompts, dtype)
+
+
+def stages(
+    tree: Params, text: TextArchitecture, prompts: Sequence[Prompt], dtype: Dtype = "float32"
+) -> Iterator[list[Float[Array, "batch length embed"]]]:
+    """The states of `prompts` [batch length embed]: embedded, behind each layer, behind the norm.
+
+    Arrays of `tree` may still be in a file: they are read when they are needed.
+    """
+    return decoder.stages(GemmaJaxWeights(tree, text), text, prompts, dtype)
 
 
 def output_table(
     tree: Params, text: TextArchitecture, dtype: Dtype = "float32"
 ) -> Float[Array, "vocab embed"]:
     """The tied output table [vocab embed]: the embedding as it is stored."""
-    return jnp.asarray(at(tree, "embedder", "input_embedding")).astype(dtype)
+    return output_rows(stored_table(tree), text, dtype)
+
+
+def stored_table(tree: Params) -> Any:
+    """The array [vocab embed], perhaps still in a file, that the output table is made of."""
+    return at(tree, "embedder", "input_embedding")
+
+
+def output_rows(
+    stored: Float[Array, "rows embed"], text: TextArchitecture, dtype: Dtype = "float32"
+) -> Float[Array, "rows embed"]:
+    """Rows of the output table, made of the same rows of `stored_table`."""
+    return jnp.asarray(stored).astype(dtype)
 
 
 @dataclass(frozen=True)
@@ -98,17 +118,17 @@ class GemmaJaxWeights:
     def per_layer_context(
         self, embedded: Float[Array, "batch length embed"]
     ) -> Float[Array, "batch length layers ple"]:
-        kernel = jnp.asarray(at(self.tree, "embedder", "per_layer_model_projection", "w"))
-        return product("ble,eyp->blyp", embedded, kernel)
+        kernel = read(at(self.tree, "embedder", "per_layer_model_projection", "w"))
+        return product("ble,eyp->blyp", embedded, jnp.asarray(kernel))
 
     def per_layer_scale(self) -> Float[Array, " ple"]:
-        return at(self.tree, "embedder", "per_layer_projection_norm", "scale")
+        return jnp.asarray(read(at(self.tree, "embedder", "per_layer_projection_norm", "scale")))
 
     def layer(self, index: int) -> GemmaJaxLayer:
         return GemmaJaxLayer(layer_params(self.tree, self.text, index))
 
     def final_scale(self) -> Float[Array, " embed"]:
-        return at(self.tree, "final_norm", "scale")
+        return jnp.asarray(read(at(self.tree, "final_norm", "scale")))
 
 
 def layer_params(tree: Params, text: TextArchitecture, index: int) -> Params:

@@ -7,7 +7,7 @@ table can cancel itself here. Arithmetic: `native/decoder.py`. Layout of the tre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from gemma_convert.native import decoder
 from gemma_convert.native.arithmetic import gelu, head, product
 from gemma_convert.native.decoder import Dtype, Norm, Params, at
 from gemma_convert.native.prompt import Prompt
+from gemma_convert.native.stored import read
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -59,18 +60,37 @@ def forward(
 def final_hidden(
     tree: Params, text: TextArchitecture, prompts: Sequence[Prompt], dtype: Dtype = "float32"
 ) -> list[Float[Array, "batch length embed"]]:
-    """What the head is given [batch length embed], for each of `prompts`.
-
-    Every layer's weights are moved to the device once, for all prompts.
-    """
+    """What the head is given [batch length embed], for each of `prompts`."""
     return decoder.final_hidden(MaxTextWeights(tree, text), text, prompts, dtype)
+
+
+def stages(
+    tree: Params, text: TextArchitecture, prompts: Sequence[Prompt], dtype: Dtype = "float32"
+) -> Iterator[list[Float[Array, "batch length embed"]]]:
+    """The states of `prompts` [batch length embed]: embedded, behind each layer, behind the norm.
+
+    Arrays of `tree` may still be in a file: they are read when they are needed.
+    """
+    return decoder.stages(MaxTextWeights(tree, text), text, prompts, dtype)
 
 
 def output_table(
     tree: Params, text: TextArchitecture, dtype: Dtype = "float32"
 ) -> Float[Array, "vocab embed"]:
     """The tied output table [vocab embed]: the stored embedding without its factor √embed."""
-    table = jnp.asarray(at(tree, "token_embedder", "embedding")).astype(jnp.float32)
+    return output_rows(stored_table(tree), text, dtype)
+
+
+def stored_table(tree: Params) -> Any:
+    """The array [vocab embed], perhaps still in a file, that the output table is made of."""
+    return at(tree, "token_embedder", "embedding")
+
+
+def output_rows(
+    stored: Float[Array, "rows embed"], text: TextArchitecture, dtype: Dtype = "float32"
+) -> Float[Array, "rows embed"]:
+    """Rows of the output table, made of the same rows of `stored_table`."""
+    table = jnp.asarray(stored).astype(jnp.float32)
     return (table / np.float32(text.embed**0.5)).astype(dtype)
 
 
@@ -94,17 +114,17 @@ class MaxTextWeights:
     def per_layer_context(
         self, embedded: Float[Array, "batch length embed"]
     ) -> Float[Array, "batch length layers ple"]:
-        kernel = jnp.asarray(at(self.tree, *_PER_LAYER, "per_layer_model_projection", "kernel"))
-        return self._by_layer(product("ble,ep->blp", embedded, kernel))
+        kernel = read(at(self.tree, *_PER_LAYER, "per_layer_model_projection", "kernel"))
+        return self._by_layer(product("ble,ep->blp", embedded, jnp.asarray(kernel)))
 
     def per_layer_scale(self) -> Float[Array, " ple"]:
-        return at(self.tree, *_PER_LAYER, "per_layer_projection_norm", "scale")
+        return jnp.asarray(read(at(self.tree, *_PER_LAYER, "per_layer_projection_norm", "scale")))
 
     def layer(self, index: int) -> MaxTextLayer:
         return MaxTextLayer(layer_params(self.tree, self.text, index))
 
     def final_scale(self) -> Float[Array, " embed"]:
-        return at(self.tree, "decoder", "decoder_norm", "scale")
+        return jnp.asarray(read(at(self.tree, "decoder", "decoder_norm", "scale")))
 
     def _by_layer(self, packed: Any) -> jax.Array:
         return jnp.asarray(packed).reshape(*packed.shape[:-1], len(self.text.layers), self.text.ple)

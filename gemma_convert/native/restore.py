@@ -1,4 +1,4 @@
-"""A MaxText or gemma checkpoint → its parameter tree, read by Orbax itself.
+"""A MaxText or gemma checkpoint → its parameter tree, restored by Orbax or left in its file.
 
 Our own store is never used here: a check that read the tree with the code that wrote it would hide
 that code's mistakes. Nothing is written, and no optimizer state is loaded. Layout of the folders:
@@ -8,6 +8,7 @@ MaxText's `load_parameters_path` and its training checkpoints (August 2026); wha
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from gemma_convert.errors import SourceError
+from gemma_convert.native.stored import StoredArray, open_stored
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
@@ -50,13 +52,15 @@ def restore_maxtext(items: Path, modules: Sequence[str] | None = None) -> Tree:
     reads all. Raises SourceError where the tree is not `params.params.<module>` or lacks a module.
     """
     with _orbax(items) as handler:
-        below = _below_params(_metadata(handler, items), items)
-        for module in modules or ():
-            if module not in below:
-                raise _unlike_maxtext(items, f"params.params.{module}", below)
-        wanted = {name: below[name] for name in (modules or below)}
+        wanted = _maxtext_modules(handler, items, modules)
         tree: Tree = _restored(handler, items, {"params": {"params": wanted}})["params"]["params"]
         return tree
+
+
+def open_maxtext(items: Path, modules: Sequence[str] | None = None) -> Tree:
+    """The same tree with every array left in its file, as a StoredArray."""
+    with _orbax(items) as handler:
+        return _stored(_maxtext_modules(handler, items, modules), items)
 
 
 def is_gemma_jax(items: Path) -> bool:
@@ -84,12 +88,52 @@ def restore_gemma_jax(items: Path, modules: Sequence[str] | None = None) -> Tree
     a module.
     """
     with _orbax(items) as handler:
-        tree = _gemma_jax_tree(_metadata(handler, items), items)
-        for module in modules or ():
-            if module not in tree:
-                raise _unlike_gemma_jax(items, module, tree)
-        wanted = {name: tree[name] for name in (modules or tree)}
+        wanted = _gemma_jax_modules(handler, items, modules)
         return _dense_below_w(_restored(handler, items, wanted))
+
+
+def open_gemma_jax(items: Path, modules: Sequence[str] | None = None) -> Tree:
+    """The same tree with every array left in its file, as a StoredArray."""
+    with _orbax(items) as handler:
+        return _dense_below_w(_stored(_gemma_jax_modules(handler, items, modules), items))
+
+
+def _maxtext_modules(
+    handler: ocp.PyTreeCheckpointHandler, items: Path, modules: Sequence[str] | None
+) -> Tree:
+    """What the metadata has of `modules` below params/params."""
+    below = _below_params(_metadata(handler, items), items)
+    for module in modules or ():
+        if module not in below:
+            raise _unlike_maxtext(items, f"params.params.{module}", below)
+    return {name: below[name] for name in (modules or below)}
+
+
+def _gemma_jax_modules(
+    handler: ocp.PyTreeCheckpointHandler, items: Path, modules: Sequence[str] | None
+) -> Tree:
+    """What the metadata has of `modules`."""
+    tree = _gemma_jax_tree(_metadata(handler, items), items)
+    for module in modules or ():
+        if module not in tree:
+            raise _unlike_gemma_jax(items, module, tree)
+    return {name: tree[name] for name in (modules or tree)}
+
+
+def _stored(metadata: Mapping[str, Any], items: Path) -> Tree:
+    """The arrays that `metadata` names, opened in the format that Orbax' own file says."""
+    facts = json.loads((items / _CONTENT).read_text(encoding="utf-8"))
+    ocdbt, zarr3 = bool(facts.get("use_ocdbt")), bool(facts.get("use_zarr3"))
+
+    def opened(level: Mapping[str, Any]) -> dict[str, Any | StoredArray]:
+        return {
+            key: opened(below)
+            if isinstance(below, Mapping)
+            else open_stored(items, below.name, ocdbt, zarr3)
+            for key, below in level.items()
+        }
+
+    return opened(metadata)
 
 
 def _restored(handler: ocp.PyTreeCheckpointHandler, items: Path, item: Tree) -> Tree:

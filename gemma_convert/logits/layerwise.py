@@ -1,0 +1,299 @@
+"""The original checkpoint run by transformers' own modules, with one layer in memory at a time.
+
+The model is made without its weights. What runs once for a sequence (embeddings, towers,
+projections) is filled when it is called and emptied again; the decoder layers stand aside and note
+what they are called with, and are then run one by one, each for all sequences. So the largest thing
+in memory is one layer in float32; where that has experts, all of them. Source of what a layer may
+be given: `Gemma4TextModel.forward` in `transformers/models/gemma4/modeling_gemma4.py` (5.23), where
+no argument but the hidden state comes out of another layer's weights, and the keys and values of
+layers that share them go through one object.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gemma_convert.architecture import Architecture
+from gemma_convert.config import read_architecture
+from gemma_convert.errors import SourceError
+from gemma_convert.logits.prompts import TokenSequence
+from gemma_convert.logits.reference import (
+    arguments,
+    check_loaded,
+    model_class,
+    name_device,
+    quiet,
+    reference_device,
+    softcapped,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_HEAD = "lm_head.weight"
+
+
+class LayerwiseReference:
+    """Hidden states behind each layer, and logits, of `sequences`; SourceError as for Reference."""
+
+    def __init__(self, hf: Path, sequences: Sequence[TokenSequence]) -> None:
+        self.architecture = read_architecture(hf)
+        self._sequences, self._device = sequences, reference_device()
+        self._files = _TensorFiles(hf)
+        with quiet():
+            self._model = _empty_model(hf, self.architecture, self._device)
+        wanted = {
+            name: tuple(tensor.shape)
+            for name, tensor in self._model.state_dict().items()
+            if name != _HEAD or name in self._files.shapes
+        }
+        check_loaded(_filling(wanted, self._files.shapes), self.architecture, hf)
+        self._text = getattr(self._model.model, "language_model", self._model.model)
+        self._prefix = "model." if self._text is self._model.model else "model.language_model."
+        self._fill_when_called()
+
+    @property
+    def device(self) -> str:
+        """Name of the device that the reference runs on."""
+        return name_device(self._device)
+
+    def stages(self) -> Iterator[list[npt.NDArray[np.float32]]]:
+        """The states of each sequence [length embed]: embedded, behind each layer, and the norm."""
+        import torch
+
+        with torch.no_grad():
+            calls = [self._noted(sequence) for sequence in self._sequences]
+        states = [call.hidden for call in calls]
+        yield _on_host(states)
+        for index, layer in enumerate(self._text.layers):
+            self._fill(layer, f"{self._prefix}layers.{index}.", deep=True)
+            with torch.no_grad():
+                states = [
+                    layer(state, *call.layers[index][0], **call.layers[index][1])
+                    for state, call in zip(states, calls, strict=True)
+                ]
+            _empty(layer, deep=True)
+            yield _on_host(states)
+        with torch.no_grad():
+            self._hidden = [self._text.norm(state)[0] for state in states]
+        yield _on_host([state[None] for state in self._hidden])
+
+    def logits(self, vocab: Sequence[slice]) -> Iterator[npt.NDArray[np.float32]]:
+        """Logits [positions width] of each slice of the vocabulary, of all compared positions.
+
+        `stages` must have come to its end.
+        """
+        import torch
+
+        rows = zip(self._hidden, self._sequences, strict=True)
+        hidden = torch.cat([state[torch.from_numpy(one.compared)] for state, one in rows])
+        name = _HEAD if _HEAD in self._files.shapes else f"{self._prefix}embed_tokens.weight"
+        for part in vocab:
+            weight = self._files.read(name, part, self._device)
+            with torch.no_grad():
+                logits = torch.nn.functional.linear(hidden, weight)
+                array: npt.NDArray[np.float32] = softcapped(logits, self.architecture).cpu().numpy()
+            yield array
+
+    def _noted(self, sequence: TokenSequence) -> _Calls:
+        """What the model calls its layers with for this sequence."""
+        import torch
+
+        calls = _Calls()
+        layers = self._text.layers
+        self._text.layers = torch.nn.ModuleList(_aside(calls) for _ in layers)
+        try:
+            self._model.model(**arguments(sequence, self._device), use_cache=False)
+        finally:
+            self._text.layers = layers
+        return calls
+
+    def _fill_when_called(self) -> None:
+        """Gives every module but the layers its own weights for the time of a call."""
+        tables = [
+            name for name in ("embed_tokens", "embed_tokens_per_layer") if hasattr(self._text, name)
+        ]
+        for name in tables:
+            self._gather_when_called(getattr(self._text, name), f"{self._prefix}{name}.weight")
+        left_out = tuple(f"{self._prefix}{name}" for name in ("layers.", *tables))
+        for path, module in self._model.model.named_modules(prefix="model"):
+            if f"{path}.".startswith(left_out) or not _own(module):
+                continue
+            prefix = f"{path}."
+            module.register_forward_pre_hook(
+                lambda module, _, prefix=prefix: self._fill(module, prefix)
+            )
+            module.register_forward_hook(lambda module, _, __: _empty(module))
+
+    def _gather_when_called(self, table: Any, name: str) -> None:
+        """Gives an embedding the rows that it is called for, and numbers that find them there.
+
+        Between calls every row of its weight is that of padding, which `Gemma4Model.forward` reads.
+        """
+        import torch
+
+        padding = self._files.read(name, slice(table.padding_idx, table.padding_idx + 1))
+        between = torch.nn.Parameter(padding.to(self._device).expand(table.weight.shape), False)
+        table.weight, table.padding_idx = between, None
+
+        def fill(module: Any, given: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+            rows, places = given[0].unique(return_inverse=True)
+            weight = self._files.read(name, rows.cpu(), self._device)
+            module.weight = torch.nn.Parameter(weight, False)
+            return (places,)
+
+        def empty(module: Any, _: Any, __: Any) -> None:
+            module.weight = between
+
+        table.register_forward_pre_hook(fill)
+        table.register_forward_hook(empty)
+
+    def _fill(self, module: Any, prefix: str, deep: bool = False) -> None:
+        """Its weights in float32, those of the modules in it too if `deep`."""
+        import torch
+
+        for path, part in module.named_modules() if deep else [("", module)]:
+            for name, tensor in _own(part).items():
+                stored = f"{prefix}{path}.{name}" if path else f"{prefix}{name}"
+                value = self._files.read(stored, device=self._device)
+                is_parameter = isinstance(tensor, torch.nn.Parameter)
+                setattr(part, name, torch.nn.Parameter(value, False) if is_parameter else value)
+
+
+class _TensorFiles:
+    """The safetensors files that transformers loads: shapes, and parts of tensors in float32."""
+
+    def __init__(self, hf: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        file: Any
+        self._files: dict[str, Any] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        try:
+            for name in _listed(hf):
+                file = safe_open(hf / name, framework="pt")
+                for key in file.keys():  # noqa: SIM118
+                    self._files[key] = file
+                    self.shapes[key] = tuple(file.get_slice(key).get_shape())
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise SourceError(
+                "The original checkpoint cannot be read.", where=hf, found=str(error)[:500]
+            ) from error
+
+    def read(
+        self, name: str, rows: slice | torch.Tensor | None = None, device: Any = None
+    ) -> torch.Tensor:
+        """A tensor, or rows of it: the file is mapped into memory, so no other rows are read."""
+        import torch
+
+        tensor: torch.Tensor = self._files[name].get_tensor(name)
+        part = tensor if rows is None else tensor[rows]
+        return part.to(device=device, dtype=torch.float32, copy=True)
+
+
+def _listed(hf: Path) -> list[str]:
+    if (hf / _SINGLE).is_file() or not (hf / _INDEX).is_file():
+        return [_SINGLE]
+    index = json.loads((hf / _INDEX).read_text(encoding="utf-8"))
+    return sorted(set(index["weight_map"].values()))
+
+
+class _Calls:
+    """The embedded prompt, and what each layer is called with behind its hidden state."""
+
+    def __init__(self) -> None:
+        self.hidden: Any = None
+        self.layers: list[tuple[tuple[Any, ...], Mapping[str, Any]]] = []
+
+
+def _aside(calls: _Calls) -> Any:
+    """A module in the place of a layer, which notes what it is called with."""
+    import torch
+
+    class Aside(torch.nn.Module):  # type: ignore[misc]
+        def forward(self, hidden: Any, *others: Any, **named: Any) -> Any:
+            calls.hidden = hidden
+            calls.layers.append((others, named))
+            return hidden
+
+    return Aside()
+
+
+def _empty_model(hf: Path, architecture: Architecture, device: torch.device) -> Any:
+    """transformers' model without weights, with the buffers that it computes for itself."""
+    import torch
+
+    model_type = model_class(architecture)
+    try:
+        config = model_type.config_class.from_pretrained(str(hf.resolve()), local_files_only=True)
+        with torch.device("meta"):
+            model = model_type._from_config(
+                config,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                experts_implementation="eager",
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise SourceError(
+            "transformers cannot make the model of this config.json.",
+            where=hf,
+            found=str(error)[:800],
+        ) from error
+    for module in model.modules():
+        module._is_hf_initialized = False
+        for name in module._non_persistent_buffers_set:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
+    model.initialize_weights()
+    return model.eval().requires_grad_(False)
+
+
+def _filling(
+    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> dict[str, Any]:
+    """What `from_pretrained` would report of filling `wanted` from `found`."""
+    return {
+        "missing_keys": wanted.keys() - found.keys(),
+        "unexpected_keys": found.keys() - wanted.keys(),
+        "mismatched_keys": {
+            (name, found[name], wanted[name])
+            for name in wanted.keys() & found.keys()
+            if found[name] != wanted[name]
+        },
+    }
+
+
+def _own(module: Any) -> dict[str, torch.Tensor]:
+    """The parameters and the stored buffers of a module, without those of modules in it."""
+    computed = module._non_persistent_buffers_set
+    buffers = {name: one for name, one in module._buffers.items() if name not in computed}
+    return {
+        name: one
+        for name, one in (*module._parameters.items(), *buffers.items())
+        if one is not None
+    }
+
+
+def _empty(module: Any, deep: bool = False) -> None:
+    """Drops the weights that `_fill` gave."""
+    for part in module.modules() if deep else [module]:
+        for name, tensor in _own(part).items():
+            setattr(part, name, _like(tensor))
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor, or a parameter, of the same shape without values."""
+    import torch
+
+    empty = torch.empty_like(tensor, device="meta")
+    return torch.nn.Parameter(empty, False) if isinstance(tensor, torch.nn.Parameter) else empty
+
+
+def _on_host(states: Sequence[torch.Tensor]) -> list[npt.NDArray[np.float32]]:
+    return [state[0].cpu().numpy() for state in states]

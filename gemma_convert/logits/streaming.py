@@ -1,0 +1,109 @@
+"""Both sides in step: layer by layer, then slice by slice of the vocabulary.
+
+What is in memory is a layer of each side, the hidden states, and one slice of logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from gemma_convert.logits.divergence import Accumulator, Divergence, Floats, SlicedComparison
+from gemma_convert.logits.drift import Drift, States, measure_drift
+from gemma_convert.logits.golden import Golden
+from gemma_convert.logits.prompts import TokenSequence
+
+LOGIT_BYTES = 32 << 20
+"""Most bytes of one slice of logits in float32; a slice has `_LEAST_ROWS` at the least."""
+
+TABLE_BYTES = 128 << 20
+"""Most bytes of the rows of an output table, in float32, that one slice is made of."""
+
+_LEAST_ROWS = 256
+
+
+class Logits(Protocol):
+    """A side whose logits can be had by slices of the vocabulary."""
+
+    @property
+    def device(self) -> str:
+        """Name of the device, for the report."""
+
+    def logits(self, vocab: Sequence[slice]) -> Iterator[Floats]:
+        """Logits [positions width] of each slice, of all sequences' compared positions in order."""
+
+
+class Streamed(Logits, Protocol):
+    """A side that is run layer by layer; `stages` must have come to its end before `logits`."""
+
+    def stages(self) -> Iterator[States]:
+        """The states of each sequence: embedded, behind each layer, and behind the final norm."""
+
+
+@dataclass(frozen=True)
+class GoldenSlices:
+    """Golden logits, read from their file by slices of the vocabulary."""
+
+    golden: Golden
+
+    @property
+    def device(self) -> str:
+        """Where the logits come from, in the place of a device's name."""
+        return self.golden.device
+
+    def logits(self, vocab: Sequence[slice]) -> Iterator[Floats]:
+        """Logits [positions width] of each slice, of all sequences' positions in order."""
+        from safetensors import safe_open
+
+        with safe_open(str(self.golden.path), framework="numpy") as file:
+            stored = [
+                file.get_slice(f"logits.{index}") for index in range(len(self.golden.sequences))
+            ]
+            for part in vocab:
+                yield np.concatenate([one[:, part.start : part.stop] for one in stored])
+
+
+def run_in_step(reference: Logits, native: Streamed, tolerance: float | None) -> Drift | None:
+    """Runs the layers; the drift, or None where the reference is logits alone."""
+    stages = getattr(reference, "stages", None)
+    if stages is not None:
+        return measure_drift(stages(), native.stages(), tolerance)
+    for _ in native.stages():
+        pass
+    return None
+
+
+def compare_slices(
+    reference: Logits,
+    native: Logits,
+    sequences: Sequence[TokenSequence],
+    *,
+    vocab: int,
+    embed: int,
+) -> Divergence:
+    """The divergence over all compared positions, from slices of the vocabulary."""
+    places = [np.flatnonzero(sequence.compared) for sequence in sequences]
+    slices = vocabulary_slices(vocab, embed, sum(map(len, places)))
+    compared = SlicedComparison()
+    for pair in zip(reference.logits(slices), native.logits(slices), strict=True):
+        compared.add(*pair)
+    total = Accumulator()
+    total.add_compared(
+        compared.result(),
+        [
+            (one.name, row, one.ids[row], None if one.pieces is None else one.pieces[row])
+            for one, rows in zip(sequences, places, strict=True)
+            for row in rows.tolist()
+        ],
+    )
+    return total.result()
+
+
+def vocabulary_slices(vocab: int, embed: int, positions: int) -> list[slice]:
+    """The vocabulary in slices that fit `LOGIT_BYTES` and `TABLE_BYTES`."""
+    fitting = min(LOGIT_BYTES // (4 * max(1, positions)), TABLE_BYTES // (4 * embed))
+    width = min(vocab, max(_LEAST_ROWS, fitting // _LEAST_ROWS * _LEAST_ROWS))
+    return [slice(start, min(start + width, vocab)) for start in range(0, vocab, width)]
