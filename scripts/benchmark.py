@@ -308,7 +308,7 @@ def _buffer(local: threading.local, name: str, size: int) -> np.ndarray:
 
 
 def summary(runs: Mapping[str, list[Run]], size: int) -> dict[str, dict[str, object]]:
-    """Name → median time, its ratios to the floor and to `cp -r` of the same round, memory, bytes."""
+    """Name → median time, its ratios to the floor and `cp -r` of the same round, memory, bytes."""
     report: dict[str, dict[str, object]] = {}
     for name, found in runs.items():
         walls = [run.wall for run in found]
@@ -347,7 +347,7 @@ def show(report: Mapping[str, Mapping[str, object]]) -> None:
     ]
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     for row in (head, *rows):
-        first, *rest = (text.rjust(width) for text, width in zip(row, widths, strict=True))
+        _, *rest = (text.rjust(width) for text, width in zip(row, widths, strict=True))
         print("  ".join([row[0].ljust(widths[0]), *rest]))
 
 
