@@ -650,7 +650,7 @@ def test_trees_without_the_tower_hear_nothing(
     source, of, layout, tiny, converted, clips, monkeypatch
 ):
     """Before the original is loaded, which may take long."""
-    monkeypatch.setattr(check_module, "TransformersLogits", None)
+    monkeypatch.setattr(check_module, "LayerwiseReference", None)
     native = converted(tiny("e2b", **of), layout)
     with pytest.raises(UsageError, match="without the audio tower, so it hears no") as caught:
         logit_check(tiny("e2b", **source), native, tokens=3, audio=[clips["odd.wav"]])

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -571,3 +573,35 @@ def test_whole_model_on_the_command_line(tiny, converted, monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         main()
     assert not caught.value.code and "both models whole" in capsys.readouterr().out
+
+
+def test_states_come_in_the_order_of_the_sequences():
+    sequences = [TokenSequence(str(n), (5,) * n) for n in (3, 100, 4)]
+    groups = native_module._batches(sequences)
+    assert groups == [[0, 2], [1]]
+    states = [np.arange(2 * 64).reshape(2, 64, 1), -np.arange(128).reshape(1, 128, 1)]
+    first, long, last = native_module._by_sequence(states, groups, sequences)
+    assert first[:, 0].tolist() == [0, 1, 2] and last[:, 0].tolist() == [64, 65, 66, 67]
+    assert long[:, 0].tolist() == [-n for n in range(100)]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, sets glibc's malloc")
+def test_blocks_freed_between_others_go_back_to_the_kernel():
+    code = """
+import numpy as np
+from gemma_convert.allocator import return_large_blocks
+
+def resident():
+    status = open("/proc/self/status").read()
+    return int(status.split("RssAnon:")[1].split()[0]) >> 10
+
+return_large_blocks()
+before = resident()
+np.ones(3 << 20)
+blocks = [np.ones(1 << 20) for _ in range(30)]
+assert resident() > before + 200
+del blocks[:-1]
+assert resident() < before + 50, resident() - before
+"""
+    root = Path(check_module.__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)

@@ -55,10 +55,12 @@ def command(
 
     Example: gemma-convert logit-check gemma-4-E2B-it out --image cat.png
     """
+    from gemma_convert.allocator import return_large_blocks
     from gemma_convert.logits.check import logit_check
     from gemma_convert.logits.report import render
     from gemma_convert.output import show, show_json
 
+    return_large_blocks()
     report = logit_check(
         hf,
         native,
