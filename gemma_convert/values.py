@@ -63,7 +63,7 @@ def keep_originals(stored: Array, native: Array, back: Array, scale: float | Non
 
 
 def keep_exact(native: Array, back: Array, dtype: str, scale: float) -> None:
-    """Where a value of the narrower `dtype` gives the native one, it is what comes back.
+    """Where a value of `dtype`, the original's, gives the native one, it is what comes back.
 
     A float32 quotient of such a product may be off in its last bit.
     """
