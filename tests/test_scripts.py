@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import FAMILIES
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -27,7 +26,7 @@ def run(script: str, *arguments: object, **variables: str) -> subprocess.Complet
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["e2b", "26b-a4b"])
 def test_convert_and_check(tiny, tmp_path, family):
     name = f"convert_{family.replace('-', '_')}.sh"
     done = run(name, tiny(family), tmp_path / "out")
