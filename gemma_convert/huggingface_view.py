@@ -64,7 +64,7 @@ class HuggingFaceView:
         if scale is None:
             self._assemble(name, ranges, values)
             return
-        dtype = self._native_dtype(name)
+        dtype = native_dtype(self.native, self.plan.sources[name])
         scaled = np.empty(values.shape, numpy_dtype(dtype))
         self._assemble(name, ranges, scaled)
         back = restore_exactly(scaled, source.spec.dtype, scale)
@@ -116,9 +116,6 @@ class HuggingFaceView:
                 values = self._array(copy.target.tensor).read(copy.target.box(ranges))
                 part = block[selection(copy, ranges)].transpose(copy.permutation)
                 convert(values.reshape(part.shape), part, None)
-
-    def _native_dtype(self, name: str) -> str:
-        return native_dtype(self.native, self.plan.sources[name])
 
     def _keep_originals(
         self, name: str, start: int, scaled: Array, back: Array, scale: float

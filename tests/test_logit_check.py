@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import os
 import shutil
 import sys
 from dataclasses import replace
@@ -26,11 +25,6 @@ from gemma_convert.logits.golden import save_golden
 from gemma_convert.logits.images import image_sequences
 from gemma_convert.logits.limit import choose_limit, find_lossy_rows
 from gemma_convert.logits.report import render
-
-ORACLE = os.environ.get("GEMMA_CONVERT_ORACLE")
-needs_oracle = pytest.mark.skipif(
-    ORACLE is None, reason="GEMMA_CONVERT_ORACLE is not set: no checkpoints of MaxText's own here"
-)
 
 
 class Checkpoint:
@@ -328,7 +322,6 @@ def test_package_imports_without_heavy_libraries():
     assert result.stdout.strip() == "[]"
 
 
-@needs_oracle
 @pytest.mark.parametrize(
     ("model", "name"),
     [
@@ -336,14 +329,12 @@ def test_package_imports_without_heavy_libraries():
         ("31b", "31b_scanned_training"),
     ],
 )
-def test_maxtexts_own_checkpoints_pass(model, name):
-    report = logit_check(Path(ORACLE) / "hf" / model, Path(ORACLE) / "maxtext" / name)
+def test_maxtexts_own_checkpoints_pass(oracle, model, name):
+    report = logit_check(oracle / "hf" / model, oracle / "maxtext" / name)
     assert report.verdict == "same model" and report.divergence.kl_max < 1e-6
 
 
-@needs_oracle
-def test_maxtexts_rounded_embedding_is_told_apart():
-    oracle = Path(ORACLE)
+def test_maxtexts_rounded_embedding_is_told_apart(oracle):
     name = "26b-a4b_scanned_bfloat16"
     report = logit_check(oracle / "hf" / "26b-a4b", oracle / "maxtext" / name)
     assert not report.proof and report.limit == 0.03

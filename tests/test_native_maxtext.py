@@ -1,6 +1,5 @@
 """The JAX forward pass over MaxText's tree equals transformers, and every planted mistake shows."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,10 +17,6 @@ from gemma_convert.native.prompt import Prompt
 from gemma_convert.native.restore import maxtext_facts, restore_maxtext
 from gemma_convert.stores.orbax_reader import find_items
 
-ORACLE = os.environ.get("GEMMA_CONVERT_ORACLE")
-needs_oracle = pytest.mark.skipif(
-    ORACLE is None, reason="GEMMA_CONVERT_ORACLE is not set: no checkpoints of MaxText's own here"
-)
 LENGTH = 23
 LIMIT = 1e-5
 
@@ -409,12 +404,10 @@ ORACLE_TREES = (
 )
 
 
-@needs_oracle
 @pytest.mark.parametrize("name", ORACLE_TREES)
-def test_maxtexts_own_trees_give_maxtexts_own_logits(name):
+def test_maxtexts_own_trees_give_maxtexts_own_logits(oracle, name):
     from safetensors.numpy import load_file
 
-    oracle = Path(ORACLE)
     model = name.split("_")[0]
     text = read_architecture(oracle / "hf" / model).text
     items = find_items(oracle / "maxtext" / name)

@@ -18,8 +18,8 @@ from gemma_convert.cli.app import main
 from gemma_convert.config import read_architecture
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.logits import check as check_module
-from gemma_convert.logits import native as native_module
 from gemma_convert.logits import soft as soft_module
+from gemma_convert.logits.batches import batches
 from gemma_convert.logits.check import logit_check
 from gemma_convert.logits.prompts import TokenSequence, token_sequences
 from gemma_convert.logits.reference import Reference
@@ -546,7 +546,7 @@ def shown(report):
 def test_each_sound_runs_by_itself_and_once(sequences):
     one, other = sequences["e2b"]["short.wav"], sequences["e2b"]["odd.wav"]
     text = TokenSequence("text", (5, 6, 7))
-    assert native_module._batches([text, one, text, other]) == [[0, 2], [1], [3]]
+    assert batches([text, one, text, other]) == [[0, 2], [1], [3]]
 
 
 @pytest.mark.parametrize("whole_model", [False, True])

@@ -22,8 +22,8 @@ from gemma_convert.cli.app import main
 from gemma_convert.config import read_architecture
 from gemma_convert.errors import SourceError
 from gemma_convert.logits import check as check_module
-from gemma_convert.logits import native as native_module
-from gemma_convert.logits import streaming
+from gemma_convert.logits import native_jax, streaming
+from gemma_convert.logits.batches import batches, by_sequence
 from gemma_convert.logits.check import logit_check
 from gemma_convert.logits.divergence import SlicedComparison, compare
 from gemma_convert.logits.drift import TOLERANCE, Drift, measure_drift
@@ -296,14 +296,14 @@ def test_a_chunk_that_is_broken_is_named(chunked):
 def test_slices_of_a_table_read_a_large_chunk_once(chunked, monkeypatch):
     stored, values, _ = chunked
     reads = []
-    original = native_module.read
-    monkeypatch.setattr(native_module, "read", lambda one: reads.append(one.shape) or original(one))
-    table = native_module._Forward(stored)
+    original = native_jax.read
+    monkeypatch.setattr(native_jax, "read", lambda one: reads.append(one.shape) or original(one))
+    table = native_jax._Forward(stored)
     for start in range(10):
         assert same(table.rows(slice(start, start + 1)), values[start : start + 1])
     assert reads == [(3, 4, 3)] * 3 + [(1, 4, 3)]
-    assert same(native_module._Forward(stored).rows(slice(2, 10)), values[2:10])
-    assert same(native_module._Forward(values).rows(slice(2, 10)), values[2:10])
+    assert same(native_jax._Forward(stored).rows(slice(2, 10)), values[2:10])
+    assert same(native_jax._Forward(values).rows(slice(2, 10)), values[2:10])
 
 
 def test_no_stack_and_no_table_is_read_whole(tiny, converted, monkeypatch):
@@ -577,10 +577,10 @@ def test_whole_model_on_the_command_line(tiny, converted, monkeypatch, capsys):
 
 def test_states_come_in_the_order_of_the_sequences():
     sequences = [TokenSequence(str(n), (5,) * n) for n in (3, 100, 4)]
-    groups = native_module._batches(sequences)
+    groups = batches(sequences)
     assert groups == [[0, 2], [1]]
     states = [np.arange(2 * 64).reshape(2, 64, 1), -np.arange(128).reshape(1, 128, 1)]
-    first, long, last = native_module._by_sequence(states, groups, sequences)
+    first, long, last = by_sequence(states, groups, sequences)
     assert first[:, 0].tolist() == [0, 1, 2] and last[:, 0].tolist() == [64, 65, 66, 67]
     assert long[:, 0].tolist() == [-n for n in range(100)]
 

@@ -27,7 +27,7 @@ from gemma_convert.logits.prompts import TokenSequence, check_ids, token_sequenc
 from gemma_convert.logits.reference import TransformersLogits
 from gemma_convert.logits.report import LogitReport
 from gemma_convert.logits.sounds import sound_sequences
-from gemma_convert.logits.streaming import GoldenSlices, Logits, compare_slices, run_in_step
+from gemma_convert.logits.streaming import GoldenSlices, Streamed, compare_slices, run_in_step
 from gemma_convert.reports import peak_memory
 
 
@@ -125,7 +125,8 @@ def _run_streamed(
     architecture: Architecture,
     tolerance: float | None,
 ) -> _Run:
-    reference: Logits = GoldenSlices(golden) if golden else LayerwiseReference(hf, sequences)
+    reference: GoldenSlices | Streamed
+    reference = GoldenSlices(golden) if golden else LayerwiseReference(hf, sequences)
     ours, text = model.stream(sequences, dtype), architecture.text
     drift = run_in_step(reference, ours, tolerance)
     divergence = compare_slices(reference, ours, sequences, vocab=text.vocab, embed=text.embed)
