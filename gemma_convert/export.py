@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
 
 from gemma_convert.budget import block_bytes
+from gemma_convert.buffers import ThreadBuffer
 from gemma_convert.dtypes import Choice, numpy_dtype
 from gemma_convert.layouts.registry import open_native
 from gemma_convert.mapping.plan import Plan
@@ -145,7 +145,7 @@ class _Export:
         self.different: list[str] = []
         self.unchecked = 0
         self._lock = threading.Lock()
-        self._local = threading.local()
+        self._buffer = ThreadBuffer()
         self.largest_decode = native.largest_chunk(list(plan.targets))
 
     def write(self, folder: Path, progress: Progress) -> None:
@@ -254,20 +254,11 @@ class _Export:
             return
         ordered = values.transpose(np.argsort(copy.permutation))
         if not ordered.flags.c_contiguous:
-            ordered = self._buffer(ordered.shape, values.dtype)
+            ordered = self._buffer.array(ordered.shape, values.dtype)
             convert(values.transpose(np.argsort(copy.permutation)), ordered, None)
         flat = ordered.reshape(-1)
         for number, place in enumerate(places):
             writer.write(name, place, flat[number * run : (number + 1) * run])
-
-    def _buffer(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """An array in a buffer of this thread, good until the next one is asked for."""
-        size = prod(shape) * dtype.itemsize
-        buffer = getattr(self._local, "buffer", None)
-        if buffer is None or buffer.size < size:
-            self._local.buffer = buffer = np.empty(size, np.uint8)
-        array: Array = buffer[:size].view(dtype).reshape(shape)
-        return array
 
     def _keep_originals(self, copy: RegionCopy, ranges: Ranges, values: Array, back: Array) -> None:
         """Where the original still converts to the native value, it is what comes back."""

@@ -13,6 +13,7 @@ from math import prod
 
 import numpy as np
 
+from gemma_convert.buffers import ThreadBuffer
 from gemma_convert.dtypes import DTypePolicy, TensorSpec, numpy_dtype, widest
 from gemma_convert.errors import SourceError
 from gemma_convert.mapping.plan import Plan, SourceTensor, plan_to_native
@@ -52,6 +53,7 @@ class HuggingFaceView:
     def __post_init__(self) -> None:
         self._groups = copies_by_array(self.plan)
         self._arrays: dict[str, NativeArray] = {}
+        self._buffer = ThreadBuffer()
 
     def read_block(self, source: SourceTensor, ranges: Ranges, offset: int, data: Array) -> None:
         """Fills `data` with the block `ranges` of one tensor, which begins at byte `offset`."""
@@ -113,7 +115,8 @@ class HuggingFaceView:
         """Fills `block`, which has the tensor's own order of axes, with native values."""
         for copy in self.plan.sources[name].copies:
             if copy.source.meets(ranges):
-                values = self._array(copy.target.tensor).read(copy.target.box(ranges))
+                array = self._array(copy.target.tensor)
+                values = array.read(copy.target.box(ranges), self._buffer)
                 part = block[selection(copy, ranges)].transpose(copy.permutation)
                 convert(values.reshape(part.shape), part, None)
 

@@ -10,7 +10,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
-from gemma_convert.dtypes import DTypePolicy, TensorSpec
+from gemma_convert.buffers import ThreadBuffer
+from gemma_convert.dtypes import DTypePolicy, TensorSpec, numpy_dtype
 from gemma_convert.errors import SourceError
 from gemma_convert.mapping.plan import BLOCK_BYTES, Plan, plan_to_native
 from gemma_convert.mapping.region import Box, Extent, Ranges, RegionCopy
@@ -31,8 +32,8 @@ class StoredArray(Protocol):
     @property
     def chunk(self) -> tuple[int, ...]: ...
 
-    def read(self, box: Box) -> Array:
-        """The values in `box`; raises SourceError where they cannot be read."""
+    def read(self, box: Box, into: Array | None = None) -> Array:
+        """The values in `box`, a new array or `into`; SourceError where they cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,10 @@ class NativeArray:
     def ranges(self) -> Iterator[Ranges]:
         return self.reading.ranges()
 
-    def read(self, box: Box) -> Array:
-        """The values in `box`; raises SourceError where they cannot be read."""
-        return self.array.read(box)
+    def read(self, box: Box, buffer: ThreadBuffer) -> Array:
+        """The values in `box`, in the thread's buffer; SourceError where they cannot be read."""
+        shape = tuple(length for _, length in box)
+        return self.array.read(box, buffer.array(shape, numpy_dtype(self.array.spec.dtype)))
 
 
 class _Reading:
@@ -230,12 +232,15 @@ def for_each_part(
     """Calls `action(copy, ranges, values)` for every part of every array, on a few threads.
 
     `groups` has the copies of each array, whose native side is their target; `values` has one
-    dimension for each free axis of that side. Every chunk is decoded once. `finished(name)` is
+    dimension for each free axis of that side and lasts as long as the call. Every chunk is decoded
+    once. `finished(name)` is
     called when all parts of an array are done.
     """
 
+    buffer = ThreadBuffer()
+
     def run(array: NativeArray, copy: RegionCopy, ranges: Ranges) -> None:
-        values = array.read(copy.target.box(ranges))
+        values = array.read(copy.target.box(ranges), buffer)
         action(copy, ranges, values.reshape(copy.target.lengths(ranges)))
 
     with ThreadPoolExecutor(WORKERS, thread_name_prefix="native") as pool:

@@ -578,9 +578,9 @@ def test_optimizer_state_is_never_read(tiny, tmp_path, monkeypatch, ocdbt):
         opened.add(name)
         return open_array(tree, name, *arguments)
 
-    def spy_read(self, box):
+    def spy_read(self, box, into=None):
         read.add(self.name)
-        return read_array(self, box)
+        return read_array(self, box, into)
 
     monkeypatch.setattr("gemma_convert.layouts.orbax_source.open_array", spy_open)
     monkeypatch.setattr(orbax_reader.OrbaxArray, "read", spy_read)

@@ -117,8 +117,8 @@ class FastLLMArray:
     def chunk(self) -> tuple[int, ...]:
         return (1, *self.spec.shape[1:])
 
-    def read(self, box: Box) -> Array:
-        """The values in `box`, as a new array; raises SourceError where they cannot be read."""
+    def read(self, box: Box, into: Array | None = None) -> Array:
+        """The values in `box`, a new array or `into`; SourceError where they cannot be read."""
         shape = self.spec.shape
         if len(box) != len(shape) or any(
             start < 0 or start + length > size
@@ -129,7 +129,9 @@ class FastLLMArray:
                 where=f"{self.reader.folder}, tensor {self.tensor.name}",
                 found=list(shape),
             )
-        values = np.empty([length for _, length in box], numpy_dtype(self.spec.dtype))
+        values = into
+        if values is None:
+            values = np.empty([length for _, length in box], numpy_dtype(self.spec.dtype))
         rows, row_size = _rows(values), prod(shape[1:])
         start, count = box[0] if box else (0, 1)
         inner_start, inner = box[1] if len(box) > 1 else (0, 1)

@@ -18,7 +18,8 @@ from gemma_convert.errors import SourceError
 from gemma_convert.mapping.notation import join_path, split_path
 from gemma_convert.mapping.region import Box
 from gemma_convert.stores.journal import UNFINISHED
-from gemma_convert.values import Array
+from gemma_convert.stores.raw_chunks import Places, RawChunks, ocdbt_places, raw_chunks
+from gemma_convert.values import Array, bits
 
 METADATA = "_METADATA"
 MAX_METADATA_BYTES = 256 << 20
@@ -45,6 +46,8 @@ class OrbaxTree:
     others: tuple[str, ...]
     ocdbt: bool
     zarr3: bool
+    places: Places | None
+    """Where the values of an OCDBT store lie; None where every chunk has its own file."""
 
 
 def find_items(path: Path) -> Path:
@@ -99,7 +102,8 @@ def read_orbax_tree(folder: Path) -> OrbaxTree:
         if kind not in _WITHOUT_ARRAY:
             (others if keys[0] in STATE else names).append(join_path(keys))
     arrays, chunks = _specs(folder, names, ocdbt, zarr3)
-    return OrbaxTree(folder, arrays, chunks, tuple(others), ocdbt, zarr3)
+    places = ocdbt_places(folder) if ocdbt else None
+    return OrbaxTree(folder, arrays, chunks, tuple(others), ocdbt, zarr3, places)
 
 
 def _load_metadata(path: Path) -> dict[str, Any]:
@@ -127,9 +131,20 @@ class OrbaxArray:
     spec: TensorSpec
     chunk: tuple[int, ...]
     store: Any
+    raw: RawChunks | None
 
-    def read(self, box: Box) -> Array:
-        """The values in `box`, as a new array; raises SourceError where they cannot be read."""
+    def read(self, box: Box, into: Array | None = None) -> Array:
+        """The values in `box`, a new array or `into`; SourceError where they cannot be read.
+
+        Without `into` tensorstore reads, as the frameworks do.
+        """
+        if into is None:
+            return self._read(box)
+        if self.raw is None or not self.raw.read(box, into):
+            bits(into)[...] = bits(self._read(box))
+        return into
+
+    def _read(self, box: Box) -> Array:
         where = tuple(slice(start, start + length) for start, length in box)
         try:
             values = (self.store[where] if where else self.store).read(order="C").result()
@@ -147,7 +162,10 @@ def open_array(tree: OrbaxTree, name: str, cache_bytes: int = 0) -> OrbaxArray:
         store = _open(tree.folder, name, tree.ocdbt, tree.zarr3, context).result()
     except ValueError as error:
         raise _broken(tree.folder, name, error) from None
-    return OrbaxArray(name, tree.folder, tree.arrays[name], tree.chunks[name], store)
+    spec = tree.arrays[name]
+    metadata = store.spec().to_json().get("metadata", {})
+    raw = raw_chunks(tree.folder, _key(name), metadata, spec.itemsize, tree.places)
+    return OrbaxArray(name, tree.folder, spec, tree.chunks[name], store, raw)
 
 
 def _specs(
@@ -171,13 +189,17 @@ def _specs(
 def _open(folder: Path, name: str, ocdbt: bool, zarr3: bool, context: Any) -> Any:
     import tensorstore as ts
 
-    key, folder = ".".join(split_path(name)), folder.absolute()
+    key, folder = _key(name), folder.absolute()
     store: dict[str, Any] = {"driver": "file", "path": f"{folder}/{key}/"}
     if ocdbt:
         base = {"driver": "file", "path": f"{folder}/"}
         store = {"driver": "ocdbt", "base": base, "path": f"{key}/"}
     spec = {"driver": "zarr3" if zarr3 else "zarr", "kvstore": store}
     return ts.open(spec, open=True, read=True, context=context)
+
+
+def _key(name: str) -> str:
+    return ".".join(split_path(name))
 
 
 def _broken(folder: Path, name: str, error: Exception) -> SourceError:
