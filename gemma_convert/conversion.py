@@ -21,6 +21,8 @@ from gemma_convert.layouts.layout import Layout
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.table import HUGGINGFACE, table_file
 from gemma_convert.output import Progress
+from gemma_convert.parts import Regions
+from gemma_convert.processes import OneProcess, Processes
 from gemma_convert.publishing import ProgressFactory, publish
 from gemma_convert.reports import (
     LossyRow,
@@ -29,7 +31,7 @@ from gemma_convert.reports import (
     lossy_rows,
     native_report,
 )
-from gemma_convert.resumable import SPARE_BYTES, Regions, ResumableTransfer
+from gemma_convert.resumable import SPARE_BYTES, ResumableTransfer
 from gemma_convert.stores import sidecar
 from gemma_convert.stores.orbax import OrbaxFormat
 from gemma_convert.stores.safetensors import Shard
@@ -78,6 +80,7 @@ class Conversion:
     form: OrbaxFormat
     identity: Mapping[str, object]
     inherited: Inherited
+    processes: Processes = field(default_factory=OneProcess)
 
     def needed_bytes(self) -> int:
         """Bytes that the target may take; tensors that may have to be carried count twice."""
@@ -95,13 +98,18 @@ class Conversion:
         self, *, overwrite: bool, resume: bool, progress: ProgressFactory | None
     ) -> TransferResult:
         """Checksums and losses, when the checkpoint stands under its name."""
-        check_equal(self.plan, self.tensors, self.source)
+        leads = not self.processes.index
+        if leads:
+            check_equal(self.plan, self.tensors, self.source)
         carried = sum(self._spec(name).nbytes for name in self.plan.carried)
-        transfer = ResumableTransfer(self.plan, self.layout, self.tensors, self.form, self.identity)
+        transfer = ResumableTransfer(
+            self.plan, self.layout, self.tensors, self.form, self.identity, self.processes
+        )
 
         def write(folder: Path, bar: Progress) -> TransferResult:
             result = transfer.write(folder, bar)
-            self._write_sidecar(folder / sidecar.FOLDER, result, transfer.regions, bar)
+            if leads:
+                self._write_sidecar(folder / sidecar.FOLDER, result, transfer.regions, bar)
             return result
 
         return publish(
@@ -109,17 +117,18 @@ class Conversion:
             transfer.key,
             write,
             title=f"to {self.plan.layout}",
-            total=self.plan.source_bytes + carried,
+            total=transfer.share_bytes + carried,
             overwrite=overwrite,
             resume=resume,
             progress=progress,
+            processes=self.processes,
         )
 
     def _write_sidecar(
         self,
         folder: Path,
         result: TransferResult,
-        regions: Mapping[str, Regions],
+        regions: Regions,
         progress: Progress,
     ) -> None:
         own = folder / sidecar.OWN

@@ -13,9 +13,11 @@ from gemma_convert.conversion import Conversion, Inherited
 from gemma_convert.dtypes import Choice, DTypePolicy, ScaledChoice
 from gemma_convert.errors import UsageError
 from gemma_convert.huggingface_view import plan_relayout
+from gemma_convert.layouts.fast_llm import FastLLM
 from gemma_convert.layouts.registry import LAYOUTS, is_native, open_native
 from gemma_convert.mapping.plan import plan_to_native
 from gemma_convert.mapping.table import load_table
+from gemma_convert.processes import OneProcess, Processes
 from gemma_convert.publishing import ProgressFactory
 from gemma_convert.reports import ToNativeReport
 from gemma_convert.stores import sidecar
@@ -43,12 +45,14 @@ def to_native(
     overwrite: bool = False,
     resume: bool = False,
     progress: ProgressFactory | None = None,
+    processes: Processes | None = None,
 ) -> ToNativeReport:
     """A report of the conversion of a checkpoint into a native layout.
 
     `source` is a Hugging Face folder, or a native checkpoint of any layout; `like` names the
     Hugging Face original of one that has no sidecar. `target` appears when everything is in it.
-    About `memory` bytes of anonymous memory are taken, 512 MiB by default. Raises SourceError,
+    About `memory` bytes of anonymous memory are taken, 512 MiB by default. Several `processes` that
+    share file systems, each of which makes the same call, divide the work. Raises SourceError,
     TargetError or UsageError with one clear message; then nothing is left behind.
     """
     started, source, target = time.monotonic(), Path(source), Path(target)
@@ -56,6 +60,7 @@ def to_native(
     load_table(layout)
     limit = block_bytes(memory)
     with ExitStack() as stack:
+        processes = stack.enter_context(processes or OneProcess())
         if is_native(source):
             job = _from_native(
                 source,
@@ -83,11 +88,18 @@ def to_native(
                 form=form,
                 limit=limit,
             )
+        job.processes = processes
+        if processes.count > 1 and layout == FastLLM.name:
+            raise UsageError(
+                "Fast-LLM's files cannot be written by several processes.",
+                do="convert to fast-llm with one process",
+            )
         if dry_run:
             return job.report(TransferResult(), started, dry_run=True)
         check_apart(source, target)
-        check_target(target, overwrite=overwrite)
-        check_space(target, job.needed_bytes())
+        if not processes.index:
+            check_target(target, overwrite=overwrite)
+            check_space(target, job.needed_bytes())
         result = job.run(overwrite=overwrite, resume=resume, progress=progress)
         return job.report(result, started, dry_run=False)
 

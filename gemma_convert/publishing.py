@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
 from gemma_convert.errors import TargetError
 from gemma_convert.output import NoProgress, Progress
+from gemma_convert.processes import OneProcess, Processes, Watched
 from gemma_convert.stores import sidecar
-from gemma_convert.stores.journal import matches, remove_journal
+from gemma_convert.stores.journal import matches, remove_journals
 from gemma_convert.stores.orbax import sync_folder
-from gemma_convert.stores.staging import StagedFolder
+from gemma_convert.stores.staging import StagedFolder, staged_folder
 
 ProgressFactory = Callable[[str, int], AbstractContextManager[Progress]]
 
@@ -29,29 +30,65 @@ def publish(
     overwrite: bool,
     resume: bool,
     progress: ProgressFactory | None,
+    processes: Processes | None = None,
 ) -> T:
     """What `write(folder, progress)` returns, when that folder stands under the name `target`.
 
-    With `resume` the folder is what an interrupted run with the same `key` left. Raises TargetError
-    where it cannot be written; then nothing is left behind.
+    With `resume` the folder is what an interrupted run with the same `key` left. Of several
+    `processes` the one that leads makes and publishes the folder. Raises TargetError where it
+    cannot be written; then nothing is left behind.
     """
+    processes = processes or OneProcess()
+    if processes.index:
+        return _contribute(staged_folder(target), write, target, processes)
     with (
         StagedFolder(target, overwrite=overwrite, resume=resume) as staged,
         progress(title, total) if progress else nullcontext(NoProgress()) as bar,
     ):
-        try:
+        with _told(target, processes):
             if resume and not matches(staged.folder, key):
                 staged.clear()
             sidecar.remove(staged.folder)
-            result = write(staged.folder, bar)
+            processes.wait("made")
+            result = write(staged.folder, Watched(bar, processes))
             sync_folder(staged.folder)
-        except OSError as error:
-            raise TargetError(
-                "The target cannot be written.",
-                where=target,
-                found=error.strerror or error,
-                do="check free space and permissions of the target",
-            ) from error
-        remove_journal(staged.folder)
+        remove_journals(staged.folder, processes.count)
         staged.publish()
+    processes.wait("published")
     return result
+
+
+def _contribute(
+    folder: Path, write: Callable[[Path, Progress], T], target: Path, processes: Processes
+) -> T:
+    """What `write` returns in a process that does not lead, when the target is published."""
+    processes.wait("made")
+    with _told(target, processes):
+        if not folder.is_dir():
+            raise TargetError(
+                "The target's folder is not that of the process that leads.",
+                where=folder,
+                do="choose a target on a file system that all processes share",
+            )
+        result = write(folder, Watched(NoProgress(), processes))
+    processes.wait("published")
+    return result
+
+
+@contextmanager
+def _told(target: Path, processes: Processes) -> Iterator[None]:
+    """What the user, and the other processes, are told of an error, before the folder goes."""
+    try:
+        yield
+    except BaseException as error:
+        if processes.index:
+            processes.check()
+        processes.fail(error)
+        if not isinstance(error, OSError):
+            raise
+        raise TargetError(
+            "The target cannot be written.",
+            where=target,
+            found=error.strerror or error,
+            do="check free space and permissions of the target",
+        ) from error

@@ -10,31 +10,37 @@ from typing import Any
 
 import numpy as np
 
-from gemma_convert.dtypes import numpy_dtype
+from gemma_convert.dtypes import TensorSpec, numpy_dtype
 from gemma_convert.layouts.layout import Layout, NativeStore
 from gemma_convert.mapping.plan import Plan, TargetTensor
 from gemma_convert.mapping.region import Box, blocks
+from gemma_convert.mapping.split import split_sources
 from gemma_convert.output import Progress
+from gemma_convert.parts import Regions, leave_part, take_part
+from gemma_convert.processes import OneProcess, Processes
 from gemma_convert.stores.journal import Journal, journal_key
-from gemma_convert.stores.orbax import OrbaxFormat
+from gemma_convert.stores.orbax import OrbaxFormat, sync_folder
 from gemma_convert.transfer import BlockReader, Transfer, TransferResult
 from gemma_convert.version import __version__
 
 SPARE_BYTES = 16 << 20
 """Asked for beside the tensors: metadata of the store, manifest, headers."""
 
-Regions = Mapping[Box, str]
-
 
 @dataclass
 class ResumableTransfer:
-    """One plan on its way into a store. `source` identifies what is read, for resuming."""
+    """One plan on its way into a store. `source` identifies what is read, for resuming.
+
+    Of several `processes` each transfers its share of the source tensors; the one that leads
+    completes the checkpoint.
+    """
 
     plan: Plan
     layout: Layout
     reader: BlockReader
     form: OrbaxFormat
     source: Mapping[str, object]
+    processes: Processes = field(default_factory=OneProcess)
     regions: dict[str, dict[Box, str]] = field(default_factory=dict)
 
     @property
@@ -53,14 +59,26 @@ class ResumableTransfer:
                 "copies": copies,
                 "form": asdict(self.form),
                 "source": self.source,
+                "processes": self.processes.count,
             }
         )
 
+    @property
+    def share_bytes(self) -> int:
+        """Bytes of the source tensors that this process transfers."""
+        share = split_sources(self.plan, self.processes.count)[self.processes.index]
+        return sum(self.plan.sources[name].spec.nbytes for name in share)
+
     def write(self, folder: Path, progress: Progress) -> TransferResult:
-        """Checksums and losses, when the checkpoint is complete but for its sidecar."""
+        """Checksums and losses, when the checkpoint is complete but for its sidecar.
+
+        A process that does not lead returns those of its own share, once it is durable.
+        """
         started = time.time_ns()
-        journal = Journal(folder, self.key)
-        store = self.layout.create(folder, self.plan, self.form)
+        index, count = self.processes.index, self.processes.count
+        journal = Journal(folder, self.key, index)
+        store = self.layout.create(folder, self.plan, self.form, index)
+        share = split_sources(self.plan, count)[index]
         done = self._resume(journal, store, progress)
 
         def finished(name: str, checksum: str) -> None:
@@ -70,19 +88,44 @@ class ResumableTransfer:
             }
             journal.add({"tensor": name, "checksum": checksum, "regions": regions})
 
-        rest = {name: s for name, s in self.plan.sources.items() if name not in done}
+        rest = {
+            name: source
+            for name, source in self.plan.sources.items()
+            if name in share and name not in done
+        }
         transfer = Transfer(
             replace(self.plan, sources=rest), self.reader, store, progress, finished
         )
         result = transfer.run()
         result.checksums |= done
+        self.regions = store.regions
+        if index:
+            leave_part(folder, index, result, self.regions)
+        self.processes.wait("transferred")
+        if index:
+            sync_folder(folder)
+        self.processes.wait("durable")
+        if index:
+            journal.close()
+            return result
+        for other in range(1, count):
+            self._add(result, *take_part(folder, other, self._specs()))
         for name, target in self.plan.filled.items():
             for box, values in filling(target):
                 store.write(name, box, values).result()
-        store.complete(started)
+        store.complete(started, count)
         journal.close()
-        self.regions = store.regions
         return result
+
+    def _specs(self) -> dict[str, TensorSpec]:
+        return {name: source.spec for name, source in self.plan.sources.items()}
+
+    def _add(self, result: TransferResult, other: TransferResult, regions: Regions) -> None:
+        """Adds what another process has transferred."""
+        result.checksums |= other.checksums
+        result.losses |= other.losses
+        for name, boxes in regions.items():
+            self.regions.setdefault(name, {}).update(boxes)
 
     def _resume(self, journal: Journal, store: NativeStore, progress: Progress) -> dict[str, str]:
         """Source tensors that an earlier run had finished, with their checksums.

@@ -47,6 +47,7 @@ CONFIGS = {
     "26b-a4b": "gemma-4-26B-A4B-it",
     "31b": "gemma-4-31B-it",
 }
+LAYER_BYTES = {"26b-a4b": 1.62e9, "31b": 0.98e9}
 SHARD_BYTES = 2 << 30
 RANDOM_BYTES = 64 << 20
 
@@ -147,12 +148,12 @@ def _shrink(config: dict[str, object], model: str, size: int) -> None:
     if model in {"e2b", "e4b"}:
         text["vocab_size_per_layer_input"] = rows
         return
-    pattern = text["layer_types"]
-    period = pattern.index("full_attention") + 1
-    layer_bytes = {"26b-a4b": 1.62e9, "31b": 0.95e9}[model]
-    layers = max(1, round(size / layer_bytes / period)) * period
-    text["num_hidden_layers"] = layers
-    text["layer_types"] = pattern[:layers]
+    period = text["layer_types"].index("full_attention") + 1
+    table_bytes = rows * text["hidden_size"] * 2
+    layers = max(2, round((size - table_bytes) / LAYER_BYTES[model]))
+    block = ["sliding_attention"] * (min(layers, period) - 1) + ["full_attention"]
+    text["layer_types"] = block * max(1, layers // period)
+    text["num_hidden_layers"] = len(text["layer_types"])
 
 
 def _random_bytes() -> memoryview:

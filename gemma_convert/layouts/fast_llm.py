@@ -42,8 +42,8 @@ class FastLLM:
     name = "fast-llm"
     framework = "Fast-LLM"
 
-    def create(self, folder: Path, plan: Plan, form: OrbaxFormat) -> FastLLMWriter:
-        del form
+    def create(self, folder: Path, plan: Plan, form: OrbaxFormat, part: int = 0) -> FastLLMWriter:
+        del form, part
         return FastLLMWriter(folder, plan)
 
     def settings(self, plan: Plan, target: Path) -> dict[str, str]:
@@ -95,8 +95,8 @@ class FastLLMWriter:
         self.regions.setdefault(name, {}).update(regions)
         return True
 
-    def complete(self, started_ns: int) -> None:
-        del started_ns
+    def complete(self, started_ns: int, parts: int = 1) -> None:
+        del started_ns, parts
         self._writer.close()
         state_index = {name: file for file, group in self._files.items() for name in group}
         write_metadata(self._folder, fast_llm_metadata(self._plan.architecture, state_index))

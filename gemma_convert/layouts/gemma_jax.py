@@ -34,8 +34,8 @@ class GemmaJax:
     name = "gemma-jax"
     framework = "gemma"
 
-    def create(self, folder: Path, plan: Plan, form: OrbaxFormat) -> GemmaJaxWriter:
-        return GemmaJaxWriter(folder, plan, replace(form, zarr3=False))
+    def create(self, folder: Path, plan: Plan, form: OrbaxFormat, part: int = 0) -> GemmaJaxWriter:
+        return GemmaJaxWriter(folder, plan, replace(form, zarr3=False), part)
 
     def settings(self, plan: Plan, target: Path) -> dict[str, str]:
         return {
@@ -62,10 +62,11 @@ def gemma_jax_source(tree: OrbaxTree) -> NativeSource | None:
 class GemmaJaxWriter(OrbaxWriter):
     """The item folder that is the checkpoint."""
 
-    def __init__(self, folder: Path, plan: Plan, form: OrbaxFormat) -> None:
-        super().__init__(folder, form)
+    def __init__(self, folder: Path, plan: Plan, form: OrbaxFormat, part: int) -> None:
+        super().__init__(folder, form, part)
         self.declare({name: (target.spec, target.chunk) for name, target in plan.targets.items()})
 
-    def complete(self, started_ns: int) -> None:
+    def complete(self, started_ns: int, parts: int = 1) -> None:
+        self.merge(parts)
         self.write_tree({})
         write_checkpoint_metadata(self.folder, _HANDLER, {}, started_ns)

@@ -24,8 +24,8 @@ class NativeStore(Protocol):
     def holds(self, name: str, regions: Mapping[Box, str]) -> bool:
         """Whether the regions of an array have these checksums; if so they count as written."""
 
-    def complete(self, started_ns: int) -> None:
-        """Writes what makes the arrays a checkpoint, when all of them are written."""
+    def complete(self, started_ns: int, parts: int = 1) -> None:
+        """Writes what makes the arrays a checkpoint, when all `parts` of them are written."""
 
 
 class Layout(Protocol):
@@ -39,8 +39,11 @@ class Layout(Protocol):
     def framework(self) -> str:
         """What loads it, for people."""
 
-    def create(self, folder: Path, plan: Plan, form: OrbaxFormat) -> NativeStore:
-        """An empty checkpoint in `folder`, or the one that an interrupted run left there."""
+    def create(self, folder: Path, plan: Plan, form: OrbaxFormat, part: int = 0) -> NativeStore:
+        """An empty checkpoint in `folder`, or the one that an interrupted run left there.
+
+        `part` is the number of the process that writes; 0 is the one that completes it.
+        """
 
     def settings(self, plan: Plan, target: Path) -> dict[str, str]:
         """Setting → value: how the framework is told to load what was written to `target`."""

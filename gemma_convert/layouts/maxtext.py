@@ -34,8 +34,8 @@ class MaxText:
     name = "maxtext"
     framework = "MaxText"
 
-    def create(self, folder: Path, plan: Plan, form: OrbaxFormat) -> MaxTextWriter:
-        return MaxTextWriter(folder / STEP, plan, form)
+    def create(self, folder: Path, plan: Plan, form: OrbaxFormat, part: int = 0) -> MaxTextWriter:
+        return MaxTextWriter(folder / STEP, plan, form, part)
 
     def settings(self, plan: Plan, target: Path) -> dict[str, str]:
         multimodal = any(name.startswith(_VISION) for name in plan.targets)
@@ -61,15 +61,16 @@ def maxtext_source(tree: OrbaxTree) -> NativeSource | None:
 class MaxTextWriter(OrbaxWriter):
     """The item folder of a step, with the step's number and an empty optimizer state beside it."""
 
-    def __init__(self, step: Path, plan: Plan, form: OrbaxFormat) -> None:
-        super().__init__(step / ITEMS, form)
+    def __init__(self, step: Path, plan: Plan, form: OrbaxFormat, part: int) -> None:
+        super().__init__(step / ITEMS, form, part)
         self._step, self._scanned = step, plan.scanned
         self.declare(
             {name: (target.spec, target.chunk) for name, target in plan.targets.items()}
             | {"step": (TensorSpec("int32", ()), ())}
         )
 
-    def complete(self, started_ns: int) -> None:
+    def complete(self, started_ns: int, parts: int = 1) -> None:
+        self.merge(parts)
         self.write("step", (), np.zeros((), np.int32)).result()
         self.write_tree(
             {

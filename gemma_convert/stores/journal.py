@@ -29,10 +29,13 @@ def journal_key(facts: Mapping[str, object]) -> str:
 
 
 class Journal:
-    """The journal of one staged folder. `entries` are those of an earlier run with the same key."""
+    """The journal of one staged folder. `entries` are those of an earlier run with the same key.
 
-    def __init__(self, folder: Path, key: str) -> None:
-        self._path = folder / NAME
+    Of several processes each has its own.
+    """
+
+    def __init__(self, folder: Path, key: str, process: int = 0) -> None:
+        self._path = folder / _name(process)
         self._lock = threading.Lock()
         self.entries = _read(self._path, key)
         if not self.entries:
@@ -46,18 +49,23 @@ class Journal:
             self._file.flush()
 
     def close(self) -> None:
-        """No more units come; the journal stays until `remove_journal`."""
+        """No more units come; the journal stays until `remove_journals`."""
         self._file.close()
 
 
-def remove_journal(folder: Path) -> None:
+def remove_journals(folder: Path, processes: int = 1) -> None:
     """The run is complete, and everything it wrote is durable."""
-    (folder / NAME).unlink(missing_ok=True)
+    for process in range(processes):
+        (folder / _name(process)).unlink(missing_ok=True)
 
 
 def matches(folder: Path, key: str) -> bool:
     """Whether `folder` holds the journal of a run with this key."""
     return bool(_lines(folder / NAME)[:1] == [{"key": key}])
+
+
+def _name(process: int) -> str:
+    return f"{NAME}.{process}" if process else NAME
 
 
 def _read(path: Path, key: str) -> list[dict[str, Any]]:

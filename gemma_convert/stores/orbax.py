@@ -49,13 +49,18 @@ class OrbaxFormat:
 
 
 class OrbaxWriter:
-    """Writes one Orbax item folder: `declare` every array, `write` regions, then `write_tree`."""
+    """Writes one Orbax item folder: `declare` every array, `write` regions, then `write_tree`.
 
-    def __init__(self, folder: Path, form: OrbaxFormat) -> None:
+    Of several processes each has its `part`. Chunks in files of their own go where they belong; an
+    OCDBT store is written by one process alone, so the others have their own below it, as Orbax
+    has them, and `merge` takes these into the one of part 0.
+    """
+
+    def __init__(self, folder: Path, form: OrbaxFormat, part: int = 0) -> None:
         import tensorstore as ts
 
         self._ts = ts
-        self.folder, self.form = folder, form
+        self.folder, self.form, self._part = folder, form, part
         folder.mkdir(parents=True, exist_ok=True)
         self._context = ts.Context({"file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}})
         self._arrays: dict[str, Any] = {}
@@ -107,6 +112,21 @@ class OrbaxWriter:
         future.force()
         return future
 
+    def merge(self, parts: int) -> None:
+        """Takes what the other parts have written into the store; their data stays in its files."""
+        if not self.form.ocdbt:
+            return
+        try:
+            root = self._ts.KvStore.open(self._kvstore("", 0), context=self._context).result()
+            for part in range(1, parts):
+                transaction = self._ts.Transaction(atomic=True)
+                spec = self._kvstore("", part)
+                other = self._ts.KvStore.open(spec, context=self._context).result()
+                other.experimental_copy_range_to(root.with_transaction(transaction)).result()
+                transaction.commit_async().result()
+        except ValueError as error:
+            raise write_error(error, self.folder) from None
+
     def write_tree(self, extra: Mapping[str, Mapping[str, object]]) -> None:
         """Writes `_METADATA`; `extra` are leaves without arrays (name → value_metadata)."""
         leaves: dict[str, Mapping[str, object]] = {
@@ -129,11 +149,7 @@ class OrbaxWriter:
         (self.folder / "_METADATA").write_text(json.dumps(metadata), encoding="utf-8")
 
     def _spec(self, name: str, spec: TensorSpec, chunk: tuple[int, ...]) -> dict[str, Any]:
-        key = ".".join(split_path(name))
-        store: dict[str, Any] = {"driver": "file", "path": f"{self.folder}/{key}/"}
-        if self.form.ocdbt:
-            base = {"driver": "file", "path": f"{self.folder}/"}
-            store = {"driver": "ocdbt", "base": base, "path": f"{key}/"}
+        store = self._kvstore(".".join(split_path(name)) + "/", self._part)
         metadata = _zarr3 if self.form.uses_zarr3 else _zarr2
         return {
             "driver": "zarr3" if self.form.uses_zarr3 else "zarr",
@@ -141,6 +157,13 @@ class OrbaxWriter:
             "metadata": metadata(spec, chunk, self.form.compression),
             "store_data_equal_to_fill_value": True,
         }
+
+    def _kvstore(self, path: str, part: int) -> dict[str, Any]:
+        if not self.form.ocdbt:
+            return {"driver": "file", "path": f"{self.folder}/{path}"}
+        below = f"ocdbt.process_{part}/" if part else ""
+        base = {"driver": "file", "path": f"{self.folder}/{below}"}
+        return {"driver": "ocdbt", "base": base, "path": path}
 
 
 def write_error(error: BaseException, where: object) -> TargetError:

@@ -123,7 +123,7 @@ def _from_sidecar(root: Path) -> Original:
         stored = SafetensorsFolder(own, [sidecar.CARRIED])
     architecture = read_architecture(folder)
     specs = {tensor.name: tensor.spec for shard in shards for tensor in shard.tensors}
-    exceptions = _exceptions(own, specs)
+    exceptions = read_exceptions(own, specs)
     return Original(folder, architecture, shards, files, stored, exceptions, checksums, manifest)
 
 
@@ -152,7 +152,7 @@ def _shard(own: Path, entry: object) -> Shard:
     return Shard(file, header, parse_header(header, size, file, path), size, 0)
 
 
-def _exceptions(own: Path, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[Array, Array]]:
+def read_exceptions(own: Path, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[Array, Array]]:
     """tensor → places and original bits of values that do not come back from the native dtype."""
     if not (own / sidecar.EXCEPTIONS).exists():
         return {}

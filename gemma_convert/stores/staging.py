@@ -28,7 +28,7 @@ class StagedFolder:
 
     def __init__(self, target: Path, *, overwrite: bool = False, resume: bool = False) -> None:
         self.target = target.absolute()
-        self.folder = self.target.with_name(f".{self.target.name}.partial")
+        self.folder = staged_folder(self.target)
         self.overwrite, self.resume = overwrite, resume
         self._lock: int | None = None
         self._published = False
@@ -104,6 +104,11 @@ class StagedFolder:
                 where=self.target,
                 do="wait for it, or choose another target",
             ) from None
+
+
+def staged_folder(target: Path) -> Path:
+    """Where `target` is built."""
+    return target.absolute().with_name(f".{target.name}.partial")
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:

@@ -1,0 +1,276 @@
+"""Several processes make one checkpoint, and it is the one that a single process makes."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import CASES
+from native_checkpoints import arrays_of, differing, manifest
+from test_convert import _patch
+
+from gemma_convert import SourceError, TargetError, UsageError, to_hf, to_native, verify
+from gemma_convert import transfer as transferring
+from gemma_convert.config import read_architecture
+from gemma_convert.dtypes import DTypePolicy
+from gemma_convert.mapping import plan as planning
+from gemma_convert.mapping import split as splitting
+from gemma_convert.mapping.region import blocks
+from gemma_convert.mapping.split import split_sources
+from gemma_convert.mapping.table import load_table
+from gemma_convert.stores.safetensors import SafetensorsFolder
+
+
+class Threads:
+    """Processes of one job, as threads of this one."""
+
+    def __init__(self, index, count, shared):
+        self.index, self.count, self.shared = index, count, shared
+
+    def wait(self, step):
+        arrived, _, change = self.shared
+        with change:
+            arrived[step] += 1
+            change.notify_all()
+            while arrived[step] < self.count:
+                self.check()
+                change.wait(0.1)
+
+    def check(self):
+        for number, message in self.shared[1].items():
+            raise TargetError(
+                "Another process of this conversion failed.", where=number, found=message
+            )
+
+    def fail(self, error):
+        self.shared[1].setdefault(self.index, repr(error))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, value, trace):
+        if value is not None:
+            self.fail(value)
+
+
+def together(count, source, target, *, each=None, **options):
+    """What each of `count` processes returned or raised."""
+    shared, results = (Counter(), {}, threading.Condition()), [None] * count
+
+    def run(index):
+        given = options | (each(index) if each else {})
+        try:
+            results[index] = to_native(
+                given.pop("source", source),
+                target,
+                processes=Threads(index, count, shared),
+                **given,
+            )
+        except BaseException as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=[index]) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks so small that arrays of tiny models are cut, and few are put together in memory."""
+    monkeypatch.setattr(planning, "BLOCK_BYTES", 20_000)
+    for module in (planning, transferring, splitting):
+        monkeypatch.setattr(module, "GATHER_BYTES", 2_000)
+
+
+def planned(source, layout, scanned=False):
+    with SafetensorsFolder(source) as reader:
+        return planning.plan_to_native(
+            read_architecture(source),
+            load_table(layout),
+            reader.specs,
+            DTypePolicy(),
+            scanned=scanned,
+        )
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 500])
+@pytest.mark.parametrize(("family", "scanned"), CASES)
+def test_every_source_tensor_belongs_to_one_process(tiny, family, scanned, count):
+    plan = planned(tiny(family), "maxtext", scanned)
+    shares = split_sources(plan, count)
+    assert len(shares) == count
+    assert sorted(itertools.chain(*shares)) == sorted(plan.sources)
+
+
+@pytest.mark.parametrize(("family", "scanned"), CASES)
+def test_no_chunk_is_written_by_two_processes(tiny, small_blocks, family, scanned):
+    """A chunk, or a small array that is put together in memory, is one process's."""
+    plan = planned(tiny(family), "maxtext", scanned)
+    owners: dict[tuple, set[int]] = {}
+    for number, share in enumerate(split_sources(plan, 3)):
+        for name in share:
+            source = plan.sources[name]
+            for ranges, copy in itertools.product(
+                blocks(source.region, source.steps), source.copies
+            ):
+                if copy.source.meets(ranges):
+                    target = plan.targets[copy.target.tensor]
+                    spans = [
+                        range(start // chunk, -(-(start + length) // chunk))
+                        for (start, length), chunk in zip(
+                            copy.target.box(ranges), target.chunk, strict=True
+                        )
+                    ]
+                    for index in itertools.product(*spans):
+                        owners.setdefault((copy.target.tensor, index), set()).add(number)
+    assert {len(found) for found in owners.values()} == {1}
+    assert {number for found in owners.values() for number in found} == {0, 1, 2}
+
+
+def test_shares_are_of_about_equal_bytes(tiny, small_blocks):
+    plan = planned(tiny("31b"), "maxtext")
+    sizes = [
+        sum(plan.sources[name].spec.nbytes for name in share) for share in split_sources(plan, 3)
+    ]
+    largest = max(source.spec.nbytes for source in plan.sources.values())
+    assert max(sizes) - min(sizes) <= largest
+
+
+@pytest.mark.parametrize("options", [{}, {"ocdbt": False}, {"scan_layers": True}])
+@pytest.mark.parametrize("layout", ["maxtext", "gemma-jax"])
+def test_three_processes_make_what_one_makes(tiny, tmp_path, small_blocks, layout, options):
+    if layout == "gemma-jax" and "scan_layers" in options:
+        options = {"dtype": "float32"}
+    source = tiny("26b-a4b")
+    to_native(source, tmp_path / "one", layout=layout, **options)
+    reports = together(3, source, tmp_path / "three", layout=layout, **options)
+    assert [report.arrays_written for report in reports] == [reports[0].arrays_written] * 3
+    one, three = (arrays_of(tmp_path / name, layout) for name in ("one", "three"))
+    assert not differing(one, three)
+    assert manifest(tmp_path / "one") == manifest(tmp_path / "three")
+    assert verify(tmp_path / "three", against=source).passed
+    assert verify(tmp_path / "three").passed
+    assert to_hf(tmp_path / "three", tmp_path / "back").bit_for_bit
+    left = [path.name for path in tmp_path.rglob(".gemma-convert*")]
+    assert not left
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "one", "three"]
+
+
+def test_plain_orbax_restores_what_several_processes_wrote(tiny, tmp_path, small_blocks):
+    import orbax.checkpoint as ocp
+
+    to_native(tiny("e2b"), tmp_path / "one")
+    together(2, tiny("e2b"), tmp_path / "two")
+    assert (tmp_path / "two" / "0" / "items" / "ocdbt.process_1").is_dir()
+    one, two = (
+        ocp.PyTreeCheckpointer().restore(tmp_path / name / "0" / "items")["params"]["params"]
+        for name in ("one", "two")
+    )
+    assert not differing(_flat(one), _flat(two))
+
+
+def _flat(tree, path=""):
+    found = {}
+    for key, value in tree.items():
+        found |= (
+            _flat(value, f"{path}/{key}") if isinstance(value, dict) else {f"{path}/{key}": value}
+        )
+    return {name: np.asarray(value) for name, value in found.items()}
+
+
+def test_values_that_do_not_come_back_are_kept_whoever_meets_them(tiny, tmp_path):
+    """The embedding is scaled: a few of its float32 values are lost, and so is a whole tensor."""
+    source = tmp_path / "source"
+    shutil.copytree(tiny("31b", dtype="float32"), source)
+    to_native(source, tmp_path / "one")
+    together(2, source, tmp_path / "two")
+    assert manifest(tmp_path / "one") == manifest(tmp_path / "two")
+    assert to_hf(tmp_path / "two", tmp_path / "back").bit_for_bit
+
+
+def test_single_exceptions_of_other_processes_are_kept(tiny, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(tiny("31b"), source)
+    file = source / "model.safetensors"
+    _patch(file, "model.language_model.embed_tokens.weight", {5: 0x7F7F, 701: 0x7FC1})
+    plan = planned(source, "maxtext")
+    name = "model.language_model.embed_tokens.weight"
+    count = next(n for n in (2, 3, 4, 5) if name not in split_sources(plan, n)[0])
+    to_native(source, tmp_path / "one")
+    reports = together(count, source, tmp_path / "more")
+    assert manifest(tmp_path / "one")["exceptions"] == manifest(tmp_path / "more")["exceptions"]
+    assert reports[0].exceptions == manifest(tmp_path / "one")["exceptions"] > 0
+    assert to_hf(tmp_path / "more", tmp_path / "back").bit_for_bit
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_failure_of_one_ends_all_and_leaves_nothing(tiny, tmp_path, small_blocks, broken):
+    whole, source = tiny("31b"), tmp_path / "damaged"
+    shutil.copytree(whole, source)
+
+    def each(index):
+        return {"source": source if index == broken else whole}
+
+    read = SafetensorsFolder.read_into
+
+    def fail(self, tensor, offset, buffer):
+        if self.folder == source:
+            raise SourceError("The source cannot be read.", where=self.folder)
+        return read(self, tensor, offset, buffer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SafetensorsFolder, "read_into", fail)
+        results = together(2, whole, tmp_path / "out", each=each)
+    assert isinstance(results[broken], SourceError)
+    assert isinstance(results[1 - broken], TargetError)
+    assert "Another process" in str(results[1 - broken])
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+def test_an_interrupted_job_is_continued(tiny, tmp_path, small_blocks):
+    source = tiny("31b")
+    to_native(source, tmp_path / "one", ocdbt=False)
+    reads, read = Counter(), SafetensorsFolder.read_into
+
+    def counted(self, tensor, offset, buffer):
+        reads[tensor.name] += 1
+        if stop and len(reads) > 60:
+            raise KeyboardInterrupt
+        return read(self, tensor, offset, buffer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SafetensorsFolder, "read_into", counted)
+        stop = True
+        results = together(2, source, tmp_path / "two", ocdbt=False)
+        assert any(isinstance(result, KeyboardInterrupt) for result in results)
+        journals = sorted(path.name for path in (tmp_path / ".two.partial").glob(".gemma*journal*"))
+        if not journals:
+            pytest.fail("the leader failed for another reason than the interrupt")
+        stop = False
+        reads.clear()
+        together(2, source, tmp_path / "two", ocdbt=False, resume=True)
+    plan = planned(source, "maxtext")
+    assert len(reads) < len(plan.sources)
+    assert not differing(
+        arrays_of(tmp_path / "one", "maxtext"), arrays_of(tmp_path / "two", "maxtext")
+    )
+    assert verify(tmp_path / "two", against=source).passed
+
+
+def test_fast_llm_is_refused(tiny, tmp_path):
+    results = together(2, tiny("31b"), tmp_path / "out", layout="fast-llm")
+    assert all(isinstance(result, UsageError) for result in results)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_target_that_is_not_shared_is_named(tiny, tmp_path):
+    shared = (Counter({"made": 1}), {}, threading.Condition())
+    with pytest.raises(TargetError, match="process that leads"):
+        to_native(tiny("31b"), tmp_path / "out", processes=Threads(1, 2, shared))
