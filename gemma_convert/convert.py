@@ -178,7 +178,7 @@ def _from_native(
         files=original.files,
         listed=list(map(str, listed)) if isinstance(listed, list) else [],
         form=form,
-        identity={"native": str(native.folder), "state": native.identity},
+        identity={"native": str(native.folder), "state": native.fingerprint},
         inherited=Inherited(
             checksums=original.checksums,
             lossy_rows=lossy if isinstance(lossy, list) else [],

@@ -175,6 +175,7 @@ class _Export:
                 self._write_stored(name, origin, writer, progress)
             for name, origin in self.export.equal.items():
                 self._write_equal(name, origin, writer, progress)
+            self.native.check_unchanged()
             self._apply_exceptions(writer)
             self._check(writer)
 
@@ -184,7 +185,7 @@ class _Export:
         return journal_key(
             {
                 "version": __version__,
-                "native": (str(self.native.folder), self.native.identity),
+                "native": (str(self.native.folder), self.native.fingerprint),
                 "original": str(self.original.folder.absolute()),
                 "shards": [
                     (shard.file, hashlib.sha256(shard.header).hexdigest())

@@ -95,7 +95,7 @@ class HuggingFaceView:
             yield data.data
 
     def check_unchanged(self) -> None:
-        return None
+        self.native.check_unchanged()
 
     def _stored(self, name: str, offset: int, data: Array) -> None:
         stored = self.original.stored

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -40,9 +42,9 @@ class StoredArray(Protocol):
 class NativeSource:
     """The arrays of a native checkpoint: name in the table → spec, and chunk.
 
-    `opener(name, cache_bytes)` opens one, parts of up to `block_bytes` are read at once, `identity`
-    changes when the checkpoint does, and `beside` are arrays that are no parameters. Use as a
-    context manager.
+    `opener(name, cache_bytes)` opens one, parts of up to `block_bytes` are read at once,
+    `fingerprint` is that of its folder when it was opened, and `beside` are arrays that are no
+    parameters. Use as a context manager.
     """
 
     layout: str
@@ -51,9 +53,9 @@ class NativeSource:
     chunks: Mapping[str, tuple[int, ...]]
     opener: Callable[[str, int], StoredArray]
     scanned: bool
-    identity: tuple[int, ...]
     beside: tuple[str, ...] = ()
     block_bytes: int | None = None
+    fingerprint: str = ""
     release: Callable[[], None] = lambda: None
 
     def __enter__(self) -> NativeSource:
@@ -61,6 +63,15 @@ class NativeSource:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+    def check_unchanged(self) -> None:
+        """Raises SourceError where the checkpoint has changed since it was opened."""
+        if fingerprint(self.folder) != self.fingerprint:
+            raise SourceError(
+                "The source changed while it was read.",
+                where=self.folder,
+                do="leave the source alone until the conversion ends, then start again",
+            )
 
     @property
     def towers(self) -> bool:
@@ -210,6 +221,17 @@ def plan_native(native: NativeSource, original: Original) -> Plan:
                 do="name the Hugging Face checkpoint of the same model with --like",
             )
     return plan
+
+
+def fingerprint(folder: Path) -> str:
+    """A digest of the names, sizes and times of all files below `folder`."""
+    found = []
+    for root, _, files in os.walk(folder):
+        for file in files:
+            path = Path(root, file)
+            status = path.lstat()
+            found.append((str(path.relative_to(folder)), status.st_size, status.st_mtime_ns))
+    return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()
 
 
 Action = Callable[[RegionCopy, Ranges, Array], None]

@@ -15,13 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from gemma_convert.dtypes import TensorSpec, numpy_dtype
-from gemma_convert.errors import SourceError
+from gemma_convert.errors import SourceError, short
 from gemma_convert.layouts.fast_llm_metadata import (
     METADATA,
     differences,
     fast_llm_metadata,
     read_metadata,
-    short,
     write_metadata,
 )
 from gemma_convert.mapping.plan import Plan
@@ -194,7 +193,6 @@ def fast_llm_source(folder: Path) -> NativeSource:
         chunks={name: (1, *spec.shape[1:]) for name, spec in reader.specs.items()},
         opener=read,
         scanned=False,
-        identity=tuple(n for shard in reader.shards for n in (shard.size, shard.modified_ns)),
         release=reader.close,
     )
 

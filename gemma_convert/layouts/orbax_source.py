@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from gemma_convert.native_source import NativeSource
-from gemma_convert.stores.orbax_reader import METADATA, OrbaxArray, OrbaxTree, open_array
+from gemma_convert.stores.orbax_reader import OrbaxArray, OrbaxTree, open_array
 
 
 def orbax_source(
@@ -16,7 +16,6 @@ def orbax_source(
     def read(name: str, cache_bytes: int) -> OrbaxArray:
         return open_array(tree, stored[name], cache_bytes)
 
-    status = (tree.folder / METADATA).stat()
     used = set(stored.values())
     return NativeSource(
         layout=layout,
@@ -25,6 +24,5 @@ def orbax_source(
         chunks={name: tree.chunks[path] for name, path in stored.items()},
         opener=read,
         scanned=scanned,
-        identity=(status.st_size, status.st_mtime_ns),
         beside=(*(name for name in tree.arrays if name not in used), *tree.others),
     )

@@ -11,7 +11,7 @@ from gemma_convert.layouts.fast_llm import FastLLM, fast_llm_source, is_fast_llm
 from gemma_convert.layouts.gemma_jax import GemmaJax, gemma_jax_source
 from gemma_convert.layouts.layout import Layout
 from gemma_convert.layouts.maxtext import MaxText, maxtext_source
-from gemma_convert.native_source import NativeSource
+from gemma_convert.native_source import NativeSource, fingerprint
 from gemma_convert.stores.orbax_reader import find_items, read_orbax_tree
 from gemma_convert.stores.safetensors import INDEX, SINGLE
 
@@ -26,11 +26,14 @@ def open_native(path: Path, block_bytes: int | None = None) -> NativeSource:
     Raises SourceError where there is none, or none of a known layout.
     """
     if is_fast_llm(path):
-        return replace(fast_llm_source(path), block_bytes=block_bytes)
-    tree = read_orbax_tree(find_items(path))
+        found = fingerprint(path)
+        return replace(fast_llm_source(path), block_bytes=block_bytes, fingerprint=found)
+    items = find_items(path)
+    found = fingerprint(items)
+    tree = read_orbax_tree(items)
     native = maxtext_source(tree) or gemma_jax_source(tree)
     if native is not None:
-        return replace(native, block_bytes=block_bytes)
+        return replace(native, block_bytes=block_bytes, fingerprint=found)
     raise SourceError(
         "The checkpoint holds no parameters in a layout that is known.",
         where=tree.folder,

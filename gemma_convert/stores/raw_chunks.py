@@ -17,6 +17,7 @@ from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from gemma_convert.errors import SourceError
 from gemma_convert.mapping.region import Box
 from gemma_convert.values import Array
 
@@ -52,7 +53,10 @@ class RawChunks:
     places: Places | None
 
     def read(self, box: Box, values: Array) -> bool:
-        """Whether `values`, contiguous, were filled from `box`; False leaves it to tensorstore."""
+        """Whether `values`, contiguous, were filled from `box`; False leaves it to tensorstore.
+
+        Raises SourceError where a file that has the chunk cannot be read.
+        """
         data = values.reshape(-1).view("u1").data
         pieces = list(self._pieces(box))
         whole = all(
@@ -93,6 +97,10 @@ class RawChunks:
             if (place.length or os.fstat(descriptor).st_size) != size:
                 return False
             return _fill(descriptor, data[start : start + length], place.offset + offset)
+        except OSError as error:
+            raise SourceError(
+                "The source cannot be read.", where=self.folder / place.file, found=error.strerror
+            ) from None
         finally:
             os.close(descriptor)
 

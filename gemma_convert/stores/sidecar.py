@@ -87,17 +87,23 @@ def copy_files(source: Path, target: Path, files: Sequence[Path]) -> dict[str, s
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         (target / file).unlink(missing_ok=True)
         digest = hashlib.sha256()
-        try:
-            with (source / file).open("rb") as reader, (target / file).open("xb") as writer:
-                while piece := reader.read(COPY_BYTES):
-                    digest.update(piece)
-                    writer.write(piece)
-        except PermissionError as error:
-            raise SourceError(
-                "A file of the source cannot be read.", where=source / file, found=error.strerror
-            ) from None
+        with (target / file).open("xb") as writer:
+            for piece in _pieces(source / file):
+                digest.update(piece)
+                writer.write(piece)
         digests[str(file)] = digest.hexdigest()
     return digests
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as reader:
+            while piece := reader.read(COPY_BYTES):
+                yield piece
+    except OSError as error:
+        raise SourceError(
+            "A file of the source cannot be read.", where=path, found=error.strerror
+        ) from None
 
 
 def write_headers(folder: Path, shards: Sequence[Shard]) -> None:

@@ -71,7 +71,11 @@ class StagedFolder:
                 _remove(entry)
 
     def publish(self) -> None:
-        """Renames the finished folder to its final name; an old one is removed only afterwards."""
+        """Renames the finished folder to its final name; an old one is removed only afterwards.
+
+        Raises TargetError where it is not the folder that was begun.
+        """
+        self._check_ours()
         (self.folder / LOCK).unlink()
         old = self.target.with_name(f".{self.target.name}.replaced")
         try:
@@ -88,6 +92,18 @@ class StagedFolder:
         self._published = True
         _sync(self.target.parent)
         _remove(old)
+
+    def _check_ours(self) -> None:
+        """A folder that was removed comes back when a file is written, without what was in it."""
+        lock = self.folder / LOCK
+        if self._lock is None or not (
+            lock.exists() and os.path.samestat(os.fstat(self._lock), lock.stat())
+        ):
+            raise TargetError(
+                "The target was removed while it was written.",
+                where=self.folder,
+                do="leave the folder alone until the conversion ends, then start again",
+            )
 
     def _take_lock(self) -> None:
         self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
