@@ -6,7 +6,6 @@ configs of google/gemma-4-{E2B,E4B,26B-A4B,31B}.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from gemma_convert.architecture import (
     TextArchitecture,
     VisionArchitecture,
 )
-from gemma_convert.errors import SourceError
+from gemma_convert.errors import SourceError, short
+from gemma_convert.stores.json_file import read_object
 
 MAX_LAYERS = 1024
 MAX_SIZE = 1 << 31
@@ -81,24 +81,13 @@ def parse_architecture(config: Mapping[str, Any], where: Path) -> Architecture:
 
 def _load_json(path: Path) -> Mapping[str, Any]:
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise SourceError("config.json is too large to be a config.", where=path)
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path, "config.json", MAX_CONFIG_BYTES)
     except FileNotFoundError:
         raise SourceError(
             "There is no config.json, so nothing says which model this is.",
             where=path,
             do="give the folder of a Hugging Face checkpoint, config.json included",
         ) from None
-    except OSError as error:
-        raise SourceError("config.json cannot be read.", where=path, found=error.strerror) from None
-    except (ValueError, RecursionError) as error:
-        raise SourceError("config.json is not valid JSON.", where=path, found=error) from None
-    if not isinstance(value, dict):
-        raise SourceError(
-            "config.json is not a JSON object.", where=path, found=type(value).__name__
-        )
-    return value
 
 
 class _Config:
@@ -162,7 +151,7 @@ class _Config:
             "config.json does not describe a model.",
             where=f"{self.where}, key {self.prefix}{key}",
             expected=expected,
-            found="nothing" if found is None else str(found)[:200],
+            found="nothing" if found is None else short(found),
         )
 
 

@@ -6,6 +6,11 @@ Exit codes of the command line: 0 done, 1 a check failed, 2 usage, 3 bad source,
 
 from __future__ import annotations
 
+import reprlib
+
+MOST_CHARACTERS = 4000
+"""Of each part of a message; a name in a broken file may be as long as the file."""
+
 
 class GemmaConvertError(Exception):
     """A failure that the user is told about: what, where, expected, found, and what to do."""
@@ -22,9 +27,9 @@ class GemmaConvertError(Exception):
         do: str | None = None,
     ) -> None:
         self.what = what
-        self.where = None if where is None else str(where)
-        self.expected = None if expected is None else str(expected)
-        self.found = None if found is None else str(found)
+        self.where = None if where is None else _plain(str(where))
+        self.expected = None if expected is None else _plain(str(expected))
+        self.found = None if found is None else _plain(str(found))
         self.do = do
         super().__init__(self.message)
 
@@ -38,6 +43,22 @@ class GemmaConvertError(Exception):
             ("what to do", self.do),
         )
         return "\n".join([self.what, *(f"  {name}: {value}" for name, value in parts if value)])
+
+
+def short(value: object) -> str:
+    """A value from a file for a message; one that is nested without end stays short."""
+    return (value if isinstance(value, str) else reprlib.repr(value))[:200]
+
+
+def _plain(text: str) -> str:
+    """Text that does nothing to a terminal: what cannot be printed is shown as an escape."""
+    text = text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} …"
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode()
+        for char in text
+    )
 
 
 class CheckFailedError(GemmaConvertError):

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from gemma_convert.architecture import Architecture
 from gemma_convert.config import read_architecture
@@ -23,7 +24,7 @@ from gemma_convert.stores.safetensors import INDEX, SINGLE, SafetensorsFolder
 
 CONFIG = "config.json"
 
-_LAYER = re.compile(r"(?:layers[._]|layer_|decoder\.)(\d+)[./]")
+_LAYER = re.compile(r"(?:layers[._]|layer_|decoder\.)(\d{1,4})[./]", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -171,9 +172,9 @@ def _report(
     scanned: bool | None = None,
     extras: tuple[str, ...] = (),
     config: Path | None = None,
-    manifest: Mapping[str, object] | None = None,
+    manifest: Mapping[str, Any] | None = None,
 ) -> InspectReport:
-    lossy = (manifest or {}).get("lossy_rows")
+    lossy = (manifest or {}).get("lossy_rows", [])
     return InspectReport(
         path=str(path),
         layout=layout,
@@ -193,7 +194,7 @@ def _report(
         config=None if config is None else str(config),
         coverage=coverage,
         converted_by=None if manifest is None else str(manifest.get("tool")),
-        lossy_rows=tuple(str(row["tensor"]) for row in lossy) if isinstance(lossy, list) else (),
+        lossy_rows=tuple(row["tensor"] for row in lossy),
     )
 
 

@@ -1,7 +1,6 @@
 """Several processes that work on one conversion: who does what, and waiting for one another.
 
-They meet through the coordination service of `jax.distributed`, which TPU pods and SLURM bring
-along; no accelerator is touched, and nothing but short texts goes over the network.
+No accelerator is touched, and nothing but short texts goes over the network.
 """
 
 from __future__ import annotations
@@ -11,13 +10,14 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
+from gemma_convert.cluster import Cluster, connect
 from gemma_convert.errors import TargetError
 from gemma_convert.output import Progress
 
 POLL_S = 0.1
 CHECK_S = 1.0
-LINGER_S = 2.0
-"""After a failure a process stays so long, since the leader's holds what the others read."""
+LINGER_S = 10.0
+"""The longest time that the leader waits for the others to end, when one has failed."""
 
 _PREFIX = "gemma-convert/"
 
@@ -38,7 +38,10 @@ class Processes(Protocol):
         """Raises TargetError where another process has failed."""
 
     def fail(self, error: BaseException) -> None:
-        """Tells the others that this process ends with `error`."""
+        """Tells the others that this process ends with `error`, its writes done.
+
+        The leader waits for the others: it holds what they read, and removes what they write to.
+        """
 
     def __enter__(self) -> Processes: ...
 
@@ -87,11 +90,20 @@ class Watched:
             self._processes.check()
 
 
-class JaxProcesses:
-    """The processes that `jax.distributed.initialize` has brought together."""
+def join(
+    coordinator: str | None, processes: int | None, process: int | None, detect: bool
+) -> Processes:
+    """The processes that the arguments of `cluster.connect` name; one alone without arguments."""
+    cluster = connect(coordinator, processes, process, detect)
+    return OneProcess() if cluster is None else ClusterProcesses(cluster)
 
-    def __init__(self, client: Any, index: int, count: int) -> None:
-        self._client, self.index, self.count = client, index, count
+
+class ClusterProcesses:
+    """The processes that `jax.distributed` has brought together."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._client = cluster.client
+        self.index, self.count = cluster.process, cluster.processes
 
     def wait(self, step: str) -> None:
         place = f"{_PREFIX}step/{step}/"
@@ -102,6 +114,8 @@ class JaxProcesses:
 
     def check(self) -> None:
         for number, message in self._values(f"{_PREFIX}failed/"):
+            if number == str(self.index):
+                continue
             raise TargetError(
                 "Another process of this conversion failed.",
                 where=f"process {number}",
@@ -112,8 +126,13 @@ class JaxProcesses:
     def fail(self, error: BaseException) -> None:
         message = f"{type(error).__name__}: {error}"[:2000]
         self._call("key_value_set", f"{_PREFIX}failed/{self.index}", message, True)
+        ending = time.monotonic() + LINGER_S
+        while not self.index and time.monotonic() < ending:
+            if len(self._values(f"{_PREFIX}failed/")) == self.count:
+                return
+            time.sleep(POLL_S)
 
-    def __enter__(self) -> JaxProcesses:
+    def __enter__(self) -> ClusterProcesses:
         return self
 
     def __exit__(
@@ -124,7 +143,6 @@ class JaxProcesses:
     ) -> None:
         if value is not None:
             self.fail(value)
-            time.sleep(LINGER_S)
 
     def _values(self, place: str) -> Sequence[tuple[str, str]]:
         """(last part of the key, value) of everything below `place`."""

@@ -81,9 +81,9 @@ def _told(target: Path, processes: Processes) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        processes.fail(error)
         if processes.index:
             processes.check()
-        processes.fail(error)
         if not isinstance(error, OSError):
             raise
         raise TargetError(

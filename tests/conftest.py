@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 """What one test has compiled, the others load, in every worker and subprocess."""
 
+SHALLOW = {"e2b": 10, "e4b": 12, "26b-a4b": 6, "31b": 6}
+"""Family → the fewest layers that have every kind: sliding, full, and those that share."""
+
 settings.register_profile("shared machine", deadline=None, print_blob=True)
 settings.load_profile("shared machine")
 
@@ -41,6 +44,14 @@ def one_torch_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_disks() -> Iterator[None]:
+    """What tests write need not outlive a power cut; commands in processes of their own do sync."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +79,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             if not folder.exists():
                 make_tiny(family, folder, **options)
         return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shallow(tiny) -> Callable[..., Path]:
+    """shallow(family, scanned): tiny with few layers; scanned ones fill two blocks, not one."""
+
+    def make(family: str, scanned: bool = False, **options) -> Path:
+        return tiny(family, layers=SHALLOW[family] * (1 + scanned), **options)
 
     return make
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from gemma_jax_by_hand import flat
-from trees import read_safetensors, restore, same_bits
+from trees import listed_tree, read_safetensors, restore, same_bits
 
 from gemma_convert import VerifyReport, verify
 
@@ -43,10 +43,9 @@ def nested_tree(folder: Path) -> dict[str, Any]:
     import jax
     import orbax.checkpoint as ocp
 
-    checkpointer = ocp.PyTreeCheckpointer()
-    metadata = checkpointer.metadata(folder.absolute())
-    tree = getattr(metadata, "item_metadata", metadata).tree
+    tree = listed_tree(folder)
     kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    checkpointer = ocp.PyTreeCheckpointer()
     restored: dict[str, Any] = checkpointer.restore(folder.absolute(), restore_args=kinds)
     return restored
 

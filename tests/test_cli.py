@@ -9,22 +9,43 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
 
+TERMINAL = {"COLUMNS": "100", "NO_COLOR": "1"}
 
-def run(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+
+def run(*arguments: object, cwd: Path | str = ".") -> subprocess.CompletedProcess[str]:
+    """What a command prints and its exit code, run inside of this process."""
+    from gemma_convert.cli.app import main
+
+    command, out, err, code = ["gemma-convert", *map(str, arguments)], StringIO(), StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", command)
+        patch.chdir(cwd)
+        for name, value in TERMINAL.items():
+            patch.setenv(name, value)
+        try:
+            main()
+        except SystemExit as done:
+            code = done.code or 0
+    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
+
+
+def run_apart(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    """The same, as a user's shell runs it."""
     command = [sys.executable, "-m", "gemma_convert", *map(str, arguments)]
-    environment = os.environ | {"COLUMNS": "100", "NO_COLOR": "1"}
     return subprocess.run(
-        command, capture_output=True, text=True, check=False, env=environment, **options
+        command, capture_output=True, text=True, check=False, env=os.environ | TERMINAL, **options
     )
 
 
-def fails(code: int, *arguments: object, **options) -> str:
+def fails(code: int, *arguments: object, run=run) -> str:
     """The message of a command that must fail with `code`: one message and no traceback."""
-    done = run(*arguments, **options)
+    done = run(*arguments)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
@@ -62,7 +83,7 @@ def test_help_and_version():
     for command in ("to-native", "inspect", "logit-check", "golden", "tiny"):
         assert command in done.stdout
         assert run(command, "--help").returncode == 0
-    assert run("--version").stdout.startswith("gemma-convert ")
+    assert run_apart("--version").stdout.startswith("gemma-convert ")
 
 
 def test_help_imports_nothing_heavy():
@@ -113,7 +134,7 @@ def test_summary_says_what_happened_and_how_to_load_it(tiny, out):
 
 
 def test_relative_paths_work(source, tmp_path):
-    done = run("to-native", "in/checkpoint", "work/out", "--format", "maxtext", cwd=tmp_path)
+    done = run_apart("to-native", "in/checkpoint", "work/out", "--format", "maxtext", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     done = run("logit-check", "in/checkpoint", "work/out", "--tokens", 8, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -161,7 +182,7 @@ def test_rounding_is_warned_of(tiny, out):
 
 def test_usage_errors(tiny, out):
     assert "Missing" in fails(2, "to-native", tiny("31b"), out)
-    assert "gguf" in fails(2, "to-native", tiny("31b"), out, "--format", "gguf")
+    assert "gguf" in fails(2, "to-native", tiny("31b"), out, "--format", "gguf", run=run_apart)
     message = fails(2, "to-native", tiny("e4b"), out, "--format", "maxtext", "--scan-layers")
     assert "MaxText scans no model with per-layer embeddings" in message
     assert "--no-scan-layers" in message
@@ -273,13 +294,13 @@ def test_no_space(source, tmp_path):
 
 def test_interrupt_exits_130_and_may_be_resumed(source, out):
     code = (
-        "import sys, time\n"
+        "import os, sys, time\n"
         f"sys.argv = ['gemma-convert', 'to-native', {str(source)!r}, {str(out)!r},"
         " '--format', 'maxtext']\n"
         "from gemma_convert.stores.safetensors import SafetensorsFolder as Folder\n"
         "read = Folder.read_into\n"
         "def slow(self, *arguments):\n"
-        "    print('reading', flush=True)\n"
+        "    os.write(1, b'reading\\n')\n"
         "    time.sleep(0.05)\n"
         "    return read(self, *arguments)\n"
         "Folder.read_into = slow\n"
@@ -303,7 +324,7 @@ def test_interrupt_exits_130_and_may_be_resumed(source, out):
 
 
 def test_inspect_of_what_is_no_checkpoint(tmp_path):
-    assert "no such folder" in fails(3, "inspect", tmp_path / "absent")
+    assert "no such folder" in fails(3, "inspect", tmp_path / "absent", run=run_apart)
     assert "no checkpoint of a known layout" in fails(3, "inspect", tmp_path)
 
 

@@ -66,8 +66,8 @@ def test_bfloat16_equals_what_maxtext_writes_by_default(oracle, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["26b-a4b", "31b"])
-def test_vision_tower_is_converted(tiny, tmp_path, family):
-    source = tiny(family)
+def test_vision_tower_is_converted(shallow, tmp_path, family):
+    source = shallow(family)
     to_native(source, tmp_path / "out")
     hf, found = read_safetensors(source), restore(tmp_path / "out" / "0" / "items")
     vision = read_architecture(source).vision
@@ -118,8 +118,8 @@ def test_vision_tower_is_converted(tiny, tmp_path, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("text_only", [False, True])
-def test_what_is_not_converted_is_carried_bit_for_bit(tiny, tmp_path, family, text_only):
-    source = tiny(family)
+def test_what_is_not_converted_is_carried_bit_for_bit(shallow, tmp_path, family, text_only):
+    source = shallow(family)
     report = to_native(source, tmp_path / "out", text_only=text_only)
     hf = read_safetensors(source)
     tree = restore(tmp_path / "out" / "0" / "items")
@@ -142,9 +142,9 @@ def test_what_is_not_converted_is_carried_bit_for_bit(tiny, tmp_path, family, te
         assert manifest["tensors"][name]["xxh3_128"] == digest
 
 
-def test_other_files_and_headers_are_kept_byte_for_byte(tiny, tmp_path):
+def test_other_files_and_headers_are_kept_byte_for_byte(shallow, tmp_path):
     source = tmp_path / "source"
-    shutil.copytree(tiny("31b", shards=3), source)
+    shutil.copytree(shallow("31b", shards=3), source)
     (source / "extra").mkdir()
     (source / "extra" / "notes.txt").write_bytes(b"\x00\xffnotes")
     (source / ".git").mkdir()
@@ -166,16 +166,16 @@ def test_other_files_and_headers_are_kept_byte_for_byte(tiny, tmp_path):
         assert len(header) == 8 + int.from_bytes(header[:8], "little")
 
 
-def test_sharded_source_gives_the_same_tree(tiny, tmp_path):
-    to_native(tiny("e4b"), tmp_path / "one")
-    to_native(tiny("e4b", shards=3), tmp_path / "three")
+def test_sharded_source_gives_the_same_tree(shallow, tmp_path):
+    to_native(shallow("e4b"), tmp_path / "one")
+    to_native(shallow("e4b", shards=3), tmp_path / "three")
     one, three = (restore(tmp_path / name / "0" / "items") for name in ("one", "three"))
     assert one.keys() == three.keys()
     assert all(same_bits(one[name], three[name]) for name in one)
 
 
-def test_source_of_symbolic_links_like_the_hub_cache(tiny, tmp_path):
-    real, snapshot = tiny("e2b"), tmp_path / "snapshots" / "main"
+def test_source_of_symbolic_links_like_the_hub_cache(shallow, tmp_path):
+    real, snapshot = shallow("e2b"), tmp_path / "snapshots" / "main"
     snapshot.mkdir(parents=True)
     for file in real.iterdir():
         (snapshot / file.name).symlink_to(file)
@@ -184,8 +184,8 @@ def test_source_of_symbolic_links_like_the_hub_cache(tiny, tmp_path):
     assert not (tmp_path / "out" / "hf" / "config.json").is_symlink()
 
 
-def test_text_only_source_gives_the_same_text_tree(tiny, tmp_path):
-    source = tiny("26b-a4b", text_only=True)
+def test_text_only_source_gives_the_same_text_tree(shallow, tmp_path):
+    source = shallow("26b-a4b", scanned=True, text_only=True)
     to_native(source, tmp_path / "out", scan_layers=True)
     found = restore(tmp_path / "out" / "0" / "items")
     expected = maxtext_tree(read_safetensors(source), read_architecture(source), scanned=True)
@@ -194,8 +194,8 @@ def test_text_only_source_gives_the_same_text_tree(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("kv_shared", ["keep", "omit"])
-def test_leftovers_of_kv_shared_layers_do_not_matter(tiny, tmp_path, kv_shared):
-    report = to_native(tiny("e2b", kv_shared=kv_shared), tmp_path / "out")
+def test_leftovers_of_kv_shared_layers_do_not_matter(shallow, tmp_path, kv_shared):
+    report = to_native(shallow("e2b", kv_shared=kv_shared), tmp_path / "out")
     leftovers = report.carried_why.get("nothing reads the keys and values of KV-shared layers", 0)
     assert (leftovers > 0) == (kv_shared == "keep")
     assert report.arrays_written == len(restore(tmp_path / "out" / "0" / "items"))
@@ -203,8 +203,8 @@ def test_leftovers_of_kv_shared_layers_do_not_matter(tiny, tmp_path, kv_shared):
 
 @pytest.mark.parametrize("dtype", ["keep", "float32", "bfloat16"])
 @pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
-def test_dtype_policy(tiny, tmp_path, stored, dtype):
-    source = tiny("31b", dtype=stored)
+def test_dtype_policy(shallow, tmp_path, stored, dtype):
+    source = shallow("31b", dtype=stored)
     report = to_native(source, tmp_path / "out", dtype=dtype)
     tree = restore(tmp_path / "out" / "0" / "items")
     wanted = stored if dtype == "keep" else dtype
@@ -223,17 +223,17 @@ def test_dtype_policy(tiny, tmp_path, stored, dtype):
         assert row.values == np.count_nonzero(back != original)
 
 
-def test_values_that_scaling_loses_are_carried_whole(tiny, tmp_path):
+def test_values_that_scaling_loses_are_carried_whole(shallow, tmp_path):
     """A float32 embedding times a root is rounded in many places: its original travels along."""
-    report = to_native(tiny("31b", dtype="float32"), tmp_path / "out")
+    report = to_native(shallow("31b", dtype="float32"), tmp_path / "out")
     (name,) = read_safetensors(tmp_path / "out" / OURS)
     assert name == "model.language_model.embed_tokens.weight"
     assert report.carried_why == {"its values do not come back from the stored dtype": 1}
 
 
-def test_few_values_that_scaling_loses_are_kept_one_by_one(tiny, tmp_path):
+def test_few_values_that_scaling_loses_are_kept_one_by_one(shallow, tmp_path):
     source = tmp_path / "source"
-    shutil.copytree(tiny("31b"), source)
+    shutil.copytree(shallow("31b"), source)
     name = "model.language_model.embed_tokens.weight"
     original = read_safetensors(source)[name]
     bits = {5: 0x7F7F, 700: 0x7FC1, 701: 0x7F80, 702: 0x0001}  # huge, NaN payload, inf, denormal
@@ -262,20 +262,20 @@ def _patch(file: Path, tensor: str, bits: dict[int, int]) -> None:
 @pytest.mark.parametrize("scanned", [False, True])
 @pytest.mark.parametrize("ocdbt", [True, False])
 @pytest.mark.parametrize("compression", ["none", "zstd"])
-def test_forms_of_the_store_hold_the_same_values(tiny, tmp_path, scanned, ocdbt, compression):
+def test_forms_of_the_store_hold_the_same_values(shallow, tmp_path, scanned, ocdbt, compression):
     options = {"scan_layers": scanned, "ocdbt": ocdbt, "compression": compression}
-    to_native(tiny("26b-a4b"), tmp_path / "out", text_only=True, **options)
+    source = shallow("26b-a4b", scanned)
+    to_native(source, tmp_path / "out", text_only=True, **options)
     found = restore(tmp_path / "out" / "0" / "items")
-    source = tiny("26b-a4b")
     expected = maxtext_tree(read_safetensors(source), read_architecture(source), scanned)
     assert all(same_bits(found[name], expected[name]) for name in expected)
     assert (tmp_path / "out" / "0" / "items" / "manifest.ocdbt").exists() == ocdbt
 
 
-@pytest.mark.parametrize(("family", "scanned"), [("e2b", False), ("26b-a4b", True), ("31b", True)])
-def test_small_blocks_give_the_same_checkpoint(tiny, tmp_path, monkeypatch, family, scanned):
+@pytest.mark.parametrize(("family", "scanned"), [("e2b", False), ("26b-a4b", True)])
+def test_small_blocks_give_the_same_checkpoint(shallow, tmp_path, monkeypatch, family, scanned):
     """Blocks of real models are cut along their slowest axes; here blocks are made tiny."""
-    source = tiny(family)
+    source = shallow(family, scanned)
     to_native(source, tmp_path / "whole", scan_layers=scanned)
     monkeypatch.setattr(planning, "BLOCK_BYTES", 3000)
     monkeypatch.setattr(planning, "GATHER_BYTES", 64)
@@ -287,11 +287,11 @@ def test_small_blocks_give_the_same_checkpoint(tiny, tmp_path, monkeypatch, fami
     assert all(same_bits(whole[name], cut[name]) for name in whole)
 
 
-def test_plain_orbax_checkpointers_restore_it(tiny, tmp_path):
+def test_plain_orbax_checkpointers_restore_it(shallow, tmp_path):
     import jax
     import orbax.checkpoint as ocp
 
-    to_native(tiny("31b"), tmp_path / "out", text_only=True)
+    to_native(shallow("31b"), tmp_path / "out", text_only=True)
     items = tmp_path / "out" / "0" / "items"
     plain = ocp.PyTreeCheckpointer().restore(items)
     assert plain["step"] == 0
@@ -312,9 +312,9 @@ def test_plain_orbax_checkpointers_restore_it(tiny, tmp_path):
     assert (items.parent / "commit_success.txt").exists()
 
 
-def test_tied_head_must_equal_the_embedding(tiny, tmp_path):
+def test_tied_head_must_equal_the_embedding(shallow, tmp_path):
     source = tmp_path / "source"
-    shutil.copytree(tiny("31b"), source)
+    shutil.copytree(shallow("31b"), source)
     tensors = _with_head(source, change=False)
     report = to_native(source, tmp_path / "same")
     assert report.tied == ("lm_head.weight",)
@@ -340,9 +340,9 @@ def _with_head(source: Path, *, change: bool) -> dict[str, np.ndarray]:
     return tensors
 
 
-def test_dry_run_reads_headers_alone_and_writes_nothing(tiny, tmp_path):
+def test_dry_run_reads_headers_alone_and_writes_nothing(shallow, tmp_path):
     source = tmp_path / "source"
-    shutil.copytree(tiny("31b"), source)
+    shutil.copytree(shallow("31b"), source)
     file = source / "model.safetensors"
     header = file.read_bytes()[: 8 + int.from_bytes(file.read_bytes()[:8], "little")]
     size = file.stat().st_size
@@ -356,47 +356,47 @@ def test_dry_run_reads_headers_alone_and_writes_nothing(tiny, tmp_path):
     assert list(tmp_path.iterdir()) == [source]
 
 
-def test_overwrite_replaces_a_checkpoint_and_nothing_else(tiny, tmp_path):
+def test_overwrite_replaces_a_checkpoint_and_nothing_else(shallow, tmp_path):
     out = tmp_path / "out"
-    to_native(tiny("31b"), out)
+    to_native(shallow("31b"), out)
     with pytest.raises(TargetError, match="exists"):
-        to_native(tiny("26b-a4b"), out)
-    to_native(tiny("26b-a4b"), out, overwrite=True)
+        to_native(shallow("26b-a4b"), out)
+    to_native(shallow("26b-a4b"), out, overwrite=True)
     assert any("MoeBlock_0" in name for name in restore(out / "0" / "items"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     papers = tmp_path / "papers"
     papers.mkdir()
     (papers / "thesis.txt").write_text("years of work")
     with pytest.raises(TargetError, match="not a checkpoint"):
-        to_native(tiny("31b"), papers, overwrite=True)
+        to_native(shallow("31b"), papers, overwrite=True)
     assert (papers / "thesis.txt").exists()
 
 
-def test_source_and_target_must_lie_apart(tiny, tmp_path):
+def test_source_and_target_must_lie_apart(shallow, tmp_path):
     source = tmp_path / "source"
-    shutil.copytree(tiny("31b"), source)
+    shutil.copytree(shallow("31b"), source)
     for target in (source, source / "out", tmp_path):
         with pytest.raises(TargetError):
             to_native(source, target, overwrite=True)
     assert (source / "model.safetensors").exists()
 
 
-def test_scanning_is_refused_where_maxtext_refuses_it(tiny, tmp_path):
+def test_scanning_is_refused_where_maxtext_refuses_it(shallow, tmp_path):
     for family in ("e2b", "e4b"):
         with pytest.raises(UsageError, match="MaxText scans no model"):
-            to_native(tiny(family), tmp_path / "out", scan_layers=True)
+            to_native(shallow(family), tmp_path / "out", scan_layers=True)
     assert not (tmp_path / "out").exists()
 
 
-def test_full_disk_ends_in_a_message_and_leaves_nothing(tiny, tmp_path, monkeypatch):
+def test_full_disk_ends_in_a_message_and_leaves_nothing(shallow, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 5))
     with pytest.raises(TargetError, match="not enough space"):
-        to_native(tiny("31b"), tmp_path / "out")
+        to_native(shallow("31b"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("limit", [20_000, 300_000])
-def test_write_that_fails_halfway_leaves_nothing(tiny, tmp_path, limit):
+def test_write_that_fails_halfway_leaves_nothing(shallow, tmp_path, limit):
     import signal
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -404,18 +404,18 @@ def test_write_that_fails_halfway_leaves_nothing(tiny, tmp_path, limit):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
         with pytest.raises(TargetError, match="cannot be written"):
-            to_native(tiny("26b-a4b"), tmp_path / "out", dtype="float32")
+            to_native(shallow("26b-a4b"), tmp_path / "out", dtype="float32")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_source_that_shrinks_or_changes_meanwhile_is_noticed(tiny, tmp_path, monkeypatch):
+def test_source_that_shrinks_or_changes_meanwhile_is_noticed(shallow, tmp_path, monkeypatch):
     from gemma_convert.stores.safetensors import SafetensorsFolder
 
     source = tmp_path / "source"
-    shutil.copytree(tiny("31b"), source)
+    shutil.copytree(shallow("31b"), source)
     file = source / "model.safetensors"
     read = SafetensorsFolder.read_into
 
@@ -427,7 +427,7 @@ def test_source_that_shrinks_or_changes_meanwhile_is_noticed(tiny, tmp_path, mon
     monkeypatch.setattr(SafetensorsFolder, "read_into", shrink_first)
     with pytest.raises(SourceError, match="became shorter"):
         to_native(source, tmp_path / "out")
-    shutil.copy(tiny("31b") / "model.safetensors", file)
+    shutil.copy(shallow("31b") / "model.safetensors", file)
 
     def touch_first(self, tensor, offset, buffer):
         file.touch()
@@ -439,9 +439,9 @@ def test_source_that_shrinks_or_changes_meanwhile_is_noticed(tiny, tmp_path, mon
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
-def test_source_is_never_written(tiny, tmp_path):
+def test_source_is_never_written(shallow, tmp_path):
     source = tmp_path / "source"
-    shutil.copytree(tiny("e2b"), source)
+    shutil.copytree(shallow("e2b"), source)
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in source.rglob("*")}
     to_native(source, tmp_path / "out")
     after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in source.rglob("*")}

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from conftest import CASES, FAMILIES
 from maxtext_by_hand import maxtext_tree
-from test_memory import wide_checkpoint
 from trees import read_safetensors, restore, same_bits
 
 from gemma_convert import SourceError, TargetError, UsageError, to_native
@@ -113,11 +112,11 @@ def with_head(source: Path) -> None:
 
 
 @pytest.fixture
-def copied(tiny, tmp_path) -> Callable[..., Path]:
-    """copied(family, **options): a tiny checkpoint that a test may change."""
+def copied(shallow, tmp_path) -> Callable[..., Path]:
+    """copied(family, scanned): a tiny checkpoint that a test may change."""
 
-    def copy(family: str, **options) -> Path:
-        shutil.copytree(tiny(family, **options), tmp_path / "source")
+    def copy(family: str, scanned: bool = False, **options) -> Path:
+        shutil.copytree(shallow(family, scanned, **options), tmp_path / "source")
         return tmp_path / "source"
 
     return copy
@@ -129,14 +128,18 @@ def copied(tiny, tmp_path) -> Callable[..., Path]:
 @pytest.mark.parametrize(
     ("family", "scanned", "shards", "kv_shared"),
     [
-        (family, scanned, shards, kv_shared)
-        for family, scanned in CASES
-        for shards in (1, 3)
-        for kv_shared in (("keep", "omit") if family in PLE_FAMILIES else ("keep",))
+        ("e2b", False, 1, "keep"),
+        ("e2b", False, 3, "omit"),
+        ("e4b", False, 3, "keep"),
+        ("e4b", False, 1, "omit"),
+        ("26b-a4b", False, 3, "keep"),
+        ("26b-a4b", True, 1, "keep"),
+        ("31b", False, 1, "keep"),
+        ("31b", True, 3, "keep"),
     ],
 )
-def test_every_file_comes_back(tiny, tmp_path, family, scanned, shards, kv_shared):
-    source = tiny(family, shards=shards, kv_shared=kv_shared)
+def test_every_file_comes_back(shallow, tmp_path, family, scanned, shards, kv_shared):
+    source = shallow(family, scanned, shards=shards, kv_shared=kv_shared)
     report = comes_back(source, tmp_path, scan_layers=scanned)
     assert report.scanned is scanned
     assert report.family == family
@@ -144,21 +147,22 @@ def test_every_file_comes_back(tiny, tmp_path, family, scanned, shards, kv_share
 
 
 @pytest.mark.parametrize(("family", "scanned"), CASES)
-def test_text_only_sources_come_back(tiny, tmp_path, family, scanned):
-    comes_back(tiny(family, text_only=True, shards=2), tmp_path, scan_layers=scanned)
+def test_text_only_sources_come_back(shallow, tmp_path, family, scanned):
+    comes_back(shallow(family, scanned, text_only=True, shards=2), tmp_path, scan_layers=scanned)
 
 
 @pytest.mark.parametrize("family", ["26b-a4b", "31b"])
-def test_towers_that_were_only_carried_come_back(tiny, tmp_path, family):
-    report = comes_back(tiny(family), tmp_path, text_only=True, scan_layers=True)
-    towers = [name for name in read_safetensors(tiny(family)) if ".language_model." not in name]
+def test_towers_that_were_only_carried_come_back(shallow, tmp_path, family):
+    source = shallow(family, scanned=True)
+    report = comes_back(source, tmp_path, text_only=True, scan_layers=True)
+    towers = [name for name in read_safetensors(source) if ".language_model." not in name]
     assert report.tensors_from_original == len(towers) > 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize(("family", "scanned"), [("e2b", False), ("26b-a4b", True), ("31b", False)])
-def test_sources_of_other_dtypes_come_back(tiny, tmp_path, family, scanned, dtype):
-    comes_back(tiny(family, dtype=dtype), tmp_path, scan_layers=scanned)
+def test_sources_of_other_dtypes_come_back(shallow, tmp_path, family, scanned, dtype):
+    comes_back(shallow(family, scanned, dtype=dtype), tmp_path, scan_layers=scanned)
     carried = tmp_path / "native" / OURS / "carried.safetensors"
     whole = carried.exists() and EMBEDDING in split(carried)[0]
     assert whole == (dtype == "float32")
@@ -168,9 +172,9 @@ def test_sources_of_other_dtypes_come_back(tiny, tmp_path, family, scanned, dtyp
 @pytest.mark.parametrize(
     ("ocdbt", "compression"), [(True, "zstd"), (False, "none"), (False, "zstd")]
 )
-def test_every_form_of_the_store_comes_back(tiny, tmp_path, family, scanned, ocdbt, compression):
+def test_every_form_of_the_store_comes_back(shallow, tmp_path, family, scanned, ocdbt, compression):
     options = {"ocdbt": ocdbt, "compression": compression, "scan_layers": scanned}
-    comes_back(tiny(family, shards=3), tmp_path, **options)
+    comes_back(shallow(family, scanned, shards=3), tmp_path, **options)
 
 
 @pytest.mark.parametrize("family", ["e2b", "31b"])
@@ -193,7 +197,7 @@ def test_an_index_of_another_hand_comes_back(copied, tmp_path):
 
 @pytest.mark.parametrize("padding", [0, 1003])
 def test_headers_of_another_hand_come_back(copied, tmp_path, padding):
-    source = copied("26b-a4b", shards=3)
+    source = copied("26b-a4b", scanned=True, shards=3)
     before = {name: tensor.copy() for name, tensor in read_safetensors(source).items()}
     for file in source.glob("*.safetensors"):
         reorder(file, padding)
@@ -239,32 +243,32 @@ def test_few_float32_values_that_scaling_loses_come_back_one_by_one(copied, tmp_
     [
         ("e2b", False, True),
         ("26b-a4b", True, True),
-        ("31b", True, True),
         ("31b", True, False),
         ("31b", False, False),
     ],
 )
 def test_parts_as_small_as_those_of_real_models_come_back(
-    tiny, tmp_path, monkeypatch, family, scanned, whole_chunks
+    shallow, tmp_path, monkeypatch, family, scanned, whole_chunks
 ):
     """Real arrays are read in many parts, of one chunk or of many; here parts are made tiny."""
     if not whole_chunks:
         monkeypatch.setattr(planning, "BLOCK_BYTES", 4000)
         monkeypatch.setattr(planning, "GATHER_BYTES", 64)
         monkeypatch.setattr("gemma_convert.transfer.GATHER_BYTES", 64)
-    to_native(tiny(family, shards=3), tmp_path / "native", scan_layers=scanned)
+    source = shallow(family, scanned, shards=3)
+    to_native(source, tmp_path / "native", scan_layers=scanned)
     monkeypatch.setattr("gemma_convert.native_source.BLOCK_BYTES", 1000)
     monkeypatch.setattr("gemma_convert.export.PIECE_BYTES", 1022)
     monkeypatch.setattr("gemma_convert.stores.safetensors_writer.LET_GO_BYTES", 5000)
-    report = to_hf(tmp_path / "native", tmp_path / "back", like=tiny(family, shards=3))
-    assert digests(tmp_path / "back") == digests(tiny(family, shards=3))
+    report = to_hf(tmp_path / "native", tmp_path / "back", like=source)
+    assert digests(tmp_path / "back") == digests(source)
     assert report.unchecked == report.tensors
     assert to_hf(tmp_path / "native", tmp_path / "again").bit_for_bit
-    assert digests(tmp_path / "again") == digests(tiny(family, shards=3))
+    assert digests(tmp_path / "again") == digests(source)
 
 
-def test_the_native_side_is_never_written(tiny, tmp_path):
-    to_native(tiny("e2b"), tmp_path / "native")
+def test_the_native_side_is_never_written(shallow, tmp_path):
+    to_native(shallow("e2b"), tmp_path / "native")
     before = digests(tmp_path / "native")
     to_hf(tmp_path / "native", tmp_path / "back")
     assert digests(tmp_path / "native") == before
@@ -285,7 +289,7 @@ def differing(left: Leaves, right: Leaves) -> set[str]:
 @pytest.mark.parametrize(("family", "scanned"), [("e2b", False), ("26b-a4b", True)])
 @pytest.mark.parametrize("head", [False, True])
 def test_embedding_stored_in_bfloat16_alone_differs(copied, tmp_path, family, scanned, head):
-    source = copied(family)
+    source = copied(family, scanned)
     if head:
         with_head(source)
     report = round_trip(source, tmp_path, scan_layers=scanned, scaled_dtype="bfloat16")
@@ -311,7 +315,7 @@ def test_embedding_stored_in_bfloat16_alone_differs(copied, tmp_path, family, sc
 def test_weights_stored_in_bfloat16_differ_where_numpy_says(
     copied, tmp_path, family, scanned, stored
 ):
-    source = copied(family, dtype=stored)
+    source = copied(family, scanned, dtype=stored)
     header, data = split(source / SINGLE)
     data = bytearray(data)
     for name, entry in header.items():
@@ -337,9 +341,9 @@ def test_weights_stored_in_bfloat16_differ_where_numpy_says(
     assert digests(source)["config.json"] == digests(tmp_path / "back")["config.json"]
 
 
-def test_a_value_changed_on_the_native_side_is_reported(tiny, tmp_path):
+def test_a_value_changed_on_the_native_side_is_reported(shallow, tmp_path):
     """Arrays without a compressor have no checksum of their own: the manifest's must say it."""
-    to_native(tiny("31b"), tmp_path / "native", ocdbt=False)
+    to_native(shallow("31b"), tmp_path / "native", ocdbt=False)
     (chunk,) = (tmp_path / "native" / "0" / "items").glob("*layers_3.mlp.wo.kernel/0.0")
     data = bytearray(chunk.read_bytes())
     data[77] ^= 1
@@ -350,7 +354,7 @@ def test_a_value_changed_on_the_native_side_is_reported(tiny, tmp_path):
     assert report.identical == report.tensors - 1
     assert not report.bit_for_bit
     back = read_safetensors(tmp_path / "back")
-    assert differing(read_safetensors(tiny("31b")), back) == {name}
+    assert differing(read_safetensors(shallow("31b")), back) == {name}
 
 
 # Checkpoints that MaxText wrote.
@@ -437,12 +441,15 @@ def nest(leaves: Leaves, *tail: str) -> dict:
 
 
 def save_training(items: Path, leaves: Leaves, step: int, *, ocdbt: bool = True) -> None:
-    """A training state as MaxText saves it: params, step, optimizer state as a list, nnx_aux."""
+    """A training state as MaxText saves it: params, step, optimizer state as a list, nnx_aux.
+
+    Of the moments, which are as many as the parameters, there are a few here.
+    """
     import jax
     import jax.numpy as jnp
     import orbax.checkpoint as ocp
 
-    poison = {path: np.full_like(leaf, np.nan) for path, leaf in leaves.items()}
+    poison = {path: np.full_like(leaves[path], np.nan) for path in [*leaves][::20]}
     moments = {"mu": {"params": nest(poison)}, "nu": {"params": nest(poison)}}
     rngs = {"aqt": {"count": np.uint32(3), "key": np.arange(4, dtype=np.uint32)}}
     state = {
@@ -457,11 +464,11 @@ def save_training(items: Path, leaves: Leaves, step: int, *, ocdbt: bool = True)
 
 
 @pytest.fixture
-def trained(tiny, tmp_path) -> Callable[..., tuple[Path, Path, dict[str, np.ndarray]]]:
+def trained(shallow, tmp_path) -> Callable[..., tuple[Path, Path, dict[str, np.ndarray]]]:
     """trained(family, scanned): (the original, a run folder, the trained Hugging Face tensors)."""
 
     def train(family: str, scanned: bool = False, *, older: bool = False):
-        source, run = tiny(family), tmp_path / "run"
+        source, run = shallow(family, scanned), tmp_path / "run"
         values, architecture = trained_tensors(source), read_architecture(source)
         save_training(run / "12" / "items", maxtext_tree(values, architecture, scanned), 12)
         if older:
@@ -562,8 +569,8 @@ def test_a_training_run_knows_no_original(trained, tmp_path):
 
 
 @pytest.mark.parametrize("ocdbt", [True, False])
-def test_optimizer_state_is_never_read(tiny, tmp_path, monkeypatch, ocdbt):
-    source = tiny("31b")
+def test_optimizer_state_is_never_read(shallow, tmp_path, monkeypatch, ocdbt):
+    source = shallow("31b", scanned=True)
     leaves = maxtext_tree(trained_tensors(source), read_architecture(source), scanned=True)
     save_training(tmp_path / "run" / "7" / "items", leaves, 7, ocdbt=ocdbt)
     if not ocdbt:
@@ -590,10 +597,10 @@ def test_optimizer_state_is_never_read(tiny, tmp_path, monkeypatch, ocdbt):
     assert not any(np.isnan(t).any() for t in read_safetensors(tmp_path / "back").values())
 
 
-def test_nnx_nesting_is_accepted(tiny, tmp_path):
+def test_nnx_nesting_is_accepted(shallow, tmp_path):
     import orbax.checkpoint as ocp
 
-    source = tiny("e2b")
+    source = shallow("e2b")
     values = trained_tensors(source)
     leaves = maxtext_tree(values, read_architecture(source), scanned=False)
     state = nest(leaves, "value") | {"step": {"value": np.int32(4)}, "opt_state": {"value": 1}}
@@ -625,8 +632,8 @@ def test_originals_in_the_sidecar_do_not_cover_trained_values(copied, tmp_path):
 
 
 @pytest.mark.parametrize("like", ["huggingface", "converted"])
-def test_originals_that_were_carried_whole_do_not_cover_trained_values(tiny, tmp_path, like):
-    source = tiny("31b", dtype="float32")
+def test_originals_that_were_carried_whole_do_not_cover_trained_values(shallow, tmp_path, like):
+    source = shallow("31b", dtype="float32")
     to_native(source, tmp_path / "converted", text_only=True)
     original = read_safetensors(source)
     leaves = restore(tmp_path / "converted" / "0" / "items")
@@ -680,9 +687,9 @@ ocp.PyTreeCheckpointer().save(target, {"params": jax.tree.map(shard, tree)})
 """
 
 
-def test_arrays_sharded_over_devices_come_back(tiny, tmp_path, monkeypatch):
+def test_arrays_sharded_over_devices_come_back(shallow, tmp_path, monkeypatch):
     """Chunks as sixteen devices write them: along the first axis, or along the second."""
-    source = tiny("31b")
+    source = shallow("31b", scanned=True)
     to_native(source, tmp_path / "native", scan_layers=True, text_only=True)
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=16", "JAX_PLATFORMS": "cpu"}
     folders = tmp_path / "native" / "0" / "items", tmp_path / "run" / "5" / "items"
@@ -708,7 +715,7 @@ def test_arrays_sharded_over_devices_come_back(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("family", PLE_FAMILIES)
-def test_omitting_leftovers_drops_exactly_them(copied, tiny, tmp_path, family, shards):
+def test_omitting_leftovers_drops_exactly_them(copied, shallow, tmp_path, family, shards):
     source = copied(family, shards=shards)
     if shards > 1:
         index = json.loads((source / INDEX).read_text())
@@ -717,7 +724,7 @@ def test_omitting_leftovers_drops_exactly_them(copied, tiny, tmp_path, family, s
     to_native(source, tmp_path / "native")
     report = to_hf(tmp_path / "native", tmp_path / "back", kv_shared="omit")
     before, after = read_safetensors(source), read_safetensors(tmp_path / "back")
-    without = read_safetensors(tiny(family, kv_shared="omit")).keys()
+    without = read_safetensors(shallow(family, kv_shared="omit")).keys()
     assert len(before) > len(without)
     assert not differing({name: before[name] for name in without}, after)
     assert len(report.shards) == shards
@@ -730,7 +737,7 @@ def test_omitting_leftovers_drops_exactly_them(copied, tiny, tmp_path, family, s
         assert index["metadata"]["total_parameters"] == sum(t.size for t in after.values())
         check_weight_map(tmp_path / "back")
     else:
-        same = digests(tiny(family, kv_shared="omit"))
+        same = digests(shallow(family, kv_shared="omit"))
         assert digests(tmp_path / "back") == same
 
 
@@ -747,9 +754,9 @@ def check_weight_map(folder: Path) -> None:
 
 @pytest.mark.parametrize(("family", "shards"), [("e2b", 1), ("31b", 3)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_dtype_edits_the_words_of_the_config_and_casts(tiny, tmp_path, family, shards, dtype):
+def test_dtype_edits_the_words_of_the_config_and_casts(shallow, tmp_path, family, shards, dtype):
     stored = "bfloat16" if dtype == "float32" else "float32"
-    source = tiny(family, shards=shards, dtype=stored)
+    source = shallow(family, shards=shards, dtype=stored)
     to_native(source, tmp_path / "native")
     report = to_hf(tmp_path / "native", tmp_path / "back", dtype=dtype)
     config = (source / "config.json").read_bytes()
@@ -778,8 +785,8 @@ def test_dtype_edits_the_words_of_the_config_and_casts(tiny, tmp_path, family, s
     assert str(loaded(tmp_path / "back").dtype) == f"torch.{dtype}"
 
 
-def test_the_dtype_that_it_has_changes_nothing(tiny, tmp_path):
-    source = tiny("31b", shards=3)
+def test_the_dtype_that_it_has_changes_nothing(shallow, tmp_path):
+    source = shallow("31b", shards=3)
     to_native(source, tmp_path / "native")
     assert to_hf(tmp_path / "native", tmp_path / "back", dtype="bfloat16").bit_for_bit
     assert digests(tmp_path / "back") == digests(source)
@@ -796,8 +803,8 @@ def test_config_with_other_line_ends_keeps_them(copied, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_new_shards_are_right_and_transformers_loads_them(tiny, tmp_path, family):
-    source, limit = tiny(family), 150_000
+def test_new_shards_are_right_and_transformers_loads_them(shallow, tmp_path, family):
+    source, limit = shallow(family), 150_000
     to_native(source, tmp_path / "native")
     report = to_hf(tmp_path / "native", tmp_path / "back", max_shard_size=limit)
     before, after = read_safetensors(source), read_safetensors(tmp_path / "back")
@@ -817,12 +824,12 @@ def test_new_shards_are_right_and_transformers_loads_them(tiny, tmp_path, family
     loaded(tmp_path / "back")
 
 
-def test_one_large_shard_needs_no_index(tiny, tmp_path):
-    source = tiny("31b", shards=3)
+def test_one_large_shard_needs_no_index(shallow, tmp_path):
+    source = shallow("31b", shards=3)
     to_native(source, tmp_path / "native")
     report = to_hf(tmp_path / "native", tmp_path / "back", max_shard_size=10**9)
     assert report.shards == (SINGLE,)
-    assert digests(tmp_path / "back") == digests(tiny("31b"))
+    assert digests(tmp_path / "back") == digests(shallow("31b"))
     with pytest.raises(UsageError, match="max-shard-size"):
         to_hf(tmp_path / "native", tmp_path / "none", max_shard_size=0)
 
@@ -839,8 +846,8 @@ TEXT_ONLY = [
 
 
 @pytest.mark.parametrize(("family", "scanned", "text_tree"), TEXT_ONLY)
-def test_text_model_alone(tiny, tmp_path, family, scanned, text_tree):
-    source = tiny(family, shards=3)
+def test_text_model_alone(shallow, tmp_path, family, scanned, text_tree):
+    source = shallow(family, scanned, shards=3)
     to_native(source, tmp_path / "native", scan_layers=scanned, text_only=text_tree)
     report = to_hf(tmp_path / "native", tmp_path / "back", text_only=True)
     before, after = read_safetensors(source), read_safetensors(tmp_path / "back")
@@ -862,9 +869,9 @@ def test_text_model_alone(tiny, tmp_path, family, scanned, text_tree):
     assert np.array_equal(logits(tmp_path / "back", ids), logits(source, ids))
 
 
-def test_text_model_comes_back_as_itself(tiny, tmp_path):
+def test_text_model_comes_back_as_itself(shallow, tmp_path):
     """A text-only export is a source in its own right."""
-    to_native(tiny("e2b"), tmp_path / "first")
+    to_native(shallow("e2b"), tmp_path / "first")
     to_hf(tmp_path / "first", tmp_path / "text", text_only=True)
     comes_back(tmp_path / "text", tmp_path)
 
@@ -881,18 +888,26 @@ def refused(work: Path, error: type[Exception], match: str, *arguments, **option
 
 
 @pytest.fixture
-def native(tiny, tmp_path) -> Path:
-    """A converted 31b, zarr without OCDBT: one folder an array."""
-    to_native(tiny("31b"), tmp_path / "native", ocdbt=False, compression="zstd")
+def native(shallow, converted, tmp_path) -> Path:
+    """A converted 31b that a test may damage."""
+    shutil.copytree(converted(shallow("31b"), "maxtext"), tmp_path / "native")
+    return tmp_path / "native"
+
+
+@pytest.fixture
+def unpacked(shallow, converted, tmp_path) -> Path:
+    """The same, zarr without OCDBT: one folder an array."""
+    options = {"ocdbt": False, "compression": "zstd"}
+    shutil.copytree(converted(shallow("31b"), "maxtext", **options), tmp_path / "native")
     return tmp_path / "native"
 
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    [("26b-a4b", {}), ("31b", {"layers": 18}), ("e2b", {}), ("31b", {"text_only": True})],
+    [("26b-a4b", {}), ("31b", {"scanned": True}), ("e2b", {}), ("31b", {"text_only": True})],
 )
-def test_like_of_another_model(tiny, native, tmp_path, family, options):
-    other = tiny(family, **options)
+def test_like_of_another_model(shallow, native, tmp_path, family, options):
+    other = shallow(family, **options)
     refused(tmp_path, SourceError, "not that of the original", native, tmp_path / "b", like=other)
 
 
@@ -922,14 +937,14 @@ def test_like_that_is_no_checkpoint(native, tmp_path):
         refused(tmp_path, SourceError, "checkpoint", native, tmp_path / "back", like=like)
 
 
-def test_source_that_is_no_checkpoint(tiny, tmp_path):
-    for source in (tiny("31b"), tmp_path / "absent", tmp_path):
+def test_source_that_is_no_checkpoint(shallow, tmp_path):
+    for source in (shallow("31b"), tmp_path / "absent", tmp_path):
         match = "no Orbax checkpoint"
-        refused(tmp_path, SourceError, match, source, tmp_path / "back", like=tiny("31b"))
+        refused(tmp_path, SourceError, match, source, tmp_path / "back", like=shallow("31b"))
 
 
-def test_array_that_is_missing_or_unknown(tiny, tmp_path):
-    source = tiny("31b")
+def test_array_that_is_missing_or_unknown(shallow, tmp_path):
+    source = shallow("31b")
     leaves = maxtext_tree(trained_tensors(source), read_architecture(source), scanned=False)
     gone = "decoder/layers_4/mlp/wi_1/kernel"
     less = {name: leaf for name, leaf in leaves.items() if name != gone}
@@ -940,12 +955,12 @@ def test_array_that_is_missing_or_unknown(tiny, tmp_path):
     refused(tmp_path, SourceError, "decoder/extra", tmp_path / "more", back, like=source)
 
 
-def test_checkpoint_without_parameters(tiny, tmp_path):
+def test_checkpoint_without_parameters(shallow, tmp_path):
     import orbax.checkpoint as ocp
 
     ocp.PyTreeCheckpointer().save(tmp_path / "run" / "0" / "items", {"weights": np.ones(3)})
     match = "no parameters in a layout that is known"
-    refused(tmp_path, SourceError, match, tmp_path / "run", tmp_path / "b", like=tiny("31b"))
+    refused(tmp_path, SourceError, match, tmp_path / "run", tmp_path / "b", like=shallow("31b"))
 
 
 def kernel_folder(native: Path) -> Path:
@@ -953,19 +968,19 @@ def kernel_folder(native: Path) -> Path:
     return folder
 
 
-def test_chunk_that_is_broken(native, tmp_path):
-    (chunk,) = (path for path in kernel_folder(native).iterdir() if path.name[0] != ".")
+def test_chunk_that_is_broken(unpacked, tmp_path):
+    (chunk,) = (path for path in kernel_folder(unpacked).iterdir() if path.name[0] != ".")
     data = bytearray(chunk.read_bytes())
     data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
     chunk.write_bytes(data)
-    refused(tmp_path, SourceError, "layers_3/mlp/wo/kernel", native, tmp_path / "back")
+    refused(tmp_path, SourceError, "layers_3/mlp/wo/kernel", unpacked, tmp_path / "back")
     chunk.write_bytes(data[:20])
-    refused(tmp_path, SourceError, "layers_3/mlp/wo/kernel", native, tmp_path / "back")
+    refused(tmp_path, SourceError, "layers_3/mlp/wo/kernel", unpacked, tmp_path / "back")
 
 
-def test_array_whose_data_is_gone(native, tmp_path):
-    shutil.rmtree(kernel_folder(native))
-    refused(tmp_path, SourceError, "layers_3/mlp/wo/kernel", native, tmp_path / "back")
+def test_array_whose_data_is_gone(unpacked, tmp_path):
+    shutil.rmtree(kernel_folder(unpacked))
+    refused(tmp_path, SourceError, "layers_3/mlp/wo/kernel", unpacked, tmp_path / "back")
 
 
 def edit_manifest(native: Path, **changes: object) -> None:
@@ -996,15 +1011,15 @@ def test_manifest_that_names_a_file_elsewhere(native, tmp_path, file):
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("{", "manifest cannot be read"),
-        ("[]", "another version"),
+        ("{", "manifest is not valid JSON"),
+        ("[]", "not a JSON object"),
         ('{"schema": "gemma-convert/manifest/9"}', "another version"),
         ('{"schema": "gemma-convert/manifest/1"}', "manifest is malformed"),
         ('{"schema": "gemma-convert/manifest/1", "shards": {}}', "manifest is malformed"),
         ('{"schema": "gemma-convert/manifest/1", "shards": [3]}', "manifest is malformed"),
         ('{"schema": "gemma-convert/manifest/1", "shards": []}', "lacks"),
-        ("[" * 100_000, "manifest cannot be read"),
-        ("\xff", "manifest cannot be read"),
+        ("[" * 100_000, "manifest is not valid JSON"),
+        ("\xff", "manifest is not valid JSON"),
     ],
 )
 def test_manifest_that_is_none(native, tmp_path, text, match):
@@ -1043,7 +1058,7 @@ def test_exceptions_that_are_broken(copied, tmp_path):
         refused(tmp_path, SourceError, "exceptions", tmp_path / "native", tmp_path / "back")
 
 
-def test_target_that_exists_is_replaced_on_request_alone(tiny, native, tmp_path):
+def test_target_that_exists_is_replaced_on_request_alone(shallow, native, tmp_path):
     back = tmp_path / "back"
     to_hf(native, back)
     kept = digests(back)
@@ -1052,7 +1067,7 @@ def test_target_that_exists_is_replaced_on_request_alone(tiny, native, tmp_path)
     to_hf(native, back, overwrite=True, dtype="float32")
     assert digests(back) != kept
     to_hf(native, back, overwrite=True)
-    assert digests(back) == kept == digests(tiny("31b"))
+    assert digests(back) == kept == digests(shallow("31b"))
     papers = tmp_path / "papers"
     papers.mkdir()
     (papers / "thesis.txt").write_text("years of work")
@@ -1099,12 +1114,12 @@ def test_write_that_fails_leaves_nothing(native, tmp_path, limit):
         signal.signal(signal.SIGXFSZ, handler)
 
 
-# Without writing, and within memory.
+# Without writing.
 
 
 @pytest.mark.parametrize("options", [{}, {"text_only": True}, {"dtype": "float32"}])
-def test_dry_run_reads_no_values_and_writes_nothing(tiny, tmp_path, monkeypatch, options):
-    to_native(tiny("e2b"), tmp_path / "native")
+def test_dry_run_reads_no_values_and_writes_nothing(shallow, tmp_path, monkeypatch, options):
+    to_native(shallow("e2b"), tmp_path / "native")
 
     def refuse(*_):
         raise AssertionError("a value was read")
@@ -1123,42 +1138,12 @@ def test_dry_run_reads_no_values_and_writes_nothing(tiny, tmp_path, monkeypatch,
     assert real.bytes_written == written
 
 
-def test_the_largest_chunk_is_told_beforehand(tiny, tmp_path):
-    source = tiny("31b")
+def test_the_largest_chunk_is_told_beforehand(shallow, tmp_path):
+    source = shallow("31b", scanned=True)
     leaves = maxtext_tree(trained_tensors(source), read_architecture(source), scanned=True)
     save_training(tmp_path / "run" / "1" / "items", leaves, 1)
     report = to_hf(tmp_path / "run", tmp_path / "back", like=source, dry_run=True)
     assert report.largest_decode_bytes == max(leaf.nbytes for leaf in leaves.values())
-
-
-def peak(source: Path, target: Path) -> int:
-    """Peak memory of an export in bytes; rusage would count this process, which was forked, too."""
-    code = (
-        "import gemma_convert.export as export, gemma_convert.publishing as publishing\n"
-        "publishing.sync_folder = lambda _: None\n"
-        f"assert export.to_hf({str(source)!r}, {str(target)!r}).bit_for_bit\n"
-        "lines = open('/proc/self/status').read().splitlines()\n"
-        "print(next(line.split()[1] for line in lines if line.startswith('VmHWM:')))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return int(done.stdout) << 10
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("scanned", [False, True])
-def test_four_times_the_layers_take_the_same_memory(tmp_path, monkeypatch, scanned):
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-    peaks = []
-    for layers in (12, 48):
-        source, native, back = (tmp_path / f"{word}{layers}" for word in ("hf", "native", "back"))
-        wide_checkpoint(source, layers)
-        to_native(source, native, scan_layers=scanned)
-        shutil.rmtree(source)
-        peaks.append(peak(native, back))
-        shutil.rmtree(native)
-        shutil.rmtree(back)
-    assert peaks[1] - peaks[0] < 160 << 20, peaks
-    assert peaks[1] < 700 << 20, peaks
 
 
 def test_exceptions_come_back_in_another_dtype_too(copied, tmp_path):

@@ -23,11 +23,11 @@ def test_huggingface(tiny, family, options):
     assert report.towers == (() if "text_only" in options else expected)
 
 
-def test_coverage_names_what_is_wrong(tiny, tmp_path):
+def test_coverage_names_what_is_wrong(shallow, tmp_path):
     import torch
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(tiny("31b"), tmp_path / "hf")
+    shutil.copytree(shallow("31b"), tmp_path / "hf")
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
     del tensors["model.language_model.norm.weight"]
     tensors["model.odd"] = torch.zeros(1)
@@ -43,8 +43,8 @@ def test_coverage_names_what_is_wrong(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(("family", "scanned"), CASES)
-def test_maxtext(tiny, tmp_path, family, scanned):
-    made = to_native(tiny(family), tmp_path / "out", scan_layers=scanned)
+def test_maxtext(shallow, tmp_path, family, scanned):
+    made = to_native(shallow(family, scanned), tmp_path / "out", scan_layers=scanned)
     whole = inspect(tmp_path / "out")
     assert (whole.layout, whole.family, whole.scanned) == ("maxtext", family, scanned)
     assert whole.tensors == made.arrays_written
@@ -65,8 +65,8 @@ def test_maxtext(tiny, tmp_path, family, scanned):
     ("family", "layout"),
     [*((family, "gemma-jax") for family in FAMILIES), ("26b-a4b", "fast-llm"), ("31b", "fast-llm")],
 )
-def test_other_layouts(tiny, converted, tmp_path, family, layout):
-    out = converted(tiny(family), layout)
+def test_other_layouts(shallow, converted, tmp_path, family, layout):
+    out = converted(shallow(family), layout)
     whole = inspect(out)
     assert (whole.layout, whole.family, whole.scanned) == (layout, family, False)
     assert whole.coverage.complete
@@ -92,8 +92,8 @@ def test_arrays_that_were_filled_in_are_expected(tiny, converted, kv_shared):
     assert inspect(converted(source, "gemma-jax")).coverage.complete
 
 
-def test_lossy_rows_are_named(tiny, tmp_path):
-    to_native(tiny("31b"), tmp_path / "out", scaled_dtype="bfloat16")
+def test_lossy_rows_are_named(shallow, tmp_path):
+    to_native(shallow("31b"), tmp_path / "out", scaled_dtype="bfloat16")
     assert inspect(tmp_path / "out").lossy_rows == ("model.language_model.embed_tokens.weight",)
 
 
@@ -118,8 +118,8 @@ def test_checkpoints_of_the_real_frameworks(oracle):
 
 
 @pytest.mark.parametrize("damage", ["tree", "json", "array", "folder"])
-def test_broken_orbax_folders(tiny, tmp_path, damage):
-    to_native(tiny("31b"), tmp_path / "out", ocdbt=False)
+def test_broken_orbax_folders(shallow, tmp_path, damage):
+    to_native(shallow("31b"), tmp_path / "out", ocdbt=False)
     items = tmp_path / "out" / "0" / "items"
     if damage == "tree":
         (items / "_METADATA").write_text('{"tree_metadata": {"x": {}}}')

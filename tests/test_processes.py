@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
+import socket
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
 
 import numpy as np
@@ -22,6 +27,7 @@ from gemma_convert.mapping import split as splitting
 from gemma_convert.mapping.region import blocks
 from gemma_convert.mapping.split import split_sources
 from gemma_convert.mapping.table import load_table
+from gemma_convert.processes import OneProcess, join
 from gemma_convert.stores.safetensors import SafetensorsFolder
 
 
@@ -42,12 +48,17 @@ class Threads:
 
     def check(self):
         for number, message in self.shared[1].items():
+            if number == self.index:
+                continue
             raise TargetError(
                 "Another process of this conversion failed.", where=number, found=message
             )
 
     def fail(self, error):
         self.shared[1].setdefault(self.index, repr(error))
+        ending = time.monotonic() + 20
+        while not self.index and len(self.shared[1]) < self.count and time.monotonic() < ending:
+            time.sleep(0.01)
 
     def __enter__(self):
         return self
@@ -134,8 +145,8 @@ def test_no_chunk_is_written_by_two_processes(tiny, small_blocks, family, scanne
     assert {number for found in owners.values() for number in found} == {0, 1, 2}
 
 
-def test_shares_are_of_about_equal_bytes(tiny, small_blocks):
-    plan = planned(tiny("31b"), "maxtext")
+def test_shares_are_of_about_equal_bytes(shallow, small_blocks):
+    plan = planned(shallow("31b"), "maxtext")
     sizes = [
         sum(plan.sources[name].spec.nbytes for name in share) for share in split_sources(plan, 3)
     ]
@@ -145,17 +156,16 @@ def test_shares_are_of_about_equal_bytes(tiny, small_blocks):
 
 @pytest.mark.parametrize("options", [{}, {"ocdbt": False}, {"scan_layers": True}])
 @pytest.mark.parametrize("layout", ["maxtext", "gemma-jax"])
-def test_three_processes_make_what_one_makes(tiny, tmp_path, small_blocks, layout, options):
+def test_three_processes_make_what_one_makes(shallow, tmp_path, small_blocks, layout, options):
     if layout == "gemma-jax" and "scan_layers" in options:
         options = {"dtype": "float32"}
-    source = tiny("26b-a4b")
+    source = shallow("26b-a4b", scanned="scan_layers" in options)
     to_native(source, tmp_path / "one", layout=layout, **options)
     reports = together(3, source, tmp_path / "three", layout=layout, **options)
     assert [report.arrays_written for report in reports] == [reports[0].arrays_written] * 3
     one, three = (arrays_of(tmp_path / name, layout) for name in ("one", "three"))
     assert not differing(one, three)
     assert manifest(tmp_path / "one") == manifest(tmp_path / "three")
-    assert verify(tmp_path / "three", against=source).passed
     assert verify(tmp_path / "three").passed
     assert to_hf(tmp_path / "three", tmp_path / "back").bit_for_bit
     left = [path.name for path in tmp_path.rglob(".gemma-convert*")]
@@ -163,11 +173,11 @@ def test_three_processes_make_what_one_makes(tiny, tmp_path, small_blocks, layou
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "one", "three"]
 
 
-def test_plain_orbax_restores_what_several_processes_wrote(tiny, tmp_path, small_blocks):
+def test_plain_orbax_restores_what_several_processes_wrote(shallow, tmp_path, small_blocks):
     import orbax.checkpoint as ocp
 
-    to_native(tiny("e2b"), tmp_path / "one")
-    together(2, tiny("e2b"), tmp_path / "two")
+    to_native(shallow("e2b"), tmp_path / "one")
+    together(2, shallow("e2b"), tmp_path / "two")
     assert (tmp_path / "two" / "0" / "items" / "ocdbt.process_1").is_dir()
     one, two = (
         ocp.PyTreeCheckpointer().restore(tmp_path / name / "0" / "items")["params"]["params"]
@@ -185,19 +195,19 @@ def _flat(tree, path=""):
     return {name: np.asarray(value) for name, value in found.items()}
 
 
-def test_values_that_do_not_come_back_are_kept_whoever_meets_them(tiny, tmp_path):
+def test_values_that_do_not_come_back_are_kept_whoever_meets_them(shallow, tmp_path):
     """The embedding is scaled: a few of its float32 values are lost, and so is a whole tensor."""
     source = tmp_path / "source"
-    shutil.copytree(tiny("31b", dtype="float32"), source)
+    shutil.copytree(shallow("31b", dtype="float32"), source)
     to_native(source, tmp_path / "one")
     together(2, source, tmp_path / "two")
     assert manifest(tmp_path / "one") == manifest(tmp_path / "two")
     assert to_hf(tmp_path / "two", tmp_path / "back").bit_for_bit
 
 
-def test_single_exceptions_of_other_processes_are_kept(tiny, tmp_path):
+def test_single_exceptions_of_other_processes_are_kept(shallow, tmp_path):
     source = tmp_path / "source"
-    shutil.copytree(tiny("31b"), source)
+    shutil.copytree(shallow("31b"), source)
     file = source / "model.safetensors"
     _patch(file, "model.language_model.embed_tokens.weight", {5: 0x7F7F, 701: 0x7FC1})
     plan = planned(source, "maxtext")
@@ -211,8 +221,8 @@ def test_single_exceptions_of_other_processes_are_kept(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("broken", [0, 1])
-def test_a_failure_of_one_ends_all_and_leaves_nothing(tiny, tmp_path, small_blocks, broken):
-    whole, source = tiny("31b"), tmp_path / "damaged"
+def test_a_failure_of_one_ends_all_and_leaves_nothing(shallow, tmp_path, small_blocks, broken):
+    whole, source = shallow("31b"), tmp_path / "damaged"
     shutil.copytree(whole, source)
 
     def each(index):
@@ -234,8 +244,8 @@ def test_a_failure_of_one_ends_all_and_leaves_nothing(tiny, tmp_path, small_bloc
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
-def test_an_interrupted_job_is_continued(tiny, tmp_path, small_blocks):
-    source = tiny("31b")
+def test_an_interrupted_job_is_continued(shallow, tmp_path, small_blocks):
+    source = shallow("31b")
     to_native(source, tmp_path / "one", ocdbt=False)
     reads, read = Counter(), SafetensorsFolder.read_into
 
@@ -264,13 +274,61 @@ def test_an_interrupted_job_is_continued(tiny, tmp_path, small_blocks):
     assert verify(tmp_path / "two", against=source).passed
 
 
-def test_fast_llm_is_refused(tiny, tmp_path):
-    results = together(2, tiny("31b"), tmp_path / "out", layout="fast-llm")
+def test_fast_llm_is_refused(shallow, tmp_path):
+    results = together(2, shallow("31b"), tmp_path / "out", layout="fast-llm")
     assert all(isinstance(result, UsageError) for result in results)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_target_that_is_not_shared_is_named(tiny, tmp_path):
+def test_a_target_that_is_not_shared_is_named(shallow, tmp_path):
     shared = (Counter({"made": 1}), {}, threading.Condition())
     with pytest.raises(TargetError, match="process that leads"):
-        to_native(tiny("31b"), tmp_path / "out", processes=Threads(1, 2, shared))
+        to_native(shallow("31b"), tmp_path / "out", processes=Threads(1, 2, shared))
+
+
+def test_two_processes_by_command_line(tiny, tmp_path):
+    """Real processes, which meet on the loopback; the one that leads reports."""
+    source, port = tiny("31b", layers=6), _free_port()
+    to_native(source, tmp_path / "one")
+    words = ["to-native", source, tmp_path / "two", "--format", "maxtext", "--json"]
+    words += ["--coordinator", f"127.0.0.1:{port}", "--processes", 2, "--verify"]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "gemma_convert", *map(str, words), "--process", str(number)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    ended = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0], ended
+    assert json.loads(ended[0][0])["arrays_written"] > 40
+    assert not ended[1][0]
+    one, two = (arrays_of(tmp_path / name, "maxtext") for name in ("one", "two"))
+    assert not differing(one, two)
+    assert manifest(tmp_path / "one") == manifest(tmp_path / "two")
+
+
+def _free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("here:1", None, None, False), "belong together"),
+        (("here", 2, 0, False), "HOST:PORT"),
+        (("here:1", 2, 2, False), "0 to 1"),
+        ((None, None, 1, True), "leave out"),
+    ],
+)
+def test_options_that_contradict_each_other(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        join(*arguments)
+
+
+def test_without_options_a_process_is_by_itself():
+    assert isinstance(join(None, None, None, False), OneProcess)

@@ -201,9 +201,9 @@ def test_contiguous():
 
 
 @pytest.mark.parametrize("options", [{}, {"ocdbt": False}])
-def test_an_export_reads_every_large_array_raw(tiny, tmp_path, monkeypatch, options):
+def test_an_export_reads_every_large_array_raw(shallow, tmp_path, monkeypatch, options):
     """Scalars aside; what stands in OCDBT's tree itself is small."""
-    to_native(tiny("31b"), tmp_path / "native", **options)
+    to_native(shallow("31b"), tmp_path / "native", **options)
     read, left = module.RawChunks.read, []
 
     def spy(self, box, values):

@@ -165,7 +165,7 @@ def test_index_may_only_name_plain_files(tmp_path, name):
     ("index", "text"),
     [
         ("{", "not valid JSON"),
-        ("[]", "no weight_map"),
+        ("[]", "not a JSON object"),
         ('{"weight_map": {}}', "no weight_map"),
         ('{"weight_map": {"a": "absent.safetensors"}}', "A shard is missing"),
         ('{"weight_map": {"zzz": "model-1.safetensors"}}', "does not hold a tensor"),

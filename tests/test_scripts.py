@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from gemma_convert import inspect
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -26,38 +29,76 @@ def run(script: str, *arguments: object, **variables: str) -> subprocess.Complet
     )
 
 
-@pytest.mark.parametrize("family", ["e2b", "26b-a4b"])
-def test_convert_and_check(tiny, tmp_path, family):
-    name = f"convert_{family.replace('-', '_')}.sh"
-    done = run(name, tiny(family), tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    forms = {"unscanned"} if family in {"e2b", "e4b"} else {"unscanned", "scanned"}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == forms
-    assert done.stdout.count("same model") == len(forms)
+@pytest.fixture
+def checked_by(tmp_path) -> Callable[[int], dict[str, str]]:
+    """checked_by(code): variables by which a stand-in for logit-check writes down its arguments."""
+
+    def stand_in(code: int) -> dict[str, str]:
+        command = tmp_path / "gemma-convert"
+        command.write_text(
+            "#!/usr/bin/env bash\n"
+            f'[ "$1" = logit-check ] || exec {sys.executable} -m gemma_convert "$@"\n'
+            f'echo "$@" >> {tmp_path}/checks\n'
+            f"exit {code}\n"
+        )
+        command.chmod(0o755)
+        return {"GEMMA_CONVERT": str(command)}
+
+    return stand_in
 
 
-@pytest.mark.parametrize(("family", "layout"), [("e2b", "gemma-jax"), ("31b", "fast-llm")])
-def test_other_layouts(tiny, tmp_path, family, layout):
-    done = run(f"convert_{family}.sh", tiny(family), tmp_path / "out", layout)
+def checks(folder: Path) -> list[str]:
+    return (folder / "checks").read_text().splitlines()
+
+
+def test_convert_and_check(shallow, tmp_path):
+    done = run("convert_31b.sh", shallow("31b"), tmp_path / "out", "fast-llm")
     assert done.returncode == 0, done.stderr
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [layout]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["fast-llm"]
     assert done.stdout.count("same model") == 1
 
 
-def test_layout_without_a_place_for_the_model(tiny, tmp_path):
-    done = run("convert_e4b.sh", tiny("e4b"), tmp_path / "out", "fast-llm")
+@pytest.mark.parametrize(
+    ("family", "forms"), [("e2b", ["unscanned"]), ("26b-a4b", ["unscanned", "scanned"])]
+)
+def test_every_form_is_converted_and_checked(shallow, checked_by, tmp_path, family, forms):
+    source, out = shallow(family), tmp_path / "out"
+    done = run(f"convert_{family.replace('-', '_')}.sh", source, out, **checked_by(0))
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in out.iterdir()} == set(forms)
+    assert all(inspect(out / form).scanned == (form == "scanned") for form in forms)
+    assert checks(tmp_path) == [f"logit-check {source} {out / form} --tokens 16" for form in forms]
+
+
+def test_other_layouts(shallow, checked_by, tmp_path):
+    source, out = shallow("e2b"), tmp_path / "out"
+    done = run("convert_e2b.sh", source, out, "gemma-jax", **checked_by(0))
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in out.iterdir()] == ["gemma-jax"]
+    assert inspect(out / "gemma-jax").layout == "gemma-jax"
+    assert checks(tmp_path) == [f"logit-check {source} {out / 'gemma-jax'} --tokens 16"]
+
+
+def test_layout_without_a_place_for_the_model(shallow, tmp_path):
+    done = run("convert_e4b.sh", shallow("e4b"), tmp_path / "out", "fast-llm")
     assert done.returncode == 2
     assert "Fast-LLM has no per-layer embeddings" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_exit_code_is_that_of_logit_check(tiny, tmp_path):
+def test_exit_code_is_that_of_logit_check(shallow, checked_by, tmp_path):
+    """And a form that fails is the last one."""
     options = "--tokens 16 --max-kl 0"
-    assert run("convert_31b.sh", tiny("31b"), tmp_path / "a", CHECK_OPTIONS=options).returncode == 1
+    done = run(
+        "convert_31b.sh", shallow("31b"), tmp_path / "a", CHECK_OPTIONS=options, **checked_by(1)
+    )
+    assert done.returncode == 1
+    assert len(checks(tmp_path)) == 1
+    assert checks(tmp_path)[0].endswith(options)
 
 
-def test_wrong_model_and_usage(tiny, tmp_path):
-    done = run("convert_e2b.sh", tiny("31b"), tmp_path / "out")
+def test_wrong_model_and_usage(shallow, tmp_path):
+    done = run("convert_e2b.sh", shallow("31b"), tmp_path / "out")
     assert done.returncode == 3
     assert "is 31b, not e2b" in done.stderr
     assert run("convert_and_check.sh").returncode == 2

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_cli import fails, run
+from test_cli import fails, run, run_apart
 
 from gemma_convert import to_native
 from gemma_convert.cli.options import parse_size
@@ -19,9 +19,9 @@ from gemma_convert.errors import UsageError
 
 
 @pytest.fixture
-def native(tiny, tmp_path) -> Path:
+def native(shallow, tmp_path) -> Path:
     """A converted 31b, zarr without OCDBT: one folder an array."""
-    to_native(tiny("31b"), tmp_path / "in" / "native", ocdbt=False, compression="zstd")
+    to_native(shallow("31b"), tmp_path / "in" / "native", ocdbt=False, compression="zstd")
     return tmp_path / "in" / "native"
 
 
@@ -39,8 +39,8 @@ def export_fails(code: int, out: Path, *arguments: object) -> str:
     return message
 
 
-def test_round_trip_by_command(tiny, native, out):
-    done = run("to-hf", native, out)
+def test_round_trip_by_command(shallow, native, out):
+    done = run_apart("to-hf", native, out)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     count = len(json.loads((native / "hf/gemma-convert/manifest.json").read_text())["tensors"])
@@ -52,7 +52,7 @@ def test_round_trip_by_command(tiny, native, out):
         "largest chunk",
     ):
         assert text in done.stdout
-    for file in tiny("31b").iterdir():
+    for file in shallow("31b").iterdir():
         assert (out / file.name).read_bytes() == file.read_bytes()
 
 
@@ -71,8 +71,8 @@ def test_json_report(native, out):
     assert report["peak_memory_bytes"] > 1 << 20
 
 
-def test_values_that_differ_are_named_and_never_called_bit_for_bit(tiny, tmp_path, out):
-    to_native(tiny("31b"), tmp_path / "native", scaled_dtype="bfloat16")
+def test_values_that_differ_are_named_and_never_called_bit_for_bit(shallow, tmp_path, out):
+    to_native(shallow("31b"), tmp_path / "native", scaled_dtype="bfloat16")
     done = run("to-hf", tmp_path / "native", out)
     assert done.returncode == 0, done.stderr
     words = " ".join(done.stdout.split())
@@ -80,8 +80,8 @@ def test_values_that_differ_are_named_and_never_called_bit_for_bit(tiny, tmp_pat
     assert "1 differ: model.language_model.embed_tokens.weight" in words
 
 
-def test_rounded_values_are_counted_in_a_warning(tiny, tmp_path, out):
-    to_native(tiny("31b", dtype="float32"), tmp_path / "native")
+def test_rounded_values_are_counted_in_a_warning(shallow, tmp_path, out):
+    to_native(shallow("31b", dtype="float32"), tmp_path / "native")
     done = run("to-hf", tmp_path / "native", out, "--dtype", "bfloat16")
     assert done.returncode == 0, done.stderr
     assert "values were rounded to the target's dtype" in done.stderr
@@ -134,9 +134,9 @@ def test_usage_errors(native, out):
     assert "Missing" in export_fails(2, out, native)
 
 
-def test_bad_sources(tiny, native, out):
-    assert "no Orbax checkpoint" in export_fails(3, out, tiny("31b"), out)
-    other = tiny("26b-a4b")
+def test_bad_sources(shallow, native, out):
+    assert "no Orbax checkpoint" in export_fails(3, out, shallow("31b"), out)
+    other = shallow("26b-a4b")
     assert "--like" in export_fails(3, out, native, out, "--like", other)
     manifest = native / "hf" / "gemma-convert" / "manifest.json"
     kept = manifest.read_text()
@@ -152,7 +152,7 @@ def test_bad_sources(tiny, native, out):
     assert "--like" in message
     kernel = next((native / "0" / "items").glob("*layers_3.mlp.wo.kernel"))
     next(path for path in kernel.iterdir() if path.name[0] != ".").write_bytes(b"rubbish")
-    message = export_fails(3, out, native, out, "--like", tiny("31b"))
+    message = export_fails(3, out, native, out, "--like", shallow("31b"))
     assert "layers_3/mlp/wo/kernel" in message
 
 
@@ -185,7 +185,7 @@ def test_no_space(native, tmp_path):
 def test_interrupt_exits_130_and_is_forgotten_by_the_next_run(native, out, where):
     """Interrupted while arrays are read on other threads, and while files are copied."""
     code = (
-        "import sys, time\n"
+        "import os, sys, time\n"
         f"sys.argv = ['gemma-convert', 'to-hf', {str(native)!r}, {str(out)!r}]\n"
         "from gemma_convert.stores import sidecar\n"
         "from gemma_convert.stores.orbax_reader import OrbaxArray\n"
@@ -193,7 +193,7 @@ def test_interrupt_exits_130_and_is_forgotten_by_the_next_run(native, out, where
         f"word = {where.rpartition('.')[2]!r}\n"
         "real = getattr(owner, word)\n"
         "def slow(*arguments):\n"
-        "    print('reading', flush=True)\n"
+        "    os.write(1, b'reading\\n')\n"
         "    time.sleep(0.05 if owner is OrbaxArray else 2)\n"
         "    return real(*arguments)\n"
         "setattr(owner, word, slow)\n"

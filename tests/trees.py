@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,23 @@ def restore(items: Path) -> dict[str, np.ndarray]:
     import jax
     import orbax.checkpoint as ocp
 
-    checkpointer = ocp.PyTreeCheckpointer()
-    metadata = checkpointer.metadata(items)
-    tree = getattr(metadata, "item_metadata", metadata).tree
-    kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-    restored = checkpointer.restore(items, restore_args=kinds)
+    params = {"params": listed_tree(items)["params"]}
+    kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), params)
+    wanted = ocp.args.PyTreeRestore(params, restore_args=kinds, partial_restore=True)
+    restored = ocp.PyTreeCheckpointer().restore(items, args=wanted)
     return {"/".join(keys): value for keys, value in flatten(restored["params"]["params"]).items()}
+
+
+def listed_tree(items: Path) -> dict:
+    """The nested dict that an Orbax item folder lists, without reading its arrays' metadata."""
+    tree: dict = {}
+    for entry in json.loads((items / "_METADATA").read_text())["tree_metadata"].values():
+        *keys, last = (part["key"] for part in entry["key_metadata"])
+        branch = tree
+        for key in keys:
+            branch = branch.setdefault(key, {})
+        branch[last] = 0
+    return tree
 
 
 def read_safetensors(folder: Path) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gemma_convert.cli import golden, inspect, logit_check, tiny, to_hf, to_native, verify
+from gemma_convert.cli import flops, golden, inspect, logit_check, tiny, to_hf, to_native, verify
 from gemma_convert.errors import GemmaConvertError
 from gemma_convert.version import __version__
 
@@ -31,6 +31,7 @@ app.command("verify")(verify.command)
 app.command("inspect")(inspect.command)
 app.command("logit-check")(logit_check.command)
 app.command("golden")(golden.command)
+app.command("flops")(flops.command)
 app.command("tiny")(tiny.command)
 
 
@@ -61,7 +62,9 @@ def main() -> None:
         if error.exit_code == INTERNAL:
             note("This is a fault of gemma-convert. Please report it with the command you ran.")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as ending:
+        if isinstance(ending, SystemExit) and ending.code != INTERRUPTED:  # typer's word for it
+            raise
         note("interrupted; the same command with --resume continues a conversion")
         sys.exit(INTERRUPTED)
     except ImportError as error:

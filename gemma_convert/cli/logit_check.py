@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from gemma_convert.cli.options import AsJson, Prompts, Tokens
+from gemma_convert.cli.options import (
+    AsJson,
+    Coordinator,
+    Distributed,
+    ProcessCount,
+    ProcessNumber,
+    Prompts,
+    Tokens,
+)
 
 
 class DType(StrEnum):
@@ -47,35 +55,43 @@ def command(
         bool,
         typer.Option("--whole-model", help="Load both models whole instead of layer by layer."),
     ] = False,
+    coordinator: Coordinator = None,
+    processes: ProcessCount = None,
+    process: ProcessNumber = None,
+    distributed: Distributed = False,
     as_json: AsJson = False,
 ) -> None:
     """Run both models on the same tokens and compare every token's distribution.
 
-    Exits 0 where the worst token is within the limit, 1 where it is not (NaN is not).
+    Exits 0 where the worst token is within the limit, 1 where it is not (NaN is not). JAX's side is
+    split over all its devices, with --coordinator over those of several hosts: run the same command
+    on each of them.
 
     Example: gemma-convert logit-check gemma-4-E2B-it out --image cat.png
     """
     from gemma_convert.allocator import return_large_blocks
+    from gemma_convert.distributed import is_leader, joined
     from gemma_convert.logits.check import logit_check
     from gemma_convert.logits.report import render
     from gemma_convert.output import show, show_json
 
     return_large_blocks()
-    report = logit_check(
-        hf,
-        native,
-        max_kl=max_kl,
-        prompts=tuple(prompt or ()),
-        tokens=tokens,
-        images=tuple(image or ()),
-        audio=tuple(audio or ()),
-        dtype=dtype.value,
-        golden=golden,
-        whole_model=whole_model,
-    )
-    if as_json:
-        show_json(report.as_json())
-    else:
-        show(render(report))
+    with joined(coordinator, processes, process, distributed):
+        report = logit_check(
+            hf,
+            native,
+            max_kl=max_kl,
+            prompts=tuple(prompt or ()),
+            tokens=tokens,
+            images=tuple(image or ()),
+            audio=tuple(audio or ()),
+            dtype=dtype.value,
+            golden=golden,
+            whole_model=whole_model,
+        )
+        if as_json and is_leader():
+            show_json(report.as_json())
+        elif is_leader():
+            show(render(report))
     if not report.passed:
         raise typer.Exit(1)

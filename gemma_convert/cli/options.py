@@ -59,3 +59,21 @@ def parse_size(option: str, text: str | None) -> int | None:
         raise UsageError(f"{option} is a size.", expected="such as 5GB", found=text)
     base = 1024 if match[3] else 1000
     return int(float(match[1]) * base ** _POWERS[match[2].lower()])
+
+
+Coordinator = Annotated[
+    str | None,
+    typer.Option(help="HOST:PORT where process 0 listens: several processes work together."),
+]
+ProcessCount = Annotated[
+    int | None, typer.Option("--processes", help="How many processes there are.")
+]
+ProcessNumber = Annotated[
+    int | None, typer.Option("--process", help="Number of this process, from 0, which reports.")
+]
+Distributed = Annotated[
+    bool,
+    typer.Option(
+        "--distributed", help="Find the other processes in the environment (TPU pods, SLURM)."
+    ),
+]

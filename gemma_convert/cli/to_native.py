@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemma_convert.cli.options import AsJson, DType, Memory, Overwrite, Resume, parse_size
+from gemma_convert.cli.options import (
+    AsJson,
+    Coordinator,
+    Distributed,
+    DType,
+    Memory,
+    Overwrite,
+    ProcessCount,
+    ProcessNumber,
+    Resume,
+    parse_size,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,17 +82,26 @@ def command(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read everything again at the end and compare it.")
     ] = False,
+    coordinator: Coordinator = None,
+    processes: ProcessCount = None,
+    process: ProcessNumber = None,
+    distributed: Distributed = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert a Hugging Face checkpoint, or a native one, to a native layout.
+
+    With --coordinator several hosts that share SRC and OUT divide the work: run the same command on
+    each of them.
 
     Example: gemma-convert to-native gemma-4-E2B-it out --format maxtext
     """
     from gemma_convert.allocator import reuse_large_blocks
     from gemma_convert.convert import to_native
     from gemma_convert.output import ProgressBar, note, show, show_json
+    from gemma_convert.processes import join
 
     reuse_large_blocks()
+    together = join(coordinator, processes, process, distributed)
     report = to_native(
         source,
         target,
@@ -98,7 +118,10 @@ def command(
         overwrite=overwrite,
         resume=resume,
         progress=ProgressBar,
+        processes=together,
     )
+    if together.index:
+        return
     proof = _verified(source, target) if verify and not dry_run else None
     for row in report.lossy_rows:
         note(f"warning: {row.tensor} is {row.reason}; {row.values} values will not come back")

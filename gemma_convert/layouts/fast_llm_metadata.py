@@ -6,7 +6,6 @@ computation is written. Keys and values: what Fast-LLM 0.4.0 writes for Gemma 4 
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,15 @@ from typing import Any
 import yaml
 
 from gemma_convert.architecture import Architecture, Layer, Rope, TextArchitecture
-from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.errors import SourceError, UsageError, short
+from gemma_convert.stores.json_file import read_regular
 
 METADATA = "metadata.yaml"
 VERSION = "0.4.0"
 
-MAX_METADATA_BYTES = 16 << 20
+MAX_METADATA_BYTES = 2 << 20
+MAX_SCALAR = 1000
+"""Characters of a key or value; PyYAML takes quadratic time for some that are longer."""
 
 _UNREADABLE = (
     yaml.YAMLError,
@@ -54,14 +56,26 @@ def write_metadata(folder: Path, metadata: Mapping[str, Any]) -> None:
     (folder / METADATA).write_text(yaml.safe_dump(dict(metadata)), encoding="utf-8")
 
 
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """PyYAML's safe loader without merging, with which a short text becomes one without end."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.constructor.ConstructorError(None, None, "merging", node.start_mark)
+
+    def construct_scalar(self, node: yaml.Node) -> Any:
+        if isinstance(node.value, str) and len(node.value) > MAX_SCALAR:
+            raise yaml.constructor.ConstructorError(None, None, "a long value", node.start_mark)
+        return super().construct_scalar(node)
+
+
 def read_metadata(folder: Path) -> dict[str, Any]:
     """The contents of metadata.yaml; raises SourceError where it is not Fast-LLM's."""
     path = folder / METADATA
     try:
-        if path.stat().st_size > MAX_METADATA_BYTES:
-            raise SourceError("metadata.yaml is too large to be metadata.", where=path)
-        metadata = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
+        text = read_regular(path, METADATA, MAX_METADATA_BYTES).decode("utf-8")
+        metadata = yaml.load(text, _Loader)
+    except FileNotFoundError as error:
         raise SourceError(
             "metadata.yaml cannot be read.", where=path, found=error.strerror
         ) from None
@@ -77,11 +91,6 @@ def read_metadata(folder: Path) -> dict[str, Any]:
             found=short(metadata.get("format") if isinstance(metadata, dict) else metadata),
         )
     return metadata
-
-
-def short(value: object) -> str:
-    """A value of a metadata.yaml for a message; one that is nested without end stays short."""
-    return (value if isinstance(value, str) else reprlib.repr(value))[:200]
 
 
 def differences(expected: Any, found: Any, path: str = "") -> Iterator[tuple[str, str]]:

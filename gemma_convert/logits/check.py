@@ -15,19 +15,34 @@ from pathlib import Path
 
 from gemma_convert.architecture import Architecture
 from gemma_convert.config import read_architecture
+from gemma_convert.distributed import is_leader, process_count, publish, published
 from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.logits.achieved import forward_flops
 from gemma_convert.logits.divergence import Accumulator, Divergence
 from gemma_convert.logits.drift import TOLERANCE, Drift
 from gemma_convert.logits.golden import SLICE_BYTES, Golden, load_golden
 from gemma_convert.logits.images import image_sequences
 from gemma_convert.logits.layerwise import LayerwiseReference
 from gemma_convert.logits.limit import Dtype, choose_limit, find_lossy_rows
-from gemma_convert.logits.native import LogitSource, NativeModel, check_towers, open_model
+from gemma_convert.logits.native import (
+    LogitSource,
+    NativeModel,
+    check_towers,
+    device_count,
+    follow,
+    open_model,
+)
 from gemma_convert.logits.prompts import TokenSequence, check_ids, token_sequences
 from gemma_convert.logits.reference import TransformersLogits
 from gemma_convert.logits.report import LogitReport
 from gemma_convert.logits.sounds import sound_sequences
-from gemma_convert.logits.streaming import GoldenSlices, Streamed, compare_slices, run_in_step
+from gemma_convert.logits.streaming import (
+    GoldenSlices,
+    Streamed,
+    compare_slices,
+    compared_slices,
+    run_in_step,
+)
 from gemma_convert.reports import peak_memory
 
 
@@ -52,6 +67,8 @@ def logit_check(
     config.json alone, and the sequences are the golden file's. `lossy_rows` names what the
     conversion rounded; None finds out. `max_kl` is in nats per token. Both sides run layer by layer
     and in step, unless `whole_model` loads all of both, and then nothing is said of single layers.
+    Several processes (`gemma_convert.distributed`) get the report of process 0, which alone runs
+    the reference.
     Raises SourceError where a side cannot be read or the two do not fit, UsageError for options
     that contradict each other.
     """
@@ -75,6 +92,13 @@ def logit_check(
         check_towers(model, sequences)
     else:
         sequences = list(stored.sequences)
+    if not is_leader():
+        text = architecture.text
+        rows = _rows(text.vocab)
+        vocab = compared_slices(sequences, vocab=text.vocab, embed=text.embed)
+        follow(model, sequences, dtype, whole_model, rows=rows, vocab=vocab)
+        return LogitReport.from_text(published())
+    running = time.monotonic()
     if whole_model:
         found = _run_whole(hf, stored, model, sequences, dtype, architecture)
     else:
@@ -82,7 +106,7 @@ def logit_check(
         tolerance = TOLERANCE if exact else None
         found = _run_streamed(hf, stored, model, sequences, dtype, architecture, tolerance)
     longest, window = max(len(one.ids) for one in sequences), architecture.text.window
-    return LogitReport(
+    report = LogitReport(
         passed=found.divergence.within(limit.kl),
         proof=limit.proof,
         limit=limit.kl,
@@ -105,7 +129,13 @@ def logit_check(
         seconds=time.monotonic() - started,
         lossy_rows=tuple(lossy_rows),
         warnings=(*limit.warnings, *_window_warning(longest, window)),
+        flops=forward_flops(architecture, sequences) * (1 if stored else 2),
+        running_seconds=time.monotonic() - running,
+        native_devices=device_count(model),
+        processes=process_count(),
     )
+    publish(report.as_text())
+    return report
 
 
 @dataclass(frozen=True)
@@ -150,7 +180,7 @@ def _run_whole(
 def _diverge(
     reference: LogitSource, native: LogitSource, sequences: Sequence[TokenSequence], vocab: int
 ) -> Divergence:
-    rows = max(1, SLICE_BYTES // (4 * vocab))
+    rows = _rows(vocab)
     total = Accumulator()
     for index, sequence in enumerate(sequences):
         start = 0
@@ -168,6 +198,11 @@ def _diverge(
             )
             start = end
     return total.result()
+
+
+def _rows(vocab: int) -> int:
+    """Positions of one slice of a whole model's logits."""
+    return max(1, SLICE_BYTES // (4 * vocab))
 
 
 def _matching_golden(path: Path, hf: Path, architecture: Architecture) -> Golden:

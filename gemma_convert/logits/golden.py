@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gemma_convert.config import read_architecture
-from gemma_convert.errors import SourceError, TargetError
+from gemma_convert.config import MAX_CONFIG_BYTES, read_architecture
+from gemma_convert.errors import SourceError, TargetError, short
 from gemma_convert.logits.prompts import TokenSequence, token_sequences
 from gemma_convert.logits.reference import Reference
+from gemma_convert.stores.json_file import parse_json, read_regular
 
 FORMAT = "gemma-convert/golden/1"
 SLICE_BYTES = 64 << 20
@@ -34,6 +35,10 @@ _KEY = "gemma-convert"
 _SAMPLES = 64
 _SAMPLE_BYTES = 64 << 10
 _MAX_HEADER = 100 << 20
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+
+MAX_POSITIONS = 1 << 22
+"""Of one sequence: its ids are held in memory."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ class Golden:
 
 def weight_files(hf: Path) -> tuple[WeightFile, ...]:
     """Identity of each safetensors file in `hf`, by name; empty where there is none."""
-    return tuple(_weight_file(path) for path in sorted(hf.glob("*.safetensors")))
+    return tuple(_weight_file(path) for path in sorted(hf.glob("*.safetensors")) if path.is_file())
 
 
 def save_golden(
@@ -148,18 +153,20 @@ def load_golden(path: Path) -> Golden:
     """
     from safetensors import SafetensorError, safe_open
 
+    if path.exists() and not path.is_file():
+        raise SourceError("The golden file is not a file.", where=path)
     try:
         with safe_open(str(path), framework="numpy") as file:
-            facts = json.loads((file.metadata() or {}).get(_KEY, "null"))
+            facts = parse_json((file.metadata() or {}).get(_KEY, "null").encode())
             if not isinstance(facts, dict) or facts.get("format") != FORMAT:
                 raise SourceError(
                     "This is not a file of golden logits that this version can read.",
                     where=path,
                     expected=FORMAT,
-                    found=facts.get("format") if isinstance(facts, dict) else "other metadata",
+                    found=short(facts.get("format") if isinstance(facts, dict) else facts),
                 )
             return _parse(path, facts, file)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, *_MALFORMED) as error:
         raise SourceError(
             "The golden file cannot be read.", where=path, found=str(error)[:500]
         ) from error
@@ -168,11 +175,15 @@ def load_golden(path: Path) -> Golden:
 def _parse(path: Path, facts: dict[str, Any], file: Any) -> Golden:
     sequences, vocabs = [], set()
     for index, one in enumerate(facts["sequences"]):
+        rows, vocab = _shape(file, f"logits.{index}", "F32")
+        if _shape(file, f"ids.{index}", "I32") != [rows] or not rows <= MAX_POSITIONS:
+            raise ValueError(f"sequence {index} has {rows} rows of logits and other ids")
         ids = file.get_tensor(f"ids.{index}")
-        rows, vocab = file.get_slice(f"logits.{index}").get_shape()
         pieces = None if one["pieces"] is None else tuple(map(str, one["pieces"]))
-        if ids.shape != (rows,) or (pieces is not None and len(pieces) != rows):
-            raise ValueError(f"sequence {index} has {rows} rows for {ids.shape} ids")
+        if pieces is not None and len(pieces) != rows:
+            raise ValueError(f"sequence {index} has {rows} rows for {len(pieces)} pieces")
+        if rows and not 0 <= ids.min() <= ids.max() < vocab:
+            raise ValueError(f"sequence {index} has ids beyond the vocabulary of {vocab}")
         sequences.append(TokenSequence(str(one["name"]), tuple(ids.tolist()), pieces))
         vocabs.add(vocab)
     if len(vocabs) != 1:
@@ -186,6 +197,14 @@ def _parse(path: Path, facts: dict[str, Any], file: Any) -> Golden:
         sequences=tuple(sequences),
         vocab=vocabs.pop(),
     )
+
+
+def _shape(file: Any, name: str, dtype: str) -> list[int]:
+    """The shape of a tensor of that dtype; ValueError where it has another."""
+    part = file.get_slice(name)
+    if part.get_dtype() != dtype:
+        raise ValueError(f"{name} is {part.get_dtype()} instead of {dtype}")
+    return list(part.get_shape())
 
 
 def _check_target(path: Path, overwrite: bool) -> None:
@@ -245,6 +264,13 @@ def _header(facts: dict[str, Any], sequences: Sequence[TokenSequence], vocab: in
 
 
 def _weight_file(path: Path) -> WeightFile:
+    try:
+        return _identify(path)
+    except OSError as error:
+        raise SourceError("A file cannot be read.", where=path, found=error.strerror) from None
+
+
+def _identify(path: Path) -> WeightFile:
     size = path.stat().st_size
     samples = hashlib.sha256()
     with path.open("rb") as file:
@@ -260,6 +286,6 @@ def _weight_file(path: Path) -> WeightFile:
 
 def _sha256(path: Path) -> str:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
+        return hashlib.sha256(read_regular(path, path.name, MAX_CONFIG_BYTES)).hexdigest()
+    except FileNotFoundError as error:
         raise SourceError("A file cannot be read.", where=path, found=error.strerror) from None

@@ -5,7 +5,7 @@ Trees are read by Orbax and files by safetensors; nothing here knows our mapping
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -81,3 +81,45 @@ def open_model(native: Path, architecture: Architecture) -> NativeModel:
     if (native / FAST_LLM_METADATA).is_file():
         return FastLLMModel(native, architecture)
     return jax_model(find_items(native), architecture)
+
+
+def device_count(model: NativeModel) -> int:
+    """How many devices, of all processes, `model` runs on; Fast-LLM's run on one."""
+    import jax
+
+    from gemma_convert.logits.native_jax import JaxModel
+
+    return jax.device_count() if isinstance(model, JaxModel) else 1
+
+
+def follow(
+    model: NativeModel,
+    sequences: Sequence[TokenSequence],
+    dtype: Dtype,
+    whole_model: bool,
+    *,
+    rows: int,
+    vocab: Sequence[slice],
+) -> None:
+    """Takes part in a check that process 0 leads: the same calls of JAX, in the same order.
+
+    `rows` and `vocab` are the slices of logits that process 0 compares, of a whole model and of a
+    streamed one. A model of Fast-LLM runs in process 0 alone.
+    """
+    from gemma_convert.logits.native_jax import JaxModel
+
+    if not isinstance(model, JaxModel):
+        return
+    if whole_model:
+        ours = model.run(sequences, dtype)
+        for index in range(len(sequences)):
+            _exhaust(ours.slices(index, rows))
+    else:
+        stream = model.stream(sequences, dtype)
+        _exhaust(stream.stages())
+        _exhaust(stream.logits(vocab))
+
+
+def _exhaust(items: Iterable[object]) -> None:
+    for _ in items:
+        pass

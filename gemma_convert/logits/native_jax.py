@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from gemma_convert.architecture import Architecture, TextArchitecture
+from gemma_convert.distributed import in_step
 from gemma_convert.logits.batches import batches, by_sequence, padded
 from gemma_convert.logits.images import ImageSequence
 from gemma_convert.logits.limit import Dtype
@@ -28,12 +30,13 @@ from gemma_convert.native.restore import (
     restore_gemma_jax,
     restore_maxtext,
 )
-from gemma_convert.native.stored import StoredArray, read, read_all
+from gemma_convert.native.stored import StoredArray, read
 
 if TYPE_CHECKING:
     import jax
 
     from gemma_convert.native.prompt import Prompt
+    from gemma_convert.native.sharding import Axes
 
 
 def jax_model(items: Path, architecture: Architecture) -> JaxModel:
@@ -102,14 +105,14 @@ class JaxModel:
 
     def run(self, sequences: Sequence[TokenSequence], dtype: Dtype) -> LogitSource:
         text = self._architecture.text
-        tree = self._tree.restore(self.folder, self._modules(sequences))
+        tree = self._whole(sequences)
         groups = batches(sequences)
-        prompts = [self._prompt(tree, [sequences[index] for index in group]) for group in groups]
+        prompts = list(in_step(self._prompts(tree, groups, sequences)))
         states = self._tree.module("").final_hidden(tree, text, prompts, dtype)
         hidden = {
-            index: state[row]
-            for group, state in zip(groups, states, strict=True)
-            for row, index in enumerate(group)
+            index: row
+            for group, state in zip(groups, map(np.asarray, states), strict=True)
+            for index, row in zip(group, state, strict=True)
         }
         table = self._tree.module("").output_table(tree, text, dtype)
         lengths = [len(sequence.ids) for sequence in sequences]
@@ -119,9 +122,7 @@ class JaxModel:
         tree = self._tree.open(self.folder, self._modules(sequences))
         groups = batches(sequences)
         encoders = self._encoders(tree, sequences)
-        prompts = [
-            self._prompt(encoders, [sequences[index] for index in group]) for group in groups
-        ]
+        prompts = list(in_step(self._prompts(encoders, groups, sequences)))
         text, module = self._architecture.text, self._tree.module("")
         return JaxStream(text, module, tree, sequences, groups, prompts, dtype)
 
@@ -130,19 +131,48 @@ class JaxModel:
         text = self._tree.module("").text_modules(self._architecture.text)
         return [*text, *(self._tree.towers[tower][0][0] for tower in _used_towers(sequences))]
 
+    def _whole(self, sequences: Sequence[TokenSequence]) -> Mapping[str, Any]:
+        """The tree that `sequences` need: on the host, or split over several devices at once."""
+        from gemma_convert.native.sharding import device_mesh, place_all
+
+        if device_mesh() is None:
+            return self._tree.restore(self.folder, self._modules(sequences))
+        axes = self._tree.module("_shapes").text_axes(self._architecture.text)
+        tree = self._tree.open(self.folder, self._modules(sequences))
+        placed: Mapping[str, Any] = place_all(tree, axes | self._tower_axes(sequences))
+        return placed
+
     def _encoders(
         self, tree: Mapping[str, Any], sequences: Sequence[TokenSequence]
     ) -> Mapping[str, Any]:
-        """The arrays, read, of the towers that `sequences` need, where the tree has them."""
+        """The towers that `sequences` need, on the devices, where the tree has them."""
+        from gemma_convert.native.sharding import place_all
+
         found: dict[str, Any] = {}
         for tower in _used_towers(sequences):
             for module, *keys in self._tree.towers[tower]:
                 if not keys:
-                    found[module] = read_all(tree[module])
+                    found[module] = tree[module]
                 for key in keys:
-                    below = {key: read_all(tree[module][key])} if key in tree[module] else {}
+                    below = {key: tree[module][key]} if key in tree[module] else {}
                     found[module] = {**found.get(module, {}), **below}
+        placed: Mapping[str, Any] = place_all(found, self._tower_axes(sequences))
+        return placed
+
+    def _tower_axes(self, sequences: Sequence[TokenSequence]) -> dict[str, Axes]:
+        found: dict[str, Axes] = {}
+        for tower in _used_towers(sequences):
+            found |= self._tree.module(f"_{tower}").axes(self._architecture)
         return found
+
+    def _prompts(
+        self,
+        tree: Mapping[str, Any],
+        groups: Sequence[Sequence[int]],
+        sequences: Sequence[TokenSequence],
+    ) -> Iterator[Prompt]:
+        for group in groups:
+            yield self._prompt(tree, [sequences[index] for index in group])
 
     def _prompt(self, tree: Mapping[str, Any], sequences: list[TokenSequence]) -> Prompt:
         from gemma_convert.native.prompt import Prompt
@@ -183,36 +213,41 @@ class JaxStream:
         """`groups` are the numbers of the sequences that each of `prompts` holds, row by row."""
         self._text, self._module, self._tree, self._dtype = text, module, tree, dtype
         self._sequences, self._groups, self._prompts = sequences, groups, prompts
-        self._hidden: jax.Array | None = None
+        self._hidden: npt.NDArray[Any] | None = None
 
     @property
     def device(self) -> str:
-        """Name of the first device that JAX runs on."""
+        """Name of the devices that JAX runs on."""
         return _jax_device()
 
     def stages(self) -> Iterator[list[Logits]]:
         """The states [length embed] in float32: embedded, behind each layer, behind the norm."""
-        import jax.numpy as jnp
-
-        for states in self._module.stages(self._tree, self._text, self._prompts, self._dtype):
-            rows = by_sequence(states, self._groups, self._sequences)
-            yield [np.asarray(row.astype(jnp.float32)) for row in rows]
+        stages = self._module.stages(self._tree, self._text, self._prompts, self._dtype)
+        for states in in_step(stages):
+            host = [np.asarray(state) for state in states]
+            rows = by_sequence(host, self._groups, self._sequences)
+            yield [row.astype(np.float32, copy=False) for row in rows]
         compared = [
             row[np.flatnonzero(one.compared)]
             for row, one in zip(rows, self._sequences, strict=True)
         ]
-        self._hidden = jnp.concatenate(compared)[None]
+        self._hidden = np.concatenate(compared)[None]
 
     def logits(self, vocab: Sequence[slice]) -> Iterator[Logits]:
         """Logits [positions width] of each slice of the vocabulary, of all compared positions."""
-        from gemma_convert.native.arithmetic import head
-
         if self._hidden is None:
             raise ValueError("stages have not come to their end")
+        yield from in_step(self._slices(self._hidden, vocab))
+
+    def _slices(self, hidden: npt.NDArray[Any], vocab: Sequence[slice]) -> Iterator[Logits]:
+        from gemma_convert.native.arithmetic import head
+        from gemma_convert.native.sharding import place
+
+        states = place(hidden)
         table = _Forward(self._module.stored_table(self._tree))
         for part in vocab:
-            rows = self._module.output_rows(table.rows(part), self._text, self._dtype)
-            yield np.asarray(head(rows, self._hidden, self._text))[0]
+            rows = self._module.output_rows(table.placed(part), self._text, self._dtype)
+            yield np.asarray(head(rows, states, self._text))[0]
 
 
 class _Forward:
@@ -220,6 +255,16 @@ class _Forward:
 
     def __init__(self, table: Any) -> None:
         self._table, self._start, self._block = table, 0, table[0:0]
+
+    def placed(self, part: slice) -> jax.Array:
+        """The rows of `part` on the devices; a process reads those of its own devices alone."""
+        from gemma_convert.native.sharding import place_rows
+
+        width = part.stop - part.start
+        return place_rows(
+            (width, *self._table.shape[1:]),
+            lambda first, last: self.rows(slice(part.start + first, part.start + last)),
+        )
 
     def rows(self, part: slice) -> Any:
         """The rows of `part`, whose ends are numbers within the table."""
@@ -240,21 +285,25 @@ class JaxLogits:
 
     text: TextArchitecture
     table: jax.Array
-    hidden: Mapping[int, jax.Array]
+    hidden: Mapping[int, npt.NDArray[Any]]
     lengths: Sequence[int]
 
     @property
     def device(self) -> str:
-        """Name of the first device that JAX runs on."""
+        """Name of the devices that JAX runs on."""
         return _jax_device()
 
     def slices(self, index: int, rows: int) -> Iterator[Logits]:
         """Logits of one sequence, at most `rows` positions at a time, [positions vocab] each."""
+        yield from in_step(self._slices(index, rows))
+
+    def _slices(self, index: int, rows: int) -> Iterator[Logits]:
         from gemma_convert.native.arithmetic import head
+        from gemma_convert.native.sharding import place
 
         length = self.lengths[index]
         for start in range(0, length, rows):
-            hidden = self.hidden[index][None, start : start + rows]
+            hidden = place(self.hidden[index][None, start : start + rows])
             yield np.asarray(head(self.table, hidden, self.text))[0, : length - start]
 
 
@@ -265,5 +314,5 @@ def _used_towers(sequences: Sequence[TokenSequence]) -> list[str]:
 def _jax_device() -> str:
     import jax
 
-    device = jax.devices()[0]
-    return str(device.device_kind)
+    kind = str(jax.devices()[0].device_kind)
+    return kind if jax.device_count() == 1 else f"{jax.device_count()} × {kind}"

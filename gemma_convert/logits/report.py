@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from gemma_convert.logits.divergence import Divergence
+from gemma_convert.flops.hardware import TERA
+from gemma_convert.flops.report import human_flops
+from gemma_convert.logits.divergence import Divergence, WorstToken
 from gemma_convert.logits.drift import Drift
 
 if TYPE_CHECKING:
@@ -46,6 +49,18 @@ class LogitReport:
     seconds: float
     lossy_rows: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    native_devices: int = 1
+    """Devices, of all processes, that the native side ran on."""
+    processes: int = 1
+    flops: int = 0
+    """Model FLOPs of the forward passes: of both sides, or of the native one with golden logits."""
+    running_seconds: float = 0.0
+    """Time of those passes and of the comparison, weights read in it."""
+
+    @property
+    def flops_per_second(self) -> float:
+        """What was achieved, on all devices together."""
+        return self.flops / self.running_seconds if self.running_seconds else 0.0
 
     @property
     def verdict(self) -> str:
@@ -53,6 +68,22 @@ class LogitReport:
         if not self.passed:
             return "not the same model" if self.proof else "further apart than rounding should be"
         return "same model" if self.proof else "no difference seen: an indication, not proof"
+
+    def as_text(self) -> str:
+        """All of it, for `from_text` in another process."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_text(text: str) -> LogitReport:
+        """The report of which this is the `as_text`."""
+        values = json.loads(text)
+        divergence, drift = values.pop("divergence"), values.pop("drift")
+        worst = WorstToken(**divergence.pop("worst"))
+        if drift is not None:
+            drift = Drift(**drift | {"layers": tuple(drift["layers"])})
+        for name in ("lossy_rows", "warnings"):
+            values[name] = tuple(values[name])
+        return LogitReport(divergence=Divergence(worst=worst, **divergence), drift=drift, **values)
 
     def as_json(self) -> dict[str, Any]:
         """The report as strict JSON: figures that are NaN or infinite are null, listed in `nan`."""
@@ -87,8 +118,13 @@ class LogitReport:
             "dtype": self.dtype,
             "reference": self.reference,
             "devices": {"reference": self.reference_device, "native": self.native_device},
+            "native_devices": self.native_devices,
+            "processes": self.processes,
             "whole_model": self.whole_model,
             "peak_memory_bytes": self.peak_memory_bytes,
+            "flops": self.flops,
+            "running_seconds": round(self.running_seconds, 3),
+            "tflops_per_second": self.flops_per_second / TERA,
             "versions": dict(self.versions),
             "seconds": round(self.seconds, 3),
             "lossy_rows": list(self.lossy_rows),
@@ -130,7 +166,16 @@ def _lines(report: LogitReport) -> list[tuple[str, str]]:
             + (f", {report.sounds} with a sound" if report.sounds else ""),
         ),
         ("reference", f"{report.reference}, float32, {report.reference_device}"),
-        ("native", f"{report.layout}, {report.dtype}, {report.native_device}"),
+        (
+            "native",
+            f"{report.layout}, {report.dtype}, {report.native_device}"
+            + (f", {report.processes} processes" if report.processes > 1 else ""),
+        ),
+        (
+            "arithmetic",
+            f"{human_flops(report.flops)} in {report.running_seconds:.1f} s, weights read in it: "
+            f"{report.flops_per_second / TERA:.3g} TFLOP/s",
+        ),
         (
             "time, memory",
             f"{report.seconds:.1f} s, {report.peak_memory_bytes / 1e9:.1f} GB at most"

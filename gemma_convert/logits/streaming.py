@@ -87,7 +87,7 @@ def compare_slices(
 ) -> Divergence:
     """The divergence over all compared positions, from slices of the vocabulary."""
     places = [np.flatnonzero(sequence.compared) for sequence in sequences]
-    slices = vocabulary_slices(vocab, embed, sum(map(len, places)))
+    slices = compared_slices(sequences, vocab=vocab, embed=embed)
     compared = SlicedComparison()
     for pair in zip(reference.logits(slices), native.logits(slices), strict=True):
         compared.add(*pair)
@@ -101,6 +101,12 @@ def compare_slices(
         ],
     )
     return total.result()
+
+
+def compared_slices(sequences: Sequence[TokenSequence], *, vocab: int, embed: int) -> list[slice]:
+    """The vocabulary in the slices that `compare_slices` takes."""
+    positions = sum(int(np.count_nonzero(sequence.compared)) for sequence in sequences)
+    return vocabulary_slices(vocab, embed, positions)
 
 
 def vocabulary_slices(vocab: int, embed: int, positions: int) -> list[slice]:

@@ -191,5 +191,10 @@ def split_path(text: str) -> tuple[str, ...]:
 
 
 def join_path(keys: Sequence[str]) -> str:
-    """The text of a native path: keys that hold a slash are quoted."""
+    """The text of a native path: keys that hold a slash are quoted.
+
+    Raises MappingError for a key that no path can hold.
+    """
+    if not keys or any(not key or "'" in key for key in keys):
+        raise MappingError("A key is empty or holds a quote.", where=" ".join(keys))
     return "/".join(f"'{key}'" if "/" in key else key for key in keys)

@@ -362,7 +362,7 @@ def _refuse_twice(names: list[tuple[str, str]]) -> None:
 def _read(path: Path) -> tuple[Mapping[str, Any], str]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8")), path.name
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise MappingError(
             "A mapping table cannot be read.", where=path.name, found=error
         ) from None

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_convert.architecture import Rope, TextArchitecture
+from gemma_convert.native.sharding import replicated
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
@@ -132,4 +133,4 @@ def head(
 @partial(jax.jit, static_argnames=("softcap",))
 def _head(table: jax.Array, hidden: jax.Array, softcap: float | None) -> jax.Array:
     logits = product("ble,ve->blv", hidden, table, jnp.float32)
-    return logits if softcap is None else jnp.tanh(logits / softcap) * softcap
+    return replicated(logits if softcap is None else jnp.tanh(logits / softcap) * softcap)

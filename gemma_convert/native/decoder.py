@@ -21,7 +21,7 @@ import numpy as np
 from gemma_convert.architecture import Layer, Rope, TextArchitecture
 from gemma_convert.native.arithmetic import attend, gelu, rms_norm, rotary, routing, visible
 from gemma_convert.native.prompt import Prompt
-from gemma_convert.native.stored import read
+from gemma_convert.native.sharding import Axes, place, place_all, replicated
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -130,6 +130,9 @@ class DecoderWeights(Protocol):
     def layer(self, index: int) -> LayerWeights:
         """One layer's arrays, where they are stored."""
 
+    def layer_axes(self, index: int) -> Mapping[str, Axes]:
+        """The names of the axes of a layer's arrays, by path below it."""
+
     def final_scale(self) -> Float[Array, " embed"]:
         """The weight of the norm behind the layers."""
 
@@ -172,8 +175,8 @@ def stages(
 ) -> Iterator[list[Float[Array, "batch length embed"]]]:
     """The states of `prompts` [batch length embed]: embedded, behind each layer, behind the norm.
 
-    Every layer's weights are read and moved to the device once, for all prompts, and dropped before
-    its states are given.
+    Every layer's weights are read and put on the devices once, for all prompts, and dropped before
+    its states are given, which are whole on every device.
     """
     states = [embed(weights, text, prompt, dtype) for prompt in prompts]
     inputs = [
@@ -182,15 +185,13 @@ def stages(
     ]
     sources = {facts.kv_source for facts in text.layers if not facts.owns_kv}
     images = [
-        jnp.asarray(prompt.images)
-        if text.bidirectional_images and prompt.images is not None
-        else None
+        place(prompt.images) if text.bidirectional_images and prompt.images is not None else None
         for prompt in prompts
     ]
     kept: dict[tuple[int, int], KeysAndValues] = {}
     yield list(states)
     for facts in text.layers:
-        mine = jax.device_put(jax.tree.map(read, weights.layer(facts.index)))
+        mine = place_all(weights.layer(facts.index), weights.layer_axes(facts.index))
         kind = kind_of(text, facts)
         for number, ple in enumerate(inputs):
             states[number], keys_values = layer(
@@ -226,8 +227,8 @@ def embed(
     rows = weights.embedding(prompt.ids(text.pad_token)).astype(dtype)
     if prompt.soft is None or prompt.images is None:
         return rows
-    soft = jnp.asarray(prompt.soft).astype(dtype)
-    return jnp.where(jnp.asarray(prompt.images)[..., None] != 0, soft, rows)
+    soft = place(prompt.soft).astype(dtype)
+    return jnp.where(place(prompt.images)[..., None] != 0, soft, rows)
 
 
 def per_layer_inputs(
@@ -242,7 +243,7 @@ def per_layer_inputs(
     """
     rows = weights.per_layer_rows(prompt.ids(text.pad_token))
     token = rows.astype(embedded.dtype) * np.sqrt(text.ple).astype(np.float32)
-    context = weights.per_layer_context(embedded) * np.float32(text.embed**-0.5)
+    context = replicated(weights.per_layer_context(embedded)) * np.float32(text.embed**-0.5)
     context = rms_norm(context, weights.per_layer_scale(), text.norm_epsilon)
     both: jax.Array = (context + token) * np.float32(2**-0.5)
     return both.astype(embedded.dtype)
@@ -274,7 +275,7 @@ def layer(
     if per_layer is not None:
         gated = gelu(weights.per_layer_gate(hidden)) * per_layer
         hidden = hidden + norm("post_per_layer", weights.per_layer_out(gated))
-    return hidden * weights.scalar().astype(hidden.dtype), keys_values
+    return replicated(hidden * weights.scalar().astype(hidden.dtype)), keys_values
 
 
 def attention(

@@ -20,8 +20,9 @@ from gemma_convert.architecture import TextArchitecture
 from gemma_convert.native import decoder
 from gemma_convert.native.arithmetic import gelu, head, product
 from gemma_convert.native.decoder import Dtype, Norm, Params, at
+from gemma_convert.native.gemma_jax_shapes import layer_axes
 from gemma_convert.native.prompt import Prompt
-from gemma_convert.native.stored import read
+from gemma_convert.native.sharding import Axes, gather, place
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -94,7 +95,7 @@ def output_rows(
     stored: Float[Array, "rows embed"], text: TextArchitecture, dtype: Dtype = "float32"
 ) -> Float[Array, "rows embed"]:
     """Rows of the output table, made of the same rows of `stored_table`."""
-    return jnp.asarray(stored).astype(dtype)
+    return place(stored, ("vocab", "embed")).astype(dtype)
 
 
 @dataclass(frozen=True)
@@ -107,28 +108,31 @@ class GemmaJaxWeights:
     def embedding(
         self, tokens: Int[np.ndarray, "batch length"]
     ) -> Float[Array, "batch length embed"]:
-        rows = jnp.asarray(at(self.tree, "embedder", "input_embedding")[tokens]).astype(jnp.float32)
+        rows = gather(at(self.tree, "embedder", "input_embedding"), tokens).astype(jnp.float32)
         return rows * np.float32(self.text.embed**0.5)
 
     def per_layer_rows(
         self, tokens: Int[np.ndarray, "batch length"]
     ) -> Float[Array, "batch length layers ple"]:
-        return jnp.asarray(at(self.tree, "embedder", "per_layer_embeddings")[tokens])
+        return gather(at(self.tree, "embedder", "per_layer_embeddings"), tokens)
 
     def per_layer_context(
         self, embedded: Float[Array, "batch length embed"]
     ) -> Float[Array, "batch length layers ple"]:
-        kernel = read(at(self.tree, "embedder", "per_layer_model_projection", "w"))
-        return product("ble,eyp->blyp", embedded, jnp.asarray(kernel))
+        stored = at(self.tree, "embedder", "per_layer_model_projection", "w")
+        return product("ble,eyp->blyp", embedded, place(stored, ("embed", "layers", "ple")))
 
     def per_layer_scale(self) -> Float[Array, " ple"]:
-        return jnp.asarray(read(at(self.tree, "embedder", "per_layer_projection_norm", "scale")))
+        return place(at(self.tree, "embedder", "per_layer_projection_norm", "scale"))
 
     def layer(self, index: int) -> GemmaJaxLayer:
         return GemmaJaxLayer(layer_params(self.tree, self.text, index))
 
+    def layer_axes(self, index: int) -> Mapping[str, Axes]:
+        return layer_axes(self.text, self.text.layers[index])
+
     def final_scale(self) -> Float[Array, " embed"]:
-        return jnp.asarray(read(at(self.tree, "final_norm", "scale")))
+        return place(at(self.tree, "final_norm", "scale"))
 
 
 def layer_params(tree: Params, text: TextArchitecture, index: int) -> Params:

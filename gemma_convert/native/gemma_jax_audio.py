@@ -9,6 +9,7 @@ one frame more, and projects before it normalises. Constants are the defaults of
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import e, log
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,8 @@ import numpy as np
 from gemma_convert.architecture import Architecture, AudioArchitecture
 from gemma_convert.errors import SourceError
 from gemma_convert.native.arithmetic import product, rms_norm
-from gemma_convert.native.vision import Leaves, Params, bounds_of, clipped, leaf, leaves
+from gemma_convert.native.sharding import Axes, replicated
+from gemma_convert.native.vision import Leaves, Params, below, bounds_of, clipped, leaf, leaves
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
@@ -33,20 +35,23 @@ _LARGEST = 1e10  # gradient_clipping, which transformers applies to activations
 _EPSILON = 1e-6
 _LONGEST_WAVE = 10000.0
 
-_FEATURE = (
-    "subsampling_0/kernel",
-    "norm_0/scale",
-    "subsampling_1/kernel",
-    "norm_1/scale",
-    "input_proj/kernel",
-)
-_LINEARS = (
-    *(f"{end}/ffn_layer{place}" for end in ("fflayer_start", "fflayer_end") for place in (1, 2)),
-    *(f"trans_atten/self_atten/{name}" for name in ("query", "key", "value")),
-    "trans_atten/post",
-    "lconv/linear_start",
-    "lconv/linear_end",
-)
+_FEATURE: Mapping[str, Axes] = {
+    "subsampling_0/kernel": ("time", "bands", "channels", "deeper"),
+    "norm_0/scale": ("deeper",),
+    "subsampling_1/kernel": ("time", "bands", "channels", "deeper"),
+    "norm_1/scale": ("deeper",),
+    "input_proj/kernel": ("bands", "channels", "embed"),
+}
+_LINEARS: Mapping[str, Axes] = {
+    **{f"{end}/ffn_layer1": ("embed", "mlp") for end in ("fflayer_start", "fflayer_end")},
+    **{f"{end}/ffn_layer2": ("mlp", "embed") for end in ("fflayer_start", "fflayer_end")},
+    "trans_atten/self_atten/query": ("embed", "attended"),
+    "trans_atten/self_atten/key": ("embed", "attended"),
+    "trans_atten/self_atten/value": ("embed", "attended"),
+    "trans_atten/post": ("heads", "head_dim", "embed"),
+    "lconv/linear_start": ("embed", "doubled"),
+    "lconv/linear_end": ("output", "embed"),
+}
 _NORMS = (
     *(
         f"{end}/{at}_layer_norm"
@@ -59,13 +64,25 @@ _NORMS = (
     "lconv/conv_norm",
     "final_ln",
 )
+_WAVES = "trans_atten/self_atten/relative_position_embedding/pos_proj/kernel"
 _LAYER = (
     *(f"{linear}/kernel" for linear in _LINEARS),
     *(f"{norm}/scale" for norm in _NORMS),
     "trans_atten/self_atten/per_dim_scale",
-    "trans_atten/self_atten/relative_position_embedding/pos_proj/kernel",
+    _WAVES,
     "lconv/depthwise_conv1d/kernel",
 )
+
+
+def axes(architecture: Architecture) -> dict[str, Axes]:
+    """The axes of the tower's arrays by path; norms, clip bounds and small kernels are left out."""
+    kernels = {f"{linear}/kernel": named for linear, named in _LINEARS.items()}
+    kernels[_WAVES] = ("embed", "heads", "head_dim")
+    found = below(("audio_encoder", "feature"), _FEATURE)
+    for index in range(_audio_of(architecture).layers):
+        found |= below(("audio_encoder", f"conformer/stacked_layers_{index}"), kernels)
+    found["audio_encoder/output_projection/kernel"] = ("embed", "output")
+    return found | {"embedder/audio_input_projection/w": ("output", "embed")}
 
 
 def encode_audio(
@@ -89,7 +106,7 @@ def encode_audio(
     ]
     output = leaves(tree, ("audio_encoder", "output_projection"), ("kernel", "bias"))
     projection = leaf(tree, "embedder", "audio_input_projection", "w")
-    hidden = subsample(feature, jnp.asarray(_without_padding(features, mask), jnp.float32))
+    hidden = subsample(feature, np.asarray(_without_padding(features, mask), np.float32))
     for params in layers:
         hidden = layer(params, hidden)
     tokens: jax.Array = _embed(output, projection, hidden)
@@ -132,7 +149,7 @@ def subsample(params: Leaves, features: Float[Array, "frames mel"]) -> Float[Arr
             precision=jax.lax.Precision.HIGHEST,
         )
         x = jax.nn.relu(_layer_norm(x, params[f"norm_{stage}/scale"]))
-    return product("tfc,fce->te", x[0], params["input_proj/kernel"])
+    return replicated(product("tfc,fce->te", x[0], params["input_proj/kernel"]))
 
 
 def _layer_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -150,7 +167,7 @@ def layer(params: Leaves, hidden: Float[Array, "tokens embed"]) -> Float[Array, 
     hidden = hidden + _norm(params, "trans_atten/post_norm", _clamp(attended))
     hidden = light_convolution(params, hidden)
     hidden = feed_forward(params, "fflayer_end", hidden)
-    return _norm(params, "final_ln", _clamp(hidden))
+    return replicated(_norm(params, "final_ln", _clamp(hidden)))
 
 
 def feed_forward(
@@ -170,7 +187,7 @@ def attention(params: Leaves, hidden: Float[Array, "tokens embed"]) -> Float[Arr
     distance, after Transformer-XL; the sum is soft-capped.
     """
     place = "trans_atten/self_atten"
-    waves = params[f"{place}/relative_position_embedding/pos_proj/kernel"]
+    waves = params[_WAVES]
     tokens, heads, head_dim = len(hidden), waves.shape[1], waves.shape[2]
     query, key, value = (
         clipped("te,ed->td", hidden, params, f"{place}/{name}", "kernel").reshape(
@@ -227,7 +244,7 @@ def _embed(
 ) -> Float[Array, "tokens text"]:
     bias = output["bias"].astype(hidden.dtype)
     found = product("te,eo->to", hidden, output["kernel"]) + bias
-    return product("to,od->td", rms_norm(found, None, _EPSILON), projection)
+    return replicated(product("to,od->td", rms_norm(found, None, _EPSILON), projection))
 
 
 def _norm(params: Leaves, name: str, x: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ transformers, where the library itself adds its mask to the scores.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,12 @@ import numpy as np
 
 from gemma_convert.architecture import Architecture
 from gemma_convert.native.arithmetic import gelu, rms_norm
+from gemma_convert.native.sharding import Axes, replicated
 from gemma_convert.native.vision import (
     Leaves,
     Params,
     attend,
+    below,
     bounds_of,
     clipped,
     embed_patches,
@@ -34,13 +37,17 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
 _LAYERS = ("vision_encoder", "transformer", "stacked_layers", "block")
-_LINEARS = (
-    "attn/q_einsum",
-    "attn/kv_einsum",
-    "attn/attn_vec_einsum",
-    "mlp/gating_einsum",
-    "mlp/linear",
-)
+_ENTRY: Mapping[str, Axes] = {
+    "input_projection/w": ("patch", "embed"),
+    "pos_emb": ("positions", "sides", "embed"),
+}
+_LINEARS: Mapping[str, Axes] = {
+    "attn/q_einsum": ("layers", "heads", "embed", "head_dim"),
+    "attn/kv_einsum": ("layers", "kv", "heads", "embed", "head_dim"),
+    "attn/attn_vec_einsum": ("layers", "heads", "head_dim", "embed"),
+    "mlp/gating_einsum": ("layers", "gate_up", "mlp", "embed"),
+    "mlp/linear": ("layers", "mlp", "embed"),
+}
 _NORMS = (
     "pre_attention_norm",
     "attn/query_norm",
@@ -50,6 +57,13 @@ _NORMS = (
     "post_ffw_norm",
 )
 _LAYER = (*(f"{linear}/w" for linear in _LINEARS), *(f"{norm}/scale" for norm in _NORMS))
+
+
+def axes(architecture: Architecture) -> dict[str, Axes]:
+    """The axes of the tower's arrays by path; norms and clip bounds are left out."""
+    found = below(("vision_encoder", "entry"), _ENTRY)
+    found |= below(_LAYERS, {f"{linear}/w": named for linear, named in _LINEARS.items()})
+    return found | {"embedder/mm_input_projection/w": ("output", "embed")}
 
 
 def encode_image(
@@ -65,7 +79,7 @@ def encode_image(
     tower or the tree lacks an array of it.
     """
     vision = vision_of(architecture)
-    entry = leaves(tree, ("vision_encoder", "entry"), ("input_projection/w", "pos_emb"))
+    entry = leaves(tree, ("vision_encoder", "entry"), _ENTRY)
     standard = None
     if vision.standardize:
         found = leaves(tree, ("vision_encoder", "standardize"), ("scale", "bias"))
@@ -90,7 +104,7 @@ def _layers(
     def step(hidden: jax.Array, params: Leaves) -> tuple[jax.Array, None]:
         return layer(params, hidden, positions, theta, epsilon), None
 
-    return jax.lax.scan(step, hidden, stacked)[0]
+    return replicated(jax.lax.scan(step, hidden, stacked)[0])
 
 
 def layer(

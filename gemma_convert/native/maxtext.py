@@ -7,7 +7,7 @@ table can cancel itself here. Arithmetic: `native/decoder.py`. Layout of the tre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,9 @@ from gemma_convert.architecture import TextArchitecture
 from gemma_convert.native import decoder
 from gemma_convert.native.arithmetic import gelu, head, product
 from gemma_convert.native.decoder import Dtype, Norm, Params, at
+from gemma_convert.native.maxtext_shapes import layer_axes
 from gemma_convert.native.prompt import Prompt
-from gemma_convert.native.stored import read
+from gemma_convert.native.sharding import Axes, gather, place
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -90,7 +91,7 @@ def output_rows(
     stored: Float[Array, "rows embed"], text: TextArchitecture, dtype: Dtype = "float32"
 ) -> Float[Array, "rows embed"]:
     """Rows of the output table, made of the same rows of `stored_table`."""
-    table = jnp.asarray(stored).astype(jnp.float32)
+    table = place(stored, ("vocab", "embed")).astype(jnp.float32)
     return (table / np.float32(text.embed**0.5)).astype(dtype)
 
 
@@ -104,30 +105,34 @@ class MaxTextWeights:
     def embedding(
         self, tokens: Int[np.ndarray, "batch length"]
     ) -> Float[Array, "batch length embed"]:
-        return jnp.asarray(at(self.tree, "token_embedder", "embedding")[tokens])
+        return gather(at(self.tree, "token_embedder", "embedding"), tokens)
 
     def per_layer_rows(
         self, tokens: Int[np.ndarray, "batch length"]
     ) -> Float[Array, "batch length layers ple"]:
-        return self._by_layer(at(self.tree, *_PER_LAYER, "embed_tokens_per_layer")[tokens])
+        return self._by_layer(gather(at(self.tree, *_PER_LAYER, "embed_tokens_per_layer"), tokens))
 
     def per_layer_context(
         self, embedded: Float[Array, "batch length embed"]
     ) -> Float[Array, "batch length layers ple"]:
-        kernel = read(at(self.tree, *_PER_LAYER, "per_layer_model_projection", "kernel"))
-        return self._by_layer(product("ble,ep->blp", embedded, jnp.asarray(kernel)))
+        stored = at(self.tree, *_PER_LAYER, "per_layer_model_projection", "kernel")
+        kernel = place(stored, ("embed", "layers_ple"))
+        return self._by_layer(product("ble,ep->blp", embedded, kernel))
 
     def per_layer_scale(self) -> Float[Array, " ple"]:
-        return jnp.asarray(read(at(self.tree, *_PER_LAYER, "per_layer_projection_norm", "scale")))
+        return place(at(self.tree, *_PER_LAYER, "per_layer_projection_norm", "scale"))
 
     def layer(self, index: int) -> MaxTextLayer:
         return MaxTextLayer(layer_params(self.tree, self.text, index))
 
-    def final_scale(self) -> Float[Array, " embed"]:
-        return jnp.asarray(read(at(self.tree, "decoder", "decoder_norm", "scale")))
+    def layer_axes(self, index: int) -> Mapping[str, Axes]:
+        return layer_axes(self.text, self.text.layers[index])
 
-    def _by_layer(self, packed: Any) -> jax.Array:
-        return jnp.asarray(packed).reshape(*packed.shape[:-1], len(self.text.layers), self.text.ple)
+    def final_scale(self) -> Float[Array, " embed"]:
+        return place(at(self.tree, "decoder", "decoder_norm", "scale"))
+
+    def _by_layer(self, packed: jax.Array) -> jax.Array:
+        return packed.reshape(*packed.shape[:-1], len(self.text.layers), self.text.ple)
 
 
 def layer_params(tree: Params, text: TextArchitecture, index: int) -> Params:
@@ -145,15 +150,23 @@ def layer_params(tree: Params, text: TextArchitecture, index: int) -> Params:
     block, place = divmod(index, text.period)
     blocks = layers["scanned_blocks"]
     if place == text.period - 1:
-        return _each(blocks["global_layer"], lambda array: array[:, block])
-    return _each(blocks["local_layers"], lambda array: array[:, block, place])
+        return _taken(blocks["global_layer"], (block,))
+    return _taken(blocks["local_layers"], (block, place))
 
 
-def _each(tree: Params, function: Callable[[Any], Any]) -> Params:
-    return {
-        name: _each(below, function) if isinstance(below, Mapping) else function(below)
-        for name, below in tree.items()
-    }
+def _taken(tree: Params, index: tuple[int, ...]) -> Params:
+    """Entry `index` of the scan axes of every array, left where it is."""
+    on_devices = all(isinstance(array, jax.Array) for array in jax.tree.leaves(tree))
+    taken: Params = (_take_all if on_devices else _take)(tree, index)
+    return taken
+
+
+def _take(tree: Params, index: tuple[int, ...]) -> Params:
+    taken: Params = jax.tree.map(lambda array: array[:, *index], tree)
+    return taken
+
+
+_take_all = jax.jit(_take)
 
 
 @jax.tree_util.register_dataclass

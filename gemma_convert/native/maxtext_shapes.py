@@ -1,4 +1,4 @@
-"""The shapes that MaxText's tree must have for one architecture, written out by hand.
+"""The axes that the arrays of MaxText's tree have for one architecture, written out by hand.
 
 Layout: MaxText (August 2026).
 """
@@ -11,7 +11,8 @@ from pathlib import Path
 from gemma_convert.architecture import Layer, TextArchitecture
 from gemma_convert.errors import SourceError
 from gemma_convert.native.restore import ArrayFacts
-from gemma_convert.native.shapes import Shape, check_fit
+from gemma_convert.native.shapes import Shape, check_fit, lengths, shape_of
+from gemma_convert.native.sharding import Axes
 
 
 def check_shapes(facts: Mapping[str, ArrayFacts], text: TextArchitecture, where: Path) -> None:
@@ -29,68 +30,91 @@ def check_shapes(facts: Mapping[str, ArrayFacts], text: TextArchitecture, where:
     check_fit(facts, dict(_text_shapes(text, scanned)), "decoder/layers_", text, where)
 
 
-def _text_shapes(text: TextArchitecture, scanned: bool) -> Iterator[tuple[str, Shape]]:
-    yield "token_embedder/embedding", (text.vocab, text.embed)
-    yield "decoder/decoder_norm/scale", (text.embed,)
-    if text.ple:
-        packed = len(text.layers) * text.ple
-        yield "decoder/per_layer_embedder/embed_tokens_per_layer", (text.ple_vocab, packed)
-        yield (
-            "decoder/per_layer_embedder/per_layer_model_projection/kernel",
-            (text.embed, packed),
-        )
-        yield "decoder/per_layer_embedder/per_layer_projection_norm/scale", (text.ple,)
+def text_axes(text: TextArchitecture) -> dict[str, Axes]:
+    """The axes of every array that the forward pass reads, scanned or not, by its path."""
+    found = dict(_outer_axes(text))
     for layer in text.layers:
-        prefix, scan = _place(text, layer.index, scanned)
-        for name, (first, *rest) in _layer_shapes(text, layer):
-            yield f"{prefix}/{name}", (first, *scan, *rest)
+        for prefix in {_place(text, layer.index, scanned) for scanned in (False, True)}:
+            for name, (first, *rest) in _layer_axes(text, layer):
+                found[f"{prefix}/{name}"] = (first, *_scan(prefix), *rest)
+    return found
 
 
-def _place(text: TextArchitecture, index: int, scanned: bool) -> tuple[str, Shape]:
-    """Where a layer stands in the tree, and the scan axes of its arrays."""
+def layer_axes(text: TextArchitecture, layer: Layer) -> dict[str, Axes]:
+    """The axes of a layer's arrays by path below it, without those of a scan."""
+    return dict(_layer_axes(text, layer))
+
+
+def _text_shapes(text: TextArchitecture, scanned: bool) -> Iterator[tuple[str, Shape]]:
+    for path, axes in _outer_axes(text):
+        yield path, shape_of(axes, lengths(text))
+    period = text.period or 1
+    stacks = {"blocks": len(text.layers) // period, "block_layers": period - 1}
+    for layer in text.layers:
+        prefix = _place(text, layer.index, scanned)
+        length = lengths(text, layer) | stacks
+        for name, (first, *rest) in _layer_axes(text, layer):
+            yield f"{prefix}/{name}", shape_of((first, *_scan(prefix), *rest), length)
+
+
+def _place(text: TextArchitecture, index: int, scanned: bool) -> str:
+    """Where a layer stands in the tree."""
     if not scanned or text.period is None:
-        return f"decoder/layers_{index}", ()
-    blocks = len(text.layers) // text.period
+        return f"decoder/layers_{index}"
     if (index + 1) % text.period:
-        return "decoder/scanned_blocks/local_layers", (blocks, text.period - 1)
-    return "decoder/scanned_blocks/global_layer", (blocks,)
+        return "decoder/scanned_blocks/local_layers"
+    return "decoder/scanned_blocks/global_layer"
 
 
-def _layer_shapes(text: TextArchitecture, layer: Layer) -> Iterator[tuple[str, Shape]]:
-    embed, head_dim = text.embed, layer.head_dim
-    yield "self_attention/query/kernel", (embed, layer.heads, head_dim)
-    yield "self_attention/out/kernel", (layer.heads, head_dim, embed)
-    yield "self_attention/query_norm/scale", (head_dim,)
-    if layer.owns_kv:
-        yield "self_attention/key/kernel", (embed, layer.kv_heads, head_dim)
-        yield "self_attention/key_norm/scale", (head_dim,)
-    if layer.owns_value:
-        yield "self_attention/value/kernel", (embed, layer.kv_heads, head_dim)
-    for name in ("pre_self_attention", "post_self_attention", "pre_ffw", "post_ffw"):
-        yield f"{name}_norm/scale", (embed,)
-    yield "layer_scalar", (1,)
+def _scan(place: str) -> Axes:
+    """The scan axes of the arrays of a layer that stands there; they are behind the first axis."""
+    if place.endswith("local_layers"):
+        return "blocks", "block_layers"
+    return ("blocks",) if place.endswith("global_layer") else ()
+
+
+def _outer_axes(text: TextArchitecture) -> Iterator[tuple[str, Axes]]:
+    yield "token_embedder/embedding", ("vocab", "embed")
+    yield "decoder/decoder_norm/scale", ("embed",)
     if text.ple:
-        yield "per_layer_input_gate/kernel", (embed, text.ple)
-        yield "per_layer_projection/kernel", (text.ple, embed)
-        yield "post_per_layer_input_norm/scale", (embed,)
-    yield from _feed_forward_shapes(text, layer.mlp)
+        embedder = "decoder/per_layer_embedder"
+        yield f"{embedder}/embed_tokens_per_layer", ("ple_vocab", "layers_ple")
+        yield f"{embedder}/per_layer_model_projection/kernel", ("embed", "layers_ple")
+        yield f"{embedder}/per_layer_projection_norm/scale", ("ple",)
 
 
-def _feed_forward_shapes(text: TextArchitecture, mlp: int) -> Iterator[tuple[str, Shape]]:
-    embed = text.embed
+def _layer_axes(text: TextArchitecture, layer: Layer) -> Iterator[tuple[str, Axes]]:
+    yield "self_attention/query/kernel", ("embed", "heads", "head_dim")
+    yield "self_attention/out/kernel", ("heads", "head_dim", "embed")
+    yield "self_attention/query_norm/scale", ("head_dim",)
+    if layer.owns_kv:
+        yield "self_attention/key/kernel", ("embed", "kv_heads", "head_dim")
+        yield "self_attention/key_norm/scale", ("head_dim",)
+    if layer.owns_value:
+        yield "self_attention/value/kernel", ("embed", "kv_heads", "head_dim")
+    for name in ("pre_self_attention", "post_self_attention", "pre_ffw", "post_ffw"):
+        yield f"{name}_norm/scale", ("embed",)
+    yield "layer_scalar", ("one",)
+    if text.ple:
+        yield "per_layer_input_gate/kernel", ("embed", "ple")
+        yield "per_layer_projection/kernel", ("ple", "embed")
+        yield "post_per_layer_input_norm/scale", ("embed",)
     dense = "mlp/moe_block/shared_experts" if text.moe else "mlp"
-    yield f"{dense}/wi_0/kernel", (embed, mlp)
-    yield f"{dense}/wi_1/kernel", (embed, mlp)
-    yield f"{dense}/wo/kernel", (mlp, embed)
-    if not text.moe:
-        return
+    yield f"{dense}/wi_0/kernel", ("embed", "mlp")
+    yield f"{dense}/wi_1/kernel", ("embed", "mlp")
+    yield f"{dense}/wo/kernel", ("mlp", "embed")
+    if text.moe:
+        yield from _mixture_axes()
+
+
+def _mixture_axes() -> Iterator[tuple[str, Axes]]:
     routed = "mlp/moe_block/MoeBlock_0"
-    yield f"{routed}/wi_0", (text.experts, embed, text.expert_mlp)
-    yield f"{routed}/wi_1", (text.experts, embed, text.expert_mlp)
-    yield f"{routed}/wo", (text.experts, text.expert_mlp, embed)
-    yield f"{routed}/gate/kernel", (embed, text.experts)
-    yield f"{routed}/per_expert_scale", (text.experts,)
-    yield "mlp/pre_forward_scale_2", (embed,)
-    yield "mlp/pre_feedforward_layernorm_2/scale", (embed,)
-    yield "mlp/post_feedforward_layernorm_1/scale", (embed,)
-    yield "mlp/post_feedforward_layernorm_2/scale", (embed,)
+    yield f"{routed}/wi_0", ("experts", "embed", "expert_mlp")
+    yield f"{routed}/wi_1", ("experts", "embed", "expert_mlp")
+    yield f"{routed}/wo", ("experts", "expert_mlp", "embed")
+    yield f"{routed}/gate/kernel", ("embed", "experts")
+    yield f"{routed}/per_expert_scale", ("experts",)
+    yield "mlp/pre_forward_scale_2", ("embed",)
+    yield "mlp/pre_feedforward_layernorm_2/scale", ("embed",)
+    yield "mlp/post_feedforward_layernorm_1/scale", ("embed",)
+    yield "mlp/post_feedforward_layernorm_2/scale", ("embed",)

@@ -6,6 +6,7 @@ Kernels are used as MaxText lays them out, never through a mapping table. Layout
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,10 +15,12 @@ import numpy as np
 
 from gemma_convert.architecture import Architecture
 from gemma_convert.native.arithmetic import gelu, product, rms_norm
+from gemma_convert.native.sharding import Axes, replicated
 from gemma_convert.native.vision import (
     Leaves,
     Params,
     attend,
+    below,
     embed_patches,
     leaf,
     leaves,
@@ -31,21 +34,34 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
 _ENCODER = ("vision_encoder", "Gemma4VisionEncoderLayer_0")
-_LAYER = (
-    "pre_attention_norm/scale",
-    "attention/query/kernel",
-    "attention/key/kernel",
-    "attention/value/kernel",
-    "attention/out/kernel",
-    "attention/query_norm/scale",
-    "attention/key_norm/scale",
-    "post_attention_norm/scale",
-    "pre_ffw_norm/scale",
-    "mlp/wi_0/kernel",
-    "mlp/wi_1/kernel",
-    "mlp/wo/kernel",
-    "post_ffw_norm/scale",
-)
+_PROJECTOR = ("vision_encoder", "Gemma4VisionProjector_0")
+_ENTRY: Mapping[str, Axes] = {
+    "input_projection/kernel": ("patch", "embed"),
+    "pos_emb_param": ("positions", "sides", "embed"),
+}
+_LAYER: Mapping[str, Axes] = {
+    "pre_attention_norm/scale": ("embed",),
+    "attention/query/kernel": ("embed", "heads", "head_dim"),
+    "attention/key/kernel": ("embed", "heads", "head_dim"),
+    "attention/value/kernel": ("embed", "heads", "head_dim"),
+    "attention/out/kernel": ("heads", "head_dim", "embed"),
+    "attention/query_norm/scale": ("head_dim",),
+    "attention/key_norm/scale": ("head_dim",),
+    "post_attention_norm/scale": ("embed",),
+    "pre_ffw_norm/scale": ("embed",),
+    "mlp/wi_0/kernel": ("embed", "mlp"),
+    "mlp/wi_1/kernel": ("embed", "mlp"),
+    "mlp/wo/kernel": ("mlp", "embed"),
+    "post_ffw_norm/scale": ("embed",),
+}
+
+
+def axes(architecture: Architecture) -> dict[str, Axes]:
+    """The axes of the tower's arrays by path below params/params; vectors are left out."""
+    found = below((*_ENCODER, "vision_entry"), _ENTRY)
+    for index in range(vision_of(architecture).layers):
+        found |= below((*_ENCODER, f"layer_{index}"), _LAYER)
+    return found | below(_PROJECTOR, {"projection/kernel": ("output", "embed")})
 
 
 def encode_image(
@@ -61,11 +77,11 @@ def encode_image(
     no vision tower or the tree lacks an array of it.
     """
     vision = vision_of(architecture)
-    entry = leaves(tree, (*_ENCODER, "vision_entry"), ("input_projection/kernel", "pos_emb_param"))
+    entry = leaves(tree, (*_ENCODER, "vision_entry"), _ENTRY)
     standard = None
     if vision.standardize:
         standard = leaf(tree, *_ENCODER, "std_scale"), leaf(tree, *_ENCODER, "std_bias")
-    projection = leaf(tree, "vision_encoder", "Gemma4VisionProjector_0", "projection", "kernel")
+    projection = leaf(tree, *_PROJECTOR, "projection", "kernel")
     layers = [leaves(tree, (*_ENCODER, f"layer_{index}"), _LAYER) for index in range(vision.layers)]
     hidden = embed_patches(
         pixels, positions, entry["input_projection/kernel"], entry["pos_emb_param"]
@@ -104,4 +120,4 @@ def layer(
     gate = product("pe,em->pm", feed, params["mlp/wi_0/kernel"])
     up = product("pe,em->pm", feed, params["mlp/wi_1/kernel"])
     fed = product("pm,me->pe", gelu(gate) * up, params["mlp/wo/kernel"])
-    return hidden + norm("post_ffw_norm", fed)
+    return replicated(hidden + norm("post_ffw_norm", fed))

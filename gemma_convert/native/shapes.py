@@ -11,12 +11,43 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-from gemma_convert.architecture import TextArchitecture
+from gemma_convert.architecture import Layer, TextArchitecture
 from gemma_convert.errors import SourceError
 from gemma_convert.native.restore import ArrayFacts
+from gemma_convert.native.sharding import Axes
 
 Shape: TypeAlias = tuple[int, ...]
 _LISTED = 8
+
+
+def lengths(text: TextArchitecture, layer: Layer | None = None) -> dict[str, int]:
+    """Axis → its length, with the axes of `layer` where one is given."""
+    found = {
+        "vocab": text.vocab,
+        "ple_vocab": text.ple_vocab,
+        "embed": text.embed,
+        "ple": text.ple,
+        "layers": len(text.layers),
+        "layers_ple": len(text.layers) * text.ple,
+        "experts": text.experts,
+        "expert_mlp": text.expert_mlp,
+        "kv": 2,
+        "gate_up": 2,
+        "one": 1,
+    }
+    if layer is not None:
+        found |= {
+            "heads": layer.heads,
+            "kv_heads": layer.kv_heads,
+            "head_dim": layer.head_dim,
+            "mlp": layer.mlp,
+        }
+    return found
+
+
+def shape_of(axes: Axes, length: Mapping[str, int]) -> Shape:
+    """The lengths of `axes`."""
+    return tuple(length[axis] for axis in axes)
 
 
 def check_fit(

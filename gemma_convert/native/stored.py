@@ -40,10 +40,15 @@ class StoredArray:
         return np.dtype(self._store.dtype.numpy_dtype)
 
     @property
+    def chunk_shape(self) -> tuple[int, ...]:
+        """Lengths of what is decoded at once."""
+        shape = self._store.chunk_layout.read_chunk.shape or self.shape
+        return tuple(int(chunk or length) for chunk, length in zip(shape, self.shape, strict=True))
+
+    @property
     def chunk_rows(self) -> int:
         """How many entries of the first axis are decoded at once."""
-        shape = self._store.chunk_layout.read_chunk.shape or self.shape
-        return int(shape[0] or len(self))
+        return self.chunk_shape[0]
 
     def __len__(self) -> int:
         return self.shape[0]

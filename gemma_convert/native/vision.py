@@ -18,6 +18,7 @@ import numpy as np
 from gemma_convert.architecture import Architecture, VisionArchitecture
 from gemma_convert.errors import SourceError
 from gemma_convert.native.arithmetic import product, rms_norm
+from gemma_convert.native.sharding import Axes, gather, place, replicated
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
@@ -55,6 +56,11 @@ def bounds_of(linears: Iterable[str]) -> list[str]:
     return [f"{linear}/{bound}" for linear in linears for bound in BOUNDS]
 
 
+def below(place: Sequence[str], axes: Mapping[str, Axes]) -> dict[str, Axes]:
+    """`axes`, by paths below the keys `place`, by their whole paths."""
+    return {"/".join((*place, name)): named for name, named in axes.items()}
+
+
 def vision_of(architecture: Architecture) -> VisionArchitecture:
     """Facts of the vision tower; raises SourceError where the model has none."""
     if architecture.vision is None:
@@ -89,14 +95,15 @@ def embed_patches(
 ) -> Float[Array, "patches embed"]:
     """Projected pixels plus the embeddings of x and of y [patches embed]; pixels are of 0 to 1."""
     column, row = np.maximum(np.asarray(positions), 0).T
-    where = jnp.asarray(table[column, 0], jnp.float32) + jnp.asarray(table[row, 1], jnp.float32)
-    embedded: jax.Array = _project_pixels(jnp.asarray(pixels, jnp.float32), jnp.asarray(kernel))
+    where = gather(table, column)[:, 0].astype(jnp.float32)
+    where = where + gather(table, row)[:, 1].astype(jnp.float32)
+    embedded: jax.Array = _project_pixels(np.asarray(pixels, np.float32), place(kernel))
     return embedded + where
 
 
 @jax.jit
 def _project_pixels(pixels: jax.Array, kernel: jax.Array) -> jax.Array:
-    return product("ip,pe->ie", 2 * (pixels - 0.5), kernel)
+    return replicated(product("ip,pe->ie", 2 * (pixels - 0.5), kernel))
 
 
 def rotary(
@@ -140,11 +147,12 @@ def soft_tokens(
 
     `standard` is the scale and the bias of a model that standardises what was pooled.
     """
-    placed = jnp.asarray(positions)
+    placed = np.asarray(positions)
     found: jax.Array = _soft_tokens(
-        hidden, placed, standard, jnp.asarray(kernel), vision.pooling, vision.norm_epsilon
+        hidden, placed, standard, place(kernel), vision.pooling, vision.norm_epsilon
     )
-    return found[: int(real_patches(placed).sum()) // vision.pooling**2]
+    real = int((placed != -1).any(axis=-1).sum())
+    return found[: real // vision.pooling**2]
 
 
 @partial(jax.jit, static_argnames=("pooling", "epsilon"))
@@ -160,7 +168,7 @@ def _soft_tokens(
     if standard is not None:
         scale, bias = (array.astype(jnp.float32) for array in standard)
         pooled = (pooled - bias) * scale
-    return product("te,ed->td", rms_norm(pooled, None, epsilon), kernel)
+    return replicated(product("te,ed->td", rms_norm(pooled, None, epsilon), kernel))
 
 
 def pool(

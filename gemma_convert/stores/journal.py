@@ -14,9 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gemma_convert.errors import SourceError
+from gemma_convert.stores.json_file import parse_json, read_regular
 from gemma_convert.stores.staging import LOCK
 
 NAME = ".gemma-convert.journal"
+MAX_BYTES = 256 << 20
 
 UNFINISHED = (NAME, LOCK)
 """Files that a folder holds only while it is being built."""
@@ -39,6 +42,7 @@ class Journal:
         self._lock = threading.Lock()
         self.entries = _read(self._path, key)
         if not self.entries:
+            self._path.unlink(missing_ok=True)
             self._path.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
         self._file = self._path.open("a", encoding="utf-8")
 
@@ -74,28 +78,25 @@ def _read(path: Path, key: str) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The lines that are whole JSON objects; a line cut short by the end of a run is none."""
+    """The lines that are whole JSON objects; a line cut short by the end of a run is none.
+
+    What follows the last whole line is dropped, so that new lines are not glued to it.
+    """
     try:
-        if path.is_symlink():
-            return []
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError):
+        data = b"" if path.is_symlink() else read_regular(path, "The journal", MAX_BYTES)
+    except (OSError, SourceError):
         return []
-    lines = []
-    for line in text.split("\n")[:-1]:
+    lines: list[dict[str, Any]] = []
+    whole = 0
+    for line in data.split(b"\n")[:-1]:
         try:
-            entry = json.loads(line)
-        except ValueError:
+            entry = parse_json(line)
+        except (ValueError, RecursionError):
             break
         if not isinstance(entry, dict):
             break
         lines.append(entry)
-    if lines and len(lines) < text.count("\n") + (not text.endswith("\n")):
-        _truncate(path, lines)
+        whole += len(line) + 1
+    if lines and whole < len(data):
+        os.truncate(path, whole)
     return lines
-
-
-def _truncate(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Drops what follows the last whole line, so that new lines are not glued to it."""
-    whole = sum(len(line.encode()) for line in path.read_text().splitlines(True)[: len(lines)])
-    os.truncate(path, whole)

@@ -5,7 +5,7 @@ Works on what Orbax, MaxText and the gemma library write: OCDBT or one folder an
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from gemma_convert.dtypes import TensorSpec
-from gemma_convert.errors import SourceError
+from gemma_convert.dtypes import TensorSpec, numpy_dtype
+from gemma_convert.errors import SourceError, short
 from gemma_convert.mapping.notation import join_path, split_path
 from gemma_convert.mapping.region import Box
 from gemma_convert.stores.journal import UNFINISHED
+from gemma_convert.stores.json_file import read_object
 from gemma_convert.stores.raw_chunks import Places, RawChunks, ocdbt_places, raw_chunks
 from gemma_convert.values import Array, bits
 
 METADATA = "_METADATA"
-MAX_METADATA_BYTES = 256 << 20
+MAX_METADATA_BYTES = 64 << 20
 
 ITEMS = ("items", "default")
 """Names of the item in a step folder: MaxText's, and that of Orbax' CheckpointManager."""
@@ -30,7 +31,19 @@ ITEMS = ("items", "default")
 STATE = ("opt_state", "nnx_aux")
 """Where a training checkpoint keeps what is no parameter."""
 
+UNREADABLE = (ValueError, TypeError, LookupError, ArithmeticError, NotImplementedError, OSError)
+"""What tensorstore raises for arrays that are broken, or of a kind that it does not have."""
+
 _WITHOUT_ARRAY = ("Dict", "List", "None", "Tuple", "NamedTuple")
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How arrays are stored; `complete` says that no chunk may be left out, not even zeros."""
+
+    ocdbt: bool
+    zarr3: bool
+    complete: bool
 
 
 @dataclass(frozen=True)
@@ -44,8 +57,7 @@ class OrbaxTree:
     arrays: dict[str, TensorSpec]
     chunks: dict[str, tuple[int, ...]]
     others: tuple[str, ...]
-    ocdbt: bool
-    zarr3: bool
+    form: _Form
     places: Places | None
     """Where the values of an OCDBT store lie; None where every chunk has its own file."""
 
@@ -88,38 +100,64 @@ def find_items(path: Path) -> Path:
 def read_orbax_tree(folder: Path) -> OrbaxTree:
     """The arrays of an Orbax item folder; raises SourceError where it is not one."""
     metadata = _load_metadata(folder / METADATA)
+    _refuse_pipes(folder)
     ocdbt, zarr3 = bool(metadata.get("use_ocdbt")), bool(metadata.get("use_zarr3"))
     names: list[str] = []
     others: list[str] = []
     for entry in metadata["tree_metadata"].values():
         try:
-            keys = [str(key["key"]) for key in entry["key_metadata"]]
+            keys = [_checked(key["key"]) for key in entry["key_metadata"]]
             kind = entry["value_metadata"]["value_type"]
-        except (KeyError, TypeError):
+            first = keys[0]
+        except (LookupError, TypeError, ValueError):
             raise SourceError(
-                "Orbax' metadata is malformed.", where=folder / METADATA, found=str(entry)[:200]
+                "Orbax' metadata is malformed.", where=folder / METADATA, found=short(entry)
             ) from None
         if kind not in _WITHOUT_ARRAY:
-            (others if keys[0] in STATE else names).append(join_path(keys))
-    arrays, chunks = _specs(folder, names, ocdbt, zarr3)
+            (others if first in STATE else names).append(join_path(keys))
+    form = _Form(ocdbt, zarr3, bool(metadata.get("store_array_data_equal_to_fill_value")))
+    arrays, chunks = _specs(folder, names, form)
     places = ocdbt_places(folder) if ocdbt else None
-    return OrbaxTree(folder, arrays, chunks, tuple(others), ocdbt, zarr3, places)
+    return OrbaxTree(folder, arrays, chunks, tuple(others), form, places)
 
 
 def _load_metadata(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > MAX_METADATA_BYTES:
-            raise SourceError("Orbax' metadata is too large to be metadata.", where=path)
-        metadata = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SourceError(
-            "Orbax' metadata cannot be read.", where=path, found=error.strerror
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise SourceError("Orbax' metadata is not valid JSON.", where=path, found=error) from None
-    if not isinstance(metadata, dict) or not isinstance(metadata.get("tree_metadata"), dict):
+        metadata = read_object(path, "Orbax' metadata", MAX_METADATA_BYTES)
+    except FileNotFoundError:
+        raise SourceError("Orbax' metadata is missing.", where=path) from None
+    if not isinstance(metadata.get("tree_metadata"), dict):
         raise SourceError("Orbax' metadata has no tree.", where=path)
     return metadata
+
+
+def _checked(key: object) -> str:
+    """A key of the tree; ValueError where it is none, or would name a file outside the folder."""
+    text = str(key) if isinstance(key, int) else key
+    if not isinstance(text, str) or not text.isprintable() or "'" in text:
+        raise ValueError(key)
+    if {"", ".", ".."} & {*text.split("/")}:
+        raise ValueError(key)
+    return text
+
+
+def _refuse_pipes(folder: Path) -> None:
+    """Raises SourceError for anything below `folder` that is no file: a pipe would never end."""
+    waiting = [folder]
+    while waiting:
+        try:
+            with os.scandir(waiting.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(Path(entry.path))
+                    elif not entry.is_file() and not entry.is_dir():
+                        raise SourceError(
+                            "An Orbax folder holds something that is not a file.", where=entry.path
+                        )
+        except OSError as error:
+            raise SourceError(
+                "The checkpoint cannot be read.", where=error.filename, found=error.strerror
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -148,7 +186,7 @@ class OrbaxArray:
         where = tuple(slice(start, start + length) for start, length in box)
         try:
             values = (self.store[where] if where else self.store).read(order="C").result()
-        except ValueError as error:
+        except UNREADABLE as error:
             raise _broken(self.folder, self.name, error) from None
         return np.asarray(values)
 
@@ -159,8 +197,8 @@ def open_array(tree: OrbaxTree, name: str, cache_bytes: int = 0) -> OrbaxArray:
 
     context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
     try:
-        store = _open(tree.folder, name, tree.ocdbt, tree.zarr3, context).result()
-    except ValueError as error:
+        store = _open(tree.folder, name, tree.form, context).result()
+    except UNREADABLE as error:
         raise _broken(tree.folder, name, error) from None
     spec = tree.arrays[name]
     metadata = store.spec().to_json().get("metadata", {})
@@ -169,32 +207,53 @@ def open_array(tree: OrbaxTree, name: str, cache_bytes: int = 0) -> OrbaxArray:
 
 
 def _specs(
-    folder: Path, names: Sequence[str], ocdbt: bool, zarr3: bool
+    folder: Path, names: Sequence[str], form: _Form
 ) -> tuple[dict[str, TensorSpec], dict[str, tuple[int, ...]]]:
     import tensorstore as ts
 
     context = ts.Context()
-    opened = {name: _open(folder, name, ocdbt, zarr3, context) for name in names}
+    opened = {name: _open(folder, name, form, context) for name in names}
     specs, chunks = {}, {}
     for name, future in opened.items():
         try:
             array = future.result()
-        except ValueError as error:
+            numpy_dtype(array.dtype.name)
+        except UNREADABLE as error:
             raise _broken(folder, name, error) from None
         specs[name] = TensorSpec(array.dtype.name, tuple(array.shape))
         chunks[name] = tuple(array.chunk_layout.read_chunk.shape or array.shape)
+        _check_chunk(folder, name, specs[name], chunks[name])
     return specs, chunks
 
 
-def _open(folder: Path, name: str, ocdbt: bool, zarr3: bool, context: Any) -> Any:
+def _check_chunk(folder: Path, name: str, spec: TensorSpec, chunk: tuple[int, ...]) -> None:
+    """Raises SourceError for a chunk larger than its array, which nobody writes.
+
+    A chunk is decoded at once: so no more memory is taken than the array, whose shape is checked
+    before it is read, and tensorstore ends the process where there is not enough.
+    """
+    if any(length > max(size, 1) for length, size in zip(chunk, spec.shape, strict=True)):
+        raise SourceError(
+            "The chunks of an array are larger than the array.",
+            where=f"{folder}, array {name}",
+            expected=f"at most {list(spec.shape)}",
+            found=list(chunk),
+        )
+
+
+def _open(folder: Path, name: str, form: _Form, context: Any) -> Any:
     import tensorstore as ts
 
     key, folder = _key(name), folder.absolute()
     store: dict[str, Any] = {"driver": "file", "path": f"{folder}/{key}/"}
-    if ocdbt:
+    if form.ocdbt:
         base = {"driver": "file", "path": f"{folder}/"}
         store = {"driver": "ocdbt", "base": base, "path": f"{key}/"}
-    spec = {"driver": "zarr3" if zarr3 else "zarr", "kvstore": store}
+    spec = {
+        "driver": "zarr3" if form.zarr3 else "zarr",
+        "kvstore": store,
+        "fill_missing_data_reads": not form.complete,
+    }
     return ts.open(spec, open=True, read=True, context=context)
 
 
@@ -206,5 +265,5 @@ def _broken(folder: Path, name: str, error: Exception) -> SourceError:
     return SourceError(
         "An array of the checkpoint is missing or broken.",
         where=f"{folder}, array {name}",
-        found=str(error).splitlines()[0][:300],
+        found=short((str(error) or type(error).__name__).splitlines()[0]),
     )

@@ -6,10 +6,10 @@ carried tensors, and values that do not come back from the native dtype.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,15 +18,19 @@ from gemma_convert.config import read_architecture
 from gemma_convert.dtypes import TensorSpec, numpy_dtype
 from gemma_convert.errors import SourceError
 from gemma_convert.stores import sidecar
+from gemma_convert.stores.json_file import read_object, read_regular
 from gemma_convert.stores.safetensors import (
     INDEX,
+    MAX_INDEX_BYTES,
     SINGLE,
     SafetensorsFolder,
     Shard,
-    plain_name,
 )
-from gemma_convert.stores.safetensors_header import parse_header
+from gemma_convert.stores.safetensors_header import MAX_HEADER_BYTES, parse_header
 from gemma_convert.values import Array
+
+MAX_EXCEPTIONS_BYTES = 1 << 30
+"""One per cent of the largest tensor of a published model has a sixth of this."""
 
 
 @dataclass
@@ -40,7 +44,7 @@ class Original:
     stored: SafetensorsFolder | None
     exceptions: Mapping[str, tuple[Array, Array]]
     checksums: Mapping[str, str]
-    manifest: Mapping[str, object]
+    manifest: Mapping[str, Any]
     """The manifest of the sidecar; empty for a Hugging Face folder."""
 
     def __enter__(self) -> Original:
@@ -110,12 +114,11 @@ def _from_sidecar(root: Path) -> Original:
     manifest = sidecar.read_manifest(root)
     if manifest is None:
         raise SourceError("The sidecar has no manifest.", where=own, expected=sidecar.MANIFEST)
-    shards = tuple(_shard(own, entry) for entry in _list(manifest, "shards", own))
-    tensors = manifest.get("tensors")
+    shards = tuple(_shard(own, entry) for entry in manifest["shards"])
     checksums = {
-        str(name): entry["xxh3_128"]
-        for name, entry in (tensors.items() if isinstance(tensors, dict) else ())
-        if isinstance(entry, dict) and isinstance(entry.get("xxh3_128"), str)
+        name: entry["xxh3_128"]
+        for name, entry in manifest.get("tensors", {}).items()
+        if entry["xxh3_128"] is not None
     }
     files, _ = sidecar.other_files(folder, [])
     stored = None
@@ -127,25 +130,13 @@ def _from_sidecar(root: Path) -> Original:
     return Original(folder, architecture, shards, files, stored, exceptions, checksums, manifest)
 
 
-def _list(manifest: Mapping[str, object], key: str, own: Path) -> list[object]:
-    values = manifest.get(key)
-    if not isinstance(values, list):
-        raise SourceError("The manifest is malformed.", where=own / sidecar.MANIFEST, found=key)
-    return values
-
-
-def _shard(own: Path, entry: object) -> Shard:
+def _shard(own: Path, entry: Mapping[str, Any]) -> Shard:
     """A shard as its kept header describes it; the file itself is not there."""
-    where = own / sidecar.MANIFEST
-    if not isinstance(entry, dict):
-        raise SourceError("The manifest is malformed.", where=where, found=str(entry)[:200])
-    file, size = entry.get("file"), entry.get("size")
-    if not isinstance(file, str) or not plain_name(file) or not isinstance(size, int):
-        raise SourceError("The manifest is malformed.", where=where, found=str(entry)[:200])
+    file, size = entry["file"], entry["size"]
     path = own / sidecar.HEADERS / f"{file}.header"
     try:
-        header = path.read_bytes()
-    except OSError as error:
+        header = read_regular(path, "A kept header", MAX_HEADER_BYTES + 8)
+    except FileNotFoundError as error:
         raise SourceError(
             "A kept header cannot be read.", where=path, found=error.strerror
         ) from None
@@ -156,38 +147,52 @@ def read_exceptions(own: Path, specs: Mapping[str, TensorSpec]) -> dict[str, tup
     """tensor → places and original bits of values that do not come back from the native dtype."""
     if not (own / sidecar.EXCEPTIONS).exists():
         return {}
-    with SafetensorsFolder(own, [sidecar.EXCEPTIONS]) as reader:
-        arrays = {}
-        for name, tensor in reader.tensors.items():
-            values = np.empty(tensor.spec.shape, numpy_dtype(tensor.spec.dtype))
-            reader.read_into(tensor, 0, values.view(np.uint8).reshape(-1).data)
-            arrays[name] = values
     exceptions = {}
-    for name in {name.rpartition("/")[0] for name in arrays}:
-        places, originals = arrays.get(f"{name}/index"), arrays.get(f"{name}/bits")
-        spec = specs.get(name)
+    with SafetensorsFolder(own, [sidecar.EXCEPTIONS]) as reader:
+        _check_exceptions(reader, specs)
+        for name in {name.rpartition("/")[0] for name in reader.tensors}:
+            places, originals = (_whole(reader, f"{name}/{part}") for part in ("index", "bits"))
+            if places.size and not 0 <= places.min() <= places.max() < specs[name].size:
+                raise _malformed(reader.folder, name)
+            exceptions[name] = places, originals
+    return exceptions
+
+
+def _check_exceptions(reader: SafetensorsFolder, specs: Mapping[str, TensorSpec]) -> None:
+    """Raises SourceError where the file does not hold index and bits of values of tensors."""
+    if sum(spec.nbytes for spec in reader.specs.values()) > MAX_EXCEPTIONS_BYTES:
+        raise _malformed(reader.folder, f"more than {MAX_EXCEPTIONS_BYTES} bytes")
+    for name in {name.rpartition("/")[0] for name in reader.tensors}:
+        spec, places = specs.get(name), reader.specs.get(f"{name}/index")
         if (
             spec is None
             or places is None
-            or originals is None
-            or places.dtype != np.int64
-            or originals.dtype != np.dtype(f"u{spec.itemsize}")
-            or places.ndim != 1
-            or places.shape != originals.shape
-            or (places.size and not 0 <= places.min() <= places.max() < spec.size)
+            or len(places.shape) != 1
+            or places.dtype != "int64"
+            or reader.specs.get(f"{name}/bits")
+            != TensorSpec(f"uint{8 * spec.itemsize}", places.shape)
         ):
-            raise SourceError(
-                "The kept exceptions are malformed.", where=own / sidecar.EXCEPTIONS, found=name
-            )
-        exceptions[name] = places, originals
-    return exceptions
+            raise _malformed(reader.folder, name)
+
+
+def _whole(reader: SafetensorsFolder, name: str) -> Array:
+    tensor = reader.tensors[name]
+    values = np.empty(tensor.spec.shape, numpy_dtype(tensor.spec.dtype))
+    reader.read_into(tensor, 0, values.view(np.uint8).data)
+    return values
+
+
+def _malformed(own: Path, found: str) -> SourceError:
+    return SourceError(
+        "The kept exceptions are malformed.", where=own / sidecar.EXCEPTIONS, found=found
+    )
 
 
 def index_metadata(folder: Path) -> dict[str, object]:
     """The `metadata` of the original's index, empty where there is none."""
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        index = read_object(folder / INDEX, "The index", MAX_INDEX_BYTES)
+    except (FileNotFoundError, SourceError):
         return {}
-    metadata = index.get("metadata") if isinstance(index, dict) else None
+    metadata = index.get("metadata")
     return metadata if isinstance(metadata, dict) else {}

@@ -154,20 +154,24 @@ def ocdbt_places(folder: Path) -> Places:
     """
     import tensorstore as ts
 
-    base = ts.KvStore.open({"driver": "file", "path": f"{folder.absolute()}/"}).result()
     places: dict[str, Place] = {}
+    seen: set[str] = set()
     try:
+        base = ts.KvStore.open({"driver": "file", "path": f"{folder.absolute()}/"}).result()
         manifest = ts.ocdbt.dump(base).result()
         nodes = [(manifest["versions"][-1]["root"]["location"], b"")]
         while nodes:
             location, prefix = nodes.pop()
+            if location in seen:
+                return {}
+            seen.add(location)
             for entry in ts.ocdbt.dump(base, location).result()["entries"]:
                 if "location" in entry:
                     nodes.append((entry["location"], prefix + entry["subtree_common_prefix"]))
                 elif "indirect_value" in entry:
                     key = (prefix + entry["key"]).decode()
                     places[key] = _parse(entry["indirect_value"])
-    except (KeyError, IndexError, ValueError):
+    except (LookupError, TypeError, ValueError, OSError):
         return {}
     return places
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma_convert.dtypes import TensorSpec, numpy_dtype
-from gemma_convert.errors import SourceError
+from gemma_convert.errors import SourceError, short
 from gemma_convert.stores.journal import UNFINISHED
+from gemma_convert.stores.json_file import read_object
 from gemma_convert.stores.safetensors_header import StoredTensor, parse_header, read_header
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-MAX_INDEX_BYTES = 100_000_000
+MAX_INDEX_BYTES = 16 << 20
 
 PIECE_BYTES = 16 << 20
 
@@ -193,14 +193,10 @@ def _weight_files(folder: Path) -> tuple[list[str], Mapping[str, str] | None]:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        if path.stat().st_size > MAX_INDEX_BYTES:
-            raise SourceError("The index is too large to be an index.", where=path)
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SourceError("The index cannot be read.", where=path, found=error.strerror) from None
-    except (ValueError, RecursionError) as error:
-        raise SourceError("The index is not valid JSON.", where=path, found=error) from None
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        index = read_object(path, "The index", MAX_INDEX_BYTES)
+    except FileNotFoundError:
+        raise SourceError("The index is a link to nothing.", where=path) from None
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError("The index has no weight_map.", where=path)
     for name, file in weight_map.items():
@@ -208,7 +204,7 @@ def _read_index(path: Path) -> dict[str, str]:
             raise SourceError(
                 "The index names a file that is not a plain file name.",
                 where=f"{path}, tensor {name!r}",
-                found=repr(file),
+                found=short(repr(file) if isinstance(file, str) else file),
                 do="an index may only name shards in its own folder",
             )
     return weight_map

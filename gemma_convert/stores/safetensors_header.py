@@ -10,16 +10,22 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from numpy.typing import NDArray
 
 from gemma_convert.dtypes import SAFETENSORS_NAMES, SAFETENSORS_SPELLINGS, TensorSpec
-from gemma_convert.errors import SourceError
+from gemma_convert.errors import SourceError, short
+from gemma_convert.stores.json_file import parse_json
 
-MAX_HEADER_BYTES = 100_000_000
-"""The limit of the safetensors library itself."""
+MAX_HEADER_BYTES = 16 << 20
+"""The library allows 100 MB; the largest header of a published Gemma 4 has a thirtieth of this."""
+
+MAX_DIMENSIONS = 32
+MAX_SIZE = 1 << 59
+"""Elements: what numpy can say of an array, zero-size ones included."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,10 @@ def read_header(descriptor: int, size: int, path: Path) -> bytes:
         )
     if length > MAX_HEADER_BYTES:
         raise SourceError("A header is absurdly long.", where=path, found=f"{length} bytes")
-    return word + os.pread(descriptor, length, 8)
+    try:
+        return word + os.pread(descriptor, length, 8)
+    except OSError as error:
+        raise SourceError("A shard cannot be read.", where=path, found=error.strerror) from None
 
 
 def parse_header(header: bytes, size: int, file: str, path: Path) -> tuple[StoredTensor, ...]:
@@ -93,6 +102,7 @@ def parse_header(header: bytes, size: int, file: str, path: Path) -> tuple[Store
     They must fill the file without gaps. Raises SourceError, naming `path`, where they do not.
     """
     entries = _load_header(header, path)
+    _check_metadata(entries.get("__metadata__", {}), path)
     tensors: list[tuple[int, int, StoredTensor]] = []
     data = size - len(header)
     for name, entry in entries.items():
@@ -127,19 +137,16 @@ def parse_header(header: bytes, size: int, file: str, path: Path) -> tuple[Store
 
 
 def _load_header(header: bytes, path: Path) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) != len(pairs):
-            raise ValueError("a key stands twice")
-        return values
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        entries = json.loads(
-            header[8:].decode("utf-8"), object_pairs_hook=once, parse_constant=refuse
+    if int.from_bytes(header[:8], "little") != len(header) - 8:
+        raise SourceError(
+            "A header has another length than it says.",
+            where=path,
+            expected=f"{int.from_bytes(header[:8], 'little')} bytes",
+            found=f"{len(header) - 8} bytes",
         )
+    try:
+        entries = parse_json(header[8:])
+        "".join(entries).encode()
     except (ValueError, RecursionError) as error:
         raise SourceError(
             "The header of a shard is not valid JSON.", where=path, found=error
@@ -149,17 +156,35 @@ def _load_header(header: bytes, path: Path) -> dict[str, Any]:
     return entries
 
 
+def _check_metadata(metadata: object, path: Path) -> None:
+    """Metadata are strings: https://huggingface.co/docs/safetensors, section Format."""
+    texts = isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())
+    if not texts:
+        raise SourceError(
+            "The metadata of a shard are not strings.",
+            where=f"{path}, __metadata__",
+            found=short(metadata),
+        )
+
+
 def _parse_entry(name: str, entry: object, path: Path) -> tuple[TensorSpec, int, int]:
     where = f"{path}, tensor {name}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise SourceError("A header entry is not dtype, shape and data_offsets.", where=where)
-    dtype = SAFETENSORS_NAMES.get(str(entry["dtype"]))
+    spelling = entry["dtype"]
+    dtype = SAFETENSORS_NAMES.get(spelling) if isinstance(spelling, str) else None
     if dtype is None:
-        raise SourceError("A tensor has an unknown dtype.", where=where, found=entry["dtype"])
+        raise SourceError("A tensor has an unknown dtype.", where=where, found=short(spelling))
     shape, offsets = entry["shape"], entry["data_offsets"]
-    if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2 or len(shape) > 32:
+    if (
+        not _sizes(shape)
+        or not _sizes(offsets)
+        or len(offsets) != 2
+        or len(shape) > MAX_DIMENSIONS
+        or prod(length or 1 for length in shape) >= MAX_SIZE
+    ):
         raise SourceError(
-            "A header entry is malformed.", where=where, found=f"{shape} at {offsets}"[:200]
+            "A header entry is malformed.", where=where, found=f"{short(shape)} at {short(offsets)}"
         )
     spec = TensorSpec(dtype, tuple(shape))
     begin, end = offsets
@@ -175,6 +200,6 @@ def _parse_entry(name: str, entry: object, path: Path) -> tuple[TensorSpec, int,
 
 def _sizes(values: object) -> bool:
     return isinstance(values, list) and all(
-        isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+        isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_SIZE
         for value in values
     )

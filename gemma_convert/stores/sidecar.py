@@ -15,12 +15,15 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
 from gemma_convert.dtypes import TensorSpec
-from gemma_convert.errors import SourceError
+from gemma_convert.errors import SourceError, short
 from gemma_convert.output import Progress
+from gemma_convert.stores.json_file import read_object
+from gemma_convert.stores.manifest import check_manifest
 from gemma_convert.stores.safetensors import Shard
 from gemma_convert.stores.safetensors_header import safetensors_header, write_safetensors
 from gemma_convert.values import Array
@@ -33,6 +36,7 @@ EXCEPTIONS = "exceptions.safetensors"
 HEADERS = "headers"
 
 MANIFEST_SCHEMA = "gemma-convert/manifest/1"
+MAX_MANIFEST_BYTES = 64 << 20
 
 COPY_BYTES = 16 << 20
 
@@ -149,8 +153,8 @@ def write_exceptions(folder: Path, values: Mapping[str, tuple[Array, Array]]) ->
 
 def write_manifest(folder: Path, manifest: Mapping[str, object]) -> None:
     """Writes manifest.json."""
-    text = json.dumps({"schema": MANIFEST_SCHEMA, **manifest}, indent=1, ensure_ascii=False)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    text = json.dumps({"schema": MANIFEST_SCHEMA, **manifest}, indent=1)
+    (folder / MANIFEST).write_text(text + "\n", encoding="ascii")
 
 
 def sidecar_root(native: Path) -> Path | None:
@@ -160,20 +164,22 @@ def sidecar_root(native: Path) -> Path | None:
     return next((root for root in roots if (root / FOLDER / OWN).is_dir()), None)
 
 
-def read_manifest(checkpoint: Path) -> dict[str, object] | None:
+def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
     """The manifest of a converted checkpoint, or None where it has no sidecar.
 
     Raises SourceError for a manifest that is not one.
     """
     path = checkpoint / FOLDER / OWN / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+        manifest = read_object(path, "The manifest", MAX_MANIFEST_BYTES)
+    except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise SourceError("The manifest cannot be read.", where=path, found=error) from None
-    if not isinstance(manifest, dict) or manifest.get("schema") != MANIFEST_SCHEMA:
+    if manifest.get("schema") != MANIFEST_SCHEMA:
         raise SourceError(
-            "The manifest is of another version.", where=path, expected=MANIFEST_SCHEMA
+            "The manifest is of another version.",
+            where=path,
+            expected=MANIFEST_SCHEMA,
+            found=short(manifest.get("schema")),
         )
+    check_manifest(manifest, path)
     return manifest

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 from pathlib import Path
 from types import TracebackType
 
@@ -45,7 +46,9 @@ class StagedFolder:
                 )
             self.folder.mkdir(exist_ok=True)
             self._take_lock()
-            if not self.resume:
+            if self.resume:
+                self._refuse_links()
+            else:
                 self.clear()
         except OSError as error:
             raise TargetError(
@@ -61,8 +64,7 @@ class StagedFolder:
     ) -> None:
         if not self._published and not (kind and issubclass(kind, KeyboardInterrupt)):
             shutil.rmtree(self.folder, ignore_errors=True)
-        if self._lock is not None:
-            os.close(self._lock)
+        self._unlock()
 
     def clear(self) -> None:
         """Removes what an earlier run left in the folder."""
@@ -93,6 +95,19 @@ class StagedFolder:
         _sync(self.target.parent)
         _remove(old)
 
+    def _refuse_links(self) -> None:
+        """What an interrupted run left has no links: through one we would write elsewhere."""
+        for root, folders, files in os.walk(self.folder):
+            for path in (Path(root, name) for name in (*folders, *files)):
+                mode = path.lstat().st_mode
+                if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                    self._unlock()
+                    raise TargetError(
+                        "A link or a pipe stands where the output is to be built.",
+                        where=path,
+                        do="remove it",
+                    )
+
     def _check_ours(self) -> None:
         """A folder that was removed comes back when a file is written, without what was in it."""
         lock = self.folder / LOCK
@@ -105,6 +120,11 @@ class StagedFolder:
                 do="leave the folder alone until the conversion ends, then start again",
             )
 
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+        self._lock = None
+
     def _take_lock(self) -> None:
         self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
@@ -113,8 +133,7 @@ class StagedFolder:
             if error.errno not in {errno.EAGAIN, errno.EACCES}:
                 raise
             self._published = True  # what lies there belongs to the other run
-            os.close(self._lock)
-            self._lock = None
+            self._unlock()
             raise TargetError(
                 "Another run is writing this target.",
                 where=self.target,

@@ -1,0 +1,100 @@
+"""A config.json as the formulas read it: sizes by key, and a clear message where one is missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma_convert.config import MAX_CONFIG_BYTES, MAX_LAYERS, MAX_SIZE
+from gemma_convert.errors import SourceError
+from gemma_convert.stores.sidecar import FOLDER, sidecar_root
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """One JSON object of a config.json; `prefix` names it in messages."""
+
+    values: Mapping[str, Any]
+    where: Path
+    prefix: str = ""
+
+    def section(self, key: str) -> ConfigFile:
+        """The object that stands at `key`."""
+        value = self.values.get(key)
+        if not isinstance(value, dict):
+            raise self.error(key, "an object", value)
+        return ConfigFile(value, self.where, f"{self.prefix}{key}.")
+
+    def size(self, key: str, default: int | None, least: int = 1) -> int:
+        """The whole number at `key`, `default` where there is none."""
+        value = self.values.get(key)
+        if value is None:
+            value = default
+        most = MAX_LAYERS if key == "num_hidden_layers" else MAX_SIZE - 1
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise self.error(key, f"a whole number from {least} to {most}", value)
+        return value
+
+    def truth(self, key: str, default: bool) -> bool:
+        """The boolean at `key`, `default` where there is none."""
+        value = self.values.get(key)
+        value = default if value is None else value
+        if not isinstance(value, bool):
+            raise self.error(key, "true or false", value)
+        return value
+
+    def items(self, key: str) -> list[Any] | None:
+        """The list at `key`, None where there is none."""
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, list):
+            raise self.error(key, "a list", value)
+        return value
+
+    def error(self, key: str, expected: str, found: object) -> SourceError:
+        """The message about one key."""
+        return SourceError(
+            "config.json does not describe a model.",
+            where=f"{self.where}, key {self.prefix}{key}",
+            expected=expected,
+            found="nothing" if found is None else str(found)[:200],
+        )
+
+
+def load_config(path: Path) -> ConfigFile:
+    """The config.json of a file, of a Hugging Face folder, or of a converted checkpoint's sidecar.
+
+    Raises SourceError where there is none, or where it is no JSON object.
+    """
+    file = _find(path)
+    try:
+        if file.stat().st_size > MAX_CONFIG_BYTES:
+            raise SourceError("config.json is too large to be a config.", where=file)
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SourceError(
+            "There is no config.json, so nothing says which model this is.",
+            where=file,
+            do="give a config.json, a Hugging Face folder, or a converted checkpoint",
+        ) from None
+    except OSError as error:
+        raise SourceError("config.json cannot be read.", where=file, found=error.strerror) from None
+    except (ValueError, RecursionError) as error:
+        found = str(error)[:200]
+        raise SourceError("config.json is not valid JSON.", where=file, found=found) from None
+    if not isinstance(values, dict):
+        found = type(values).__name__
+        raise SourceError("config.json is not a JSON object.", where=file, found=found)
+    return ConfigFile(values, file)
+
+
+def _find(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not (path / "config.json").exists() and path.is_dir():
+        root = sidecar_root(path)
+        if root is not None:
+            return root / FOLDER / "config.json"
+    return path / "config.json" if path.is_dir() else path

@@ -1,0 +1,146 @@
+"""Peak rates of accelerators by their vendors' datasheets, and how much of them a step reaches.
+
+NVIDIA's datasheets give the rates of tensor cores with 2:4 sparsity; dense rates are half of those,
+as their footnotes say. fp32 is the rate without tensor cores. A dtype without a figure in the
+source is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gemma_convert.errors import UsageError
+
+DType = Literal["bf16", "fp16", "fp8", "int8", "tf32", "fp32"]
+
+DTYPES: tuple[DType, ...] = ("bf16", "fp16", "fp8", "int8", "tf32", "fp32")
+TERA = 10**12
+
+SHORTEST = 1e-9
+"""Shortest time of a step in seconds, shorter than any clock of a device."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Peak rates of one device in TFLOP/s (int8: TOP/s), and where they are from."""
+
+    name: str
+    source: str
+    dense: Mapping[DType, float]
+    sparse: Mapping[DType, float] = field(default_factory=dict)
+
+    def peak(self, dtype: DType, sparse: bool = False) -> float:
+        """FLOP/s of one device. Raises UsageError where the source has no such figure."""
+        rates = self.sparse if sparse else self.dense
+        if dtype not in rates:
+            kind = "sparse" if sparse else "dense"
+            raise UsageError(
+                f"There is no {kind} {dtype} rate of {self.name}.",
+                expected=", ".join(rates) or "no sparse rates: leave out --sparse",
+                found=dtype,
+            )
+        return rates[dtype] * TERA
+
+
+def _nvidia(
+    name: str, source: str, sparse: Mapping[DType, float], fp32: float | None = None
+) -> Hardware:
+    dense: dict[DType, float] = {dtype: rate / 2 for dtype, rate in sparse.items()}
+    if fp32 is not None:
+        dense["fp32"] = fp32
+    return Hardware(name, f"NVIDIA {source}", dense, sparse)
+
+
+def _tpu(name: str, page: str, dense: Mapping[DType, float]) -> Hardware:
+    return Hardware(name, f"Google Cloud, docs.cloud.google.com/tpu/docs/{page}", dense)
+
+
+_HOPPER: Mapping[DType, float] = {
+    "bf16": 1979,
+    "fp16": 1979,
+    "fp8": 3958,
+    "int8": 3958,
+    "tf32": 989,
+}
+
+_TABLE = (
+    _nvidia("H100", "H100 Tensor Core GPU datasheet, SXM", _HOPPER, 67),
+    _nvidia("H200", "H200 Tensor Core GPU datasheet, SXM", _HOPPER, 67),
+    _nvidia(
+        "B200",
+        "Blackwell datasheet, HGX B200",
+        {"bf16": 4500, "fp16": 4500, "fp8": 9000, "int8": 9000},
+    ),
+    _nvidia(
+        "A100",
+        "A100 Tensor Core GPU datasheet",
+        {"bf16": 624, "fp16": 624, "int8": 1248, "tf32": 312},
+        19.5,
+    ),
+    _nvidia(
+        "L4",
+        "L4 Tensor Core GPU datasheet",
+        {"bf16": 242, "fp16": 242, "fp8": 485, "int8": 485, "tf32": 120},
+        30.3,
+    ),
+    _nvidia("RTX-A6000", "RTX A6000 datasheet", {"bf16": 309.7, "fp16": 309.7}, 38.7),
+    _tpu("TPU-v4", "v4", {"bf16": 275, "int8": 275}),
+    _tpu("TPU-v5e", "v5e", {"bf16": 197, "int8": 393}),
+    _tpu("TPU-v5p", "v5p", {"bf16": 459}),
+    _tpu("TPU-v6e", "v6e", {"bf16": 918, "int8": 1836}),
+    _tpu("TPU-v7", "tpu7x", {"bf16": 2307, "fp8": 4614}),
+)
+
+HARDWARE: Mapping[str, Hardware] = {one.name.lower(): one for one in _TABLE}
+"""Devices by their names in small letters: a GPU, or a TPU chip with all its cores."""
+
+
+def find_hardware(name: str) -> Hardware:
+    """The device of that name, in whatever case. Raises UsageError for another name."""
+    found = HARDWARE.get(name.lower())
+    if found is None:
+        known = ", ".join(one.name for one in _TABLE)
+        raise UsageError("This hardware is not known.", expected=known, found=name[:200])
+    return found
+
+
+@dataclass(frozen=True)
+class Utilization:
+    """A measured step: its time in seconds, the devices, and what it needs and computes (FLOPs).
+
+    `peak` is that of one device in FLOP/s, None where no hardware is named.
+    """
+
+    seconds: float
+    devices: int
+    model_flops: int
+    hardware_flops: int
+    peak: float | None = None
+
+    def __post_init__(self) -> None:
+        if not SHORTEST <= self.seconds < math.inf:
+            raise UsageError(
+                "--step-time is a time in seconds.",
+                expected=f"a finite one, at least {SHORTEST:g}",
+                found=self.seconds,
+            )
+
+    @property
+    def per_device(self) -> float:
+        """Model FLOP/s of each device."""
+        return self.model_flops / self.seconds / self.devices
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilization (PaLM, https://arxiv.org/abs/2204.02311, appendix B)."""
+        return None if self.peak is None else self.per_device / self.peak
+
+    @property
+    def hfu(self) -> float | None:
+        """Hardware FLOPs utilization: what is computed again counts too."""
+        if self.peak is None:
+            return None
+        return self.hardware_flops / self.seconds / self.devices / self.peak

@@ -1,0 +1,99 @@
+"""FLOPs of Gemma 4's vision and audio towers and their projectors, in the forward pass.
+
+Source: transformers 5.23, `models/gemma4/modeling_gemma4.py`. Towers see one image or one sound at
+a time, without padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gemma_convert.architecture import AudioArchitecture, VisionArchitecture
+from gemma_convert.flops.attention import Reach, Rule, pair_flops
+from gemma_convert.flops.layers import gated_mlp
+from gemma_convert.flops.operations import Operation, matmul
+from gemma_convert.flops.workload import Workload
+
+AUDIO_WINDOW = 12
+"""Keys that a query of the audio tower sees, itself included; also the length of its blocks."""
+
+_AUDIO_BLOCK, _AUDIO_CONTEXT, _AUDIO_POSITIONS = 12, 24, 13
+"""What is computed before masking: for each block of queries, keys, and relative positions."""
+
+_CONVOLUTION = 9
+"""Taps of a convolution over three frames and three bands."""
+
+
+def vision_tower(vision: VisionArchitecture, embed: int, work: Workload) -> Iterator[Operation]:
+    """Patch embedding, layers, and the projector into `embed` channels.
+
+    An image of n soft tokens has n · pooling² patches, all of which see each other. Pooling is an
+    average and not counted.
+    """
+    images = work.batch * work.images
+    patches = work.image_tokens * vision.pooling**2
+    rows, heads = images * patches, vision.heads * vision.head_dim
+    pairs = 2 * images * patches**2 * heads
+    yield Operation(
+        "patch embedding", matmul(rows, vision.patch, vision.embed), "vision", entry=True
+    )
+    for layer in range(vision.layers):
+        for name in ("q", "k", "v"):
+            projection = matmul(rows, vision.embed, heads)
+            yield Operation(f"{name} projection", projection, "vision", layer)
+        yield Operation("attention scores", pairs, "vision", layer, weighted=False)
+        yield Operation("attention values", pairs, "vision", layer, weighted=False)
+        yield Operation("o projection", matmul(rows, heads, vision.embed), "vision", layer)
+        yield Operation("MLP", gated_mlp(rows, vision.embed, vision.mlp), "vision", layer)
+    projector = matmul(images * work.image_tokens, vision.embed, embed)
+    yield Operation("projector", projector, "vision-projector", entry=True)
+
+
+def audio_tower(audio: AudioArchitecture, embed: int, work: Workload) -> Iterator[Operation]:
+    """Two convolutions, conformer layers, output, and the projector into `embed` channels.
+
+    A sound of n soft tokens has 4 · n frames of as many bands as the first convolution has
+    channels; each convolution halves frames and bands.
+    """
+    sounds = work.batch * work.sounds
+    rows, width = sounds * work.sound_tokens, audio.embed
+    first, last = audio.channels
+    halved = 2 * rows * 2 * audio.frequencies
+    yield Operation("subsampling", matmul(halved, _CONVOLUTION, first), "audio", entry=True)
+    subsampled = matmul(rows * audio.frequencies, _CONVOLUTION * first, last)
+    flattened = matmul(rows, audio.frequencies * last, width)
+    yield Operation("subsampling", subsampled + flattened, "audio")
+    for layer in range(audio.layers):
+        yield from _conformer(audio, layer, sounds, work)
+    yield Operation("output", matmul(rows, width, audio.output), "audio")
+    yield Operation("projector", matmul(rows, audio.output, embed), "audio-projector", entry=True)
+
+
+def _conformer(
+    audio: AudioArchitecture, layer: int, sounds: int, work: Workload
+) -> Iterator[Operation]:
+    rows, width = sounds * work.sound_tokens, audio.embed
+    keys, positions = audio_pair_flops(work.sound_tokens, work.rule)
+    yield Operation("MLP", 4 * matmul(rows, width, 4 * width), "audio", layer)
+    for name in ("q", "k", "v", "o"):
+        yield Operation(f"{name} projection", matmul(rows, width, width), "audio", layer)
+    table = matmul(_AUDIO_POSITIONS, width, width)
+    yield Operation("relative positions", table, "audio", layer, entry=True)
+    scores = sounds * (keys + positions) * width
+    yield Operation("attention scores", scores, "audio", layer, weighted=False)
+    yield Operation("attention values", sounds * keys * width, "audio", layer, weighted=False)
+    pointwise = matmul(rows, width, 3 * width)
+    depthwise = matmul(rows, audio.kernel, width)
+    yield Operation("convolution", pointwise + depthwise, "audio", layer)
+
+
+def audio_pair_flops(tokens: int, rule: Rule) -> tuple[int, int]:
+    """FLOPs of one channel of the scores with keys and with relative positions.
+
+    Every pair that the mask lets through has one relative position.
+    """
+    if rule == "dense":
+        padded = -(-tokens // _AUDIO_BLOCK) * _AUDIO_BLOCK
+        return 2 * padded * _AUDIO_CONTEXT, 2 * padded * _AUDIO_POSITIONS
+    pairs = pair_flops(Reach("sliding", AUDIO_WINDOW), tokens, 0, rule)
+    return pairs, pairs

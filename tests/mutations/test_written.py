@@ -1,0 +1,75 @@
+"""A mistake in a written checkpoint: `verify` finds every one, whatever the layout.
+
+With GEMMA_CONVERT_MUTATIONS set, logit-check runs over each as well and its KL is noted.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+from record import REPORT, TOKENS
+from trees import read_safetensors
+from weights import bounds, common, mixture, per_layer, vision
+
+from gemma_convert import logit_check, to_native, verify
+from gemma_convert.logits.limit import PROOF_LIMIT
+from gemma_convert.stores.safetensors_header import write_safetensors
+from gemma_convert.tiny.sizes import SIZES
+
+MOE, DENSE, SMALL = SIZES["26b-a4b"], SIZES["31b"], SIZES["e2b"]
+OF_MOE = dict([*common(MOE.heads, MOE.kv_heads, MOE.embed), *mixture(MOE.experts), *vision(7)])
+OF_DENSE = dict(common(DENSE.heads, DENSE.kv_heads, DENSE.embed))
+OF_SMALL = dict([*per_layer(10), *bounds()])
+TOWERS = ("vision", "audio")
+
+CASES = [
+    *[("maxtext", {}, "26b-a4b", name, plant) for name, plant in OF_MOE.items()],
+    *[("maxtext", {"scan_layers": True}, "31b", name, plant) for name, plant in OF_DENSE.items()],
+    *[("gemma-jax", {}, "26b-a4b", name, plant) for name, plant in OF_MOE.items()],
+    *[("gemma-jax", {}, "e2b", name, plant) for name, plant in OF_SMALL.items()],
+    *[
+        ("maxtext", {}, "e2b", name, plant)
+        for name, plant in OF_SMALL.items()
+        if not name.startswith(TOWERS)
+    ],
+    *[
+        ("fast-llm", {}, "26b-a4b", name, plant)
+        for name, plant in OF_MOE.items()
+        if not name.startswith(TOWERS)
+    ],
+]
+
+
+@pytest.mark.parametrize(
+    ("layout", "options", "family", "mistake", "plant"),
+    CASES,
+    ids=[
+        f"{layout}{'-scanned' if options else ''}-{family}-{name}"
+        for layout, options, family, name, _ in CASES
+    ],
+)
+def test_verify_finds_it(tiny, goldens, caught, tmp_path, layout, options, family, mistake, plant):
+    source = tiny(family, layers=10) if family == "e2b" else tiny(family, layers=6)
+    planted = tmp_path / "planted"
+    planted.mkdir()
+    for file in source.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, planted)
+    tensors = read_safetensors(source)
+    plant(tensors)
+    write_safetensors(planted / "model.safetensors", tensors)
+    to_native(planted, tmp_path / "out", layout=layout, **options)
+    report = verify(tmp_path / "out", against=source)
+    assert not report.passed
+    kl = None
+    if os.environ.get(REPORT) and not mistake.startswith(TOWERS):
+        checked = logit_check(source, tmp_path / "out", golden=goldens(source), max_kl=PROOF_LIMIT)
+        kl = checked.divergence.kl_max
+    caught("written", layout, mistake, "verify", kl)
+
+
+def test_every_tensor_of_the_case_is_really_there():
+    assert len({(layout, name) for layout, _, _, name, _ in CASES}) > 100
+    assert max(MOE.window, DENSE.window, SMALL.window) < TOKENS

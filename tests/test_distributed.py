@@ -1,0 +1,305 @@
+"""Two processes on one machine: one report, one exit code, and no one waits for ever."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from native_checkpoints import alter
+from PIL import Image
+from test_sounds import noise, write
+
+from gemma_convert import distributed, logit_check
+from gemma_convert.cli.app import main
+from gemma_convert.cluster import Cluster
+from gemma_convert.distributed import in_step, is_leader, joined, process_count, publish, published
+from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.logits.report import LogitReport
+
+ROOT = Path(distributed.__file__).parents[1]
+
+
+def free_port():
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def run_pair(arguments, of_second=None, devices=1):
+    """Exit code, stdout and stderr of two processes that check together through the real CLI."""
+    joining = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process"]
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    running = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "gemma_convert",
+                "logit-check",
+                *map(str, given),
+                *joining,
+                str(n),
+            ],
+            cwd=ROOT,
+            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for n, given in enumerate((arguments, of_second or arguments))
+    ]
+    ended = [process.communicate(timeout=300) for process in running]
+    return [(process.returncode, *texts) for process, texts in zip(running, ended, strict=True)]
+
+
+def run_python(code):
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("media")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "noise.png")
+    sound = write(folder / "noise.wav", noise(5000).tobytes())
+    return "--image", folder / "noise.png", "--audio", sound
+
+
+def test_two_processes_give_one_report(tiny, converted, media):
+    """Two devices each: arrays are split over four, and each process reads its own parts."""
+    native = converted(tiny("e2b"), "gemma-jax")
+    arguments = (tiny("e2b"), native, "--tokens", 3, *media, "--json")
+    first, second = run_pair(arguments, devices=2)
+    assert first[0] == second[0] == 0, (first[2], second[2])
+    assert second[1] == ""
+    found = json.loads(first[1])
+    assert found["passed"] and found["processes"] == 2 and found["native_devices"] == 4
+    assert found["devices"]["native"] == "4 × cpu" and found["kl_max"] < 1e-8
+    assert found["images"] == found["sounds"] == 1 and found["first_drift"] is None
+
+
+def test_both_end_with_the_code_of_a_failed_check(tiny, converted, tmp_path):
+    native = tmp_path / "broken"
+    shutil.copytree(converted(tiny("e2b"), "gemma-jax"), native)
+    alter(native, "layer_3/skip_scale", lambda scalar: scalar * 2)
+    arguments = (tiny("e2b"), native, "--tokens", 3, "--whole-model")
+    first, second = run_pair(arguments)
+    assert first[0] == second[0] == 1, (first[2], second[2])
+    assert "not the same model" in first[1] and "2 × cpu, 2 processes" in first[1]
+    assert second[1] == ""
+
+
+def test_a_process_that_cannot_start_ends_both(tiny, converted, tmp_path):
+    native = converted(tiny("e2b"), "gemma-jax")
+    first, second = run_pair((tiny("e2b"), native), (tiny("e2b"), tmp_path))
+    assert first[0] == second[0] == SourceError.exit_code, (first[2], second[2])
+    assert "error: Process 1 failed." in first[2] and str(tmp_path) in first[2]
+    assert first[1] == second[1] == "" and "error" not in second[2]
+
+
+def test_a_reference_that_cannot_be_read_ends_both(tiny, converted, tmp_path):
+    source = tmp_path / "hf"
+    shutil.copytree(tiny("e2b"), source, ignore=shutil.ignore_patterns("*.safetensors*"))
+    first, second = run_pair((source, converted(tiny("e2b"), "gemma-jax"), "--tokens", 3))
+    assert first[0] == second[0] == SourceError.exit_code, (first[2], second[2])
+    assert "original checkpoint cannot be read" in first[2]
+    assert first[1] == second[1] == "" and "error" not in second[2]
+
+
+JOINING = ("--coordinator", "h:1", "--processes", "2", "--process", "1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (JOINING[:4], "belong together"),
+        (JOINING[2:], "belong together"),
+        ((*JOINING, "--distributed"), "in the environment"),
+        (("--process", "0", "--distributed"), "in the environment"),
+        (("--coordinator", "h", *JOINING[2:]), "HOST:PORT"),
+        (("--coordinator", "h:p", *JOINING[2:]), "HOST:PORT"),
+        ((*JOINING[:4], "--process", "2"), "0 to 1"),
+        ((*JOINING[:4], "--process", "-1"), "0 to 1"),
+    ],
+)
+def test_options_that_contradict_each_other(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr("jax.distributed.initialize", None)
+    monkeypatch.setattr(sys, "argv", ["gemma-convert", "logit-check", "a", "b", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == UsageError.exit_code
+    assert message in capsys.readouterr().err
+
+
+def test_an_environment_without_a_cluster_is_refused(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("SLURM", "OMPI", "JAX_COORDINATOR", "TPU", "KUBERNETES")):
+            monkeypatch.delenv(name)
+    with pytest.raises(UsageError, match="cannot be joined"), joined(None, None, None, True):
+        raise AssertionError("entered")
+    assert is_leader()
+
+
+def test_one_process_is_left_alone():
+    with joined(None, None, None, False):
+        assert is_leader() and process_count() == 1
+        assert list(in_step(iter("abc"))) == ["a", "b", "c"]
+        publish("three")
+    with pytest.raises(ValueError, match="no other"):
+        published()
+
+
+class Store:
+    """The key-value store of JAX's coordination service, where nothing has to be waited for."""
+
+    def __init__(self):
+        self.words, self.asked = {}, []
+
+    def key_value_set(self, key, word):
+        assert key not in self.words
+        self.words[key] = word
+
+    def blocking_key_value_get(self, key, timeout):
+        self.asked.append(key)
+        if key not in self.words:
+            raise RuntimeError(f"{key}, {timeout} ms")
+        return self.words[key]
+
+
+@pytest.fixture
+def group(monkeypatch):
+    """group(process, **words): within `joined` as a process of three that hears these words."""
+    monkeypatch.setattr(distributed, "_stdout_kept", nullcontext)
+    leaving = []
+    monkeypatch.setattr(distributed.atexit, "register", lambda *given: leaving.append(given))
+
+    def join(process, words):
+        store = Store()
+        store.words = {f"gemma-convert/{key}": word for key, word in words.items()}
+        cluster = Cluster(store, process, 3)
+        monkeypatch.setattr(distributed, "connect", lambda *given: cluster)
+        return store, joined("h:1", 3, process, False), leaving
+
+    return join
+
+
+def said(store, key):
+    return store.words.get(f"gemma-convert/{key}")
+
+
+READY = {"ready/1": "go", "ready/2": "go"}
+
+
+def test_process_0_goes_first_and_shares_what_it_has(group):
+    store, together, leaving = group(0, READY)
+    with together:
+        assert is_leader() and process_count() == 3
+        assert list(in_step("ab")) == ["a", "b"]
+        publish("a report")
+    assert [said(store, f"step/{n}") for n in range(5)] == ["go"] * 4 + [None]
+    assert store.asked == ["gemma-convert/ready/1", "gemma-convert/ready/2"] and not leaving
+    shared = store.words["gemma-convert/text/4"]
+    store, together, _ = group(2, {f"step/{n}": "go" for n in range(4)} | {"text/4": shared})
+    with together:
+        assert not is_leader() and list(in_step("ab")) == ["a", "b"]
+        assert published() == "a report"
+    assert said(store, "ready/2") == "go" and said(store, "ready/1") is None
+    assert is_leader()
+
+
+def test_process_0_tells_the_others_why_it_ends(group):
+    for begun in (False, True):
+        store, together, leaving = group(0, READY | {"left/1": "go", "left/2": "go"})
+        with pytest.raises(SourceError, match="gone"), together:
+            if begun:
+                next(in_step("ab"))
+            raise SourceError("gone")
+        assert said(store, f"step/{int(begun)}") == "3"
+        assert store.asked[-1] == "gemma-convert/left/2"
+        assert [given[1] for given in leaving] == [3] * begun
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (ValueError("a"), 70)])
+def test_codes_of_other_failures(group, error, code):
+    store, together, _ = group(0, {})
+    with pytest.raises(type(error)), together:
+        raise error
+    assert said(store, "step/0") == str(code)
+
+
+def test_a_follower_ends_silently_with_process_0(group, capsys):
+    store, together, leaving = group(1, {"step/0": "go", "step/1": "4"})
+    with pytest.raises(SystemExit) as caught, together:
+        list(in_step("ab"))
+    assert caught.value.code == 4 and said(store, "left/1") == "go"
+    assert capsys.readouterr() == ("", "") and not leaving
+
+
+def test_a_failure_before_the_first_step_is_reported_by_process_0(group, capsys):
+    store, together, leaving = group(1, {"step/0": "3"})
+    with pytest.raises(SystemExit) as caught, together:
+        raise UsageError("two words", found="x")
+    assert caught.value.code == 3 and capsys.readouterr() == ("", "") and not leaving
+    assert said(store, "left/1") == "go"
+    store, together, _ = group(0, {"ready/1": said(store, "ready/1"), "ready/2": "go"})
+    with pytest.raises(distributed.GemmaConvertError) as failed, together:
+        next(in_step("ab"))
+    assert failed.value.exit_code == 2 and said(store, "step/0") == "2"
+    assert failed.value.message == "Process 1 failed. two words\n  found: x"
+
+
+def test_a_failure_in_a_step_ends_a_follower_at_once(group, capsys):
+    for error, code, text in (
+        (SourceError("two words"), 3, "process 1: two words\n"),
+        (ValueError("three"), 70, "ValueError: three"),
+    ):
+        _, together, leaving = group(1, {"step/0": "go"})
+        leaving.clear()
+        with pytest.raises(SystemExit) as caught, together:
+            next(in_step("ab"))
+            raise error
+        assert caught.value.code == code and [given[1] for given in leaving] == [code]
+        assert text in capsys.readouterr().err
+
+
+def test_a_failure_that_process_0_has_caused_is_not_told(group, capsys):
+    store, together, leaving = group(1, {"step/0": "go", "step/1": "3"})
+    with pytest.raises(SystemExit) as caught, together:
+        next(in_step("ab"))
+        raise ValueError("connection closed by peer")
+    assert caught.value.code == 3 and capsys.readouterr().err == "" and not leaving
+    assert said(store, "left/1") == "go"
+
+
+def test_leaving_asks_nobody(tmp_path):
+    code = "import atexit\nfrom gemma_convert.distributed import _leave\n"
+    code += "atexit.register(print, 'late')\natexit.register(_leave, 5)\nprint('said')\n"
+    done = run_python(code)
+    assert (done.returncode, done.stdout) == (5, "said\n")
+
+
+def test_the_standard_output_is_kept_from_libraries():
+    code = (
+        "import os\nfrom gemma_convert.distributed import _stdout_kept\nprint('before')\n"
+        "with _stdout_kept():\n    os.write(1, b'gloo\\n')\n    print('within')\nprint('behind')\n"
+    )
+    done = run_python(code)
+    assert (done.stdout, done.stderr) == ("before\nwithin\nbehind\n", "gloo\n")
+
+
+def test_a_report_arrives_as_it_was_sent(tiny, converted):
+    source = tiny("31b", layers=6)
+    report = logit_check(source, converted(source, "maxtext"), tokens=20)
+    assert report.drift is not None
+    assert LogitReport.from_text(report.as_text()) == report
+    bare = replace(report, drift=None, warnings=("one", "two"))
+    assert LogitReport.from_text(bare.as_text()) == bare
