@@ -261,7 +261,7 @@ def test_a_decode_step_equals_the_counter(name):
     assert step_flops(transformers_config(values), TOKENS) == found + extra
 
 
-@pytest.mark.parametrize("name", models.PUBLISHED)
+@pytest.mark.parametrize("name", ["gemma-4-E2B-it", "gemma-4-26B-A4B-it"])
 def test_a_decode_step_of_gemma4_equals_the_counter(name):
     longer_than_the_window = 1500
     found = count(read_model(models.FOLDER / name), decode(BATCH, longer_than_the_window)).total
@@ -295,10 +295,9 @@ def test_a_training_step_equals_the_counter(name):
     assert step_of_training(transformers_config(values)) == found + 3 * idle_experts(model)
 
 
-@pytest.mark.parametrize("recomputation", ["none", "full"])
-@pytest.mark.parametrize("family", ["e2b", "26b-a4b"])
+@pytest.mark.parametrize(("family", "recomputation"), [("e2b", "full"), ("26b-a4b", "none")])
 def test_a_training_step_of_gemma4_equals_the_counter(family, recomputation, tiny):
-    folder = tiny(family)
+    folder = tiny(family, layers=10 if family == "e2b" else 6)
     values = json.loads((folder / "config.json").read_text())["text_config"]
     work = replace(train(BATCH, TOKENS), rule="dense", recomputation=recomputation)
     found = count(replace(read_model(folder), vision=None, audio=None), work)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from gemma_convert.config import MAX_CONFIG_BYTES, MAX_LAYERS, MAX_SIZE
 from gemma_convert.errors import SourceError
+from gemma_convert.stores.json_file import read_object
 from gemma_convert.stores.sidecar import FOLDER, sidecar_root
 
 
@@ -70,23 +70,13 @@ def load_config(path: Path) -> ConfigFile:
     """
     file = _find(path)
     try:
-        if file.stat().st_size > MAX_CONFIG_BYTES:
-            raise SourceError("config.json is too large to be a config.", where=file)
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_object(file, "config.json", MAX_CONFIG_BYTES)
     except FileNotFoundError:
         raise SourceError(
             "There is no config.json, so nothing says which model this is.",
             where=file,
             do="give a config.json, a Hugging Face folder, or a converted checkpoint",
         ) from None
-    except OSError as error:
-        raise SourceError("config.json cannot be read.", where=file, found=error.strerror) from None
-    except (ValueError, RecursionError) as error:
-        found = str(error)[:200]
-        raise SourceError("config.json is not valid JSON.", where=file, found=found) from None
-    if not isinstance(values, dict):
-        found = type(values).__name__
-        raise SourceError("config.json is not a JSON object.", where=file, found=found)
     return ConfigFile(values, file)
 
 
