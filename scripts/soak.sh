@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh
 
 cases=${1:-20000}
-export GEMMA_CONVERT_SOAK_EXAMPLES=$((cases / 20 + 1))
+export GEMMA_CONVERT_SOAK_EXAMPLES=$((cases / 22 + 1))
 started=$SECONDS
 report=$(mktemp)
 trap 'rm -f "$report"' EXIT

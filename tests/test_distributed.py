@@ -76,8 +76,8 @@ def media(tmp_path_factory):
 
 def test_two_processes_give_one_report(tiny, converted, media):
     """Two devices each: arrays are split over four, and each process reads its own parts."""
-    native = converted(tiny("e2b"), "gemma-jax")
-    arguments = (tiny("e2b"), native, "--tokens", 3, *media, "--json")
+    native = converted(tiny("e2b", layers=10), "gemma-jax")
+    arguments = (tiny("e2b", layers=10), native, "--tokens", 3, *media, "--json")
     first, second = run_pair(arguments, devices=2)
     assert first[0] == second[0] == 0, (first[2], second[2])
     assert second[1] == ""
@@ -89,9 +89,9 @@ def test_two_processes_give_one_report(tiny, converted, media):
 
 def test_both_end_with_the_code_of_a_failed_check(tiny, converted, tmp_path):
     native = tmp_path / "broken"
-    shutil.copytree(converted(tiny("e2b"), "gemma-jax"), native)
+    shutil.copytree(converted(tiny("e2b", layers=10), "gemma-jax"), native)
     alter(native, "layer_3/skip_scale", lambda scalar: scalar * 2)
-    arguments = (tiny("e2b"), native, "--tokens", 3, "--whole-model")
+    arguments = (tiny("e2b", layers=10), native, "--tokens", 3, "--whole-model")
     first, second = run_pair(arguments)
     assert first[0] == second[0] == 1, (first[2], second[2])
     assert "not the same model" in first[1] and "2 × cpu, 2 processes" in first[1]
@@ -99,8 +99,8 @@ def test_both_end_with_the_code_of_a_failed_check(tiny, converted, tmp_path):
 
 
 def test_a_process_that_cannot_start_ends_both(tiny, converted, tmp_path):
-    native = converted(tiny("e2b"), "gemma-jax")
-    first, second = run_pair((tiny("e2b"), native), (tiny("e2b"), tmp_path))
+    native = converted(tiny("e2b", layers=10), "gemma-jax")
+    first, second = run_pair((tiny("e2b", layers=10), native), (tiny("e2b", layers=10), tmp_path))
     assert first[0] == second[0] == SourceError.exit_code, (first[2], second[2])
     assert "error: Process 1 failed." in first[2] and str(tmp_path) in first[2]
     assert first[1] == second[1] == "" and "error" not in second[2]
@@ -108,8 +108,8 @@ def test_a_process_that_cannot_start_ends_both(tiny, converted, tmp_path):
 
 def test_a_reference_that_cannot_be_read_ends_both(tiny, converted, tmp_path):
     source = tmp_path / "hf"
-    shutil.copytree(tiny("e2b"), source, ignore=shutil.ignore_patterns("*.safetensors*"))
-    first, second = run_pair((source, converted(tiny("e2b"), "gemma-jax"), "--tokens", 3))
+    shutil.copytree(tiny("e2b", layers=10), source, ignore=shutil.ignore_patterns("*.safetensors*"))
+    first, second = run_pair((source, converted(tiny("e2b", layers=10), "gemma-jax"), "--tokens", 3))
     assert first[0] == second[0] == SourceError.exit_code, (first[2], second[2])
     assert "original checkpoint cannot be read" in first[2]
     assert first[1] == second[1] == "" and "error" not in second[2]

@@ -88,15 +88,17 @@ def sources(tiny, tmp_path_factory) -> dict[str, Path]:
 
 
 def forms_of(dtype: str) -> list[str]:
-    """The forms that a model can have, each of them once, and all where the model has experts."""
+    """The forms that a model can have, each of them once, and most where it has experts."""
     if dtype == "float32":
         return ["maxtext files", "gemma-jax"]
-    return [form for form in FORMS if dtype == "bfloat16" or "files" not in form]
+    left_out = "wide" if dtype == "bfloat16" else "files"
+    return [form for form in FORMS if left_out not in form]
 
 
 def test_the_numbers_are_odd():
     for dtype, kind in DTYPES.items():
-        values = odd_bits(dtype).view(kind).astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            values = odd_bits(dtype).view(kind).astype(np.float64)
         assert np.isnan(values).sum() == 8
         assert np.isinf(values).sum() == 2
         assert (values == 0).sum() == 2

@@ -113,6 +113,25 @@ def test_killed_exports_continue(shallow, tmp_path, undisturbed, seed):
     assert sums(out) == sums(shallow("26b-a4b", scanned=True))
 
 
+def test_damaged_parts_of_an_export_are_written_again(shallow, tmp_path, undisturbed):
+    """The journal says that they are there; their checksums say that they are not."""
+    out = tmp_path / "back"
+    call = f"to_hf({str(undisturbed)!r}, {str(out)!r}, resume=True)"
+    process = start(call)
+    journal = tmp_path / ".back.partial" / ".gemma-convert.journal"
+    while not journal.exists() or journal.read_text().count("\n") < 20:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    weights = tmp_path / ".back.partial" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    begin = 8 + int.from_bytes(data[:8], "little")
+    data[begin:] = bytes(len(data) - begin)
+    weights.write_bytes(data)
+    assert start(call).wait(timeout=120) == 0
+    assert sums(out) == sums(shallow("26b-a4b", scanned=True))
+
+
 def test_what_is_complete_is_not_read_again(shallow, tmp_path):
     out = tmp_path / "out"
     call = f"to_native({str(shallow('26b-a4b'))!r}, {str(out)!r}, resume=True)"

@@ -32,12 +32,9 @@ TOLERANCE = 1e-4
 CASES = {
     "maxtext e2b": ("maxtext", "e2b", {}),
     "maxtext 26b-a4b": ("maxtext", "26b-a4b", {}),
-    "maxtext 26b-a4b scanned": ("maxtext", "26b-a4b", {"scan_layers": True}),
-    "maxtext 31b": ("maxtext", "31b", {}),
     "maxtext 31b scanned": ("maxtext", "31b", {"scan_layers": True}),
     "gemma-jax e2b": ("gemma-jax", "e2b", {}),
     "gemma-jax 26b-a4b": ("gemma-jax", "26b-a4b", {}),
-    "gemma-jax 31b": ("gemma-jax", "31b", {}),
 }
 WHOLE = ("maxtext 31b scanned", "gemma-jax 26b-a4b")
 SENSED = ("maxtext 26b-a4b", "gemma-jax e2b")

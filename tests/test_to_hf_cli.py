@@ -141,7 +141,7 @@ def test_bad_sources(shallow, native, out):
     manifest = native / "hf" / "gemma-convert" / "manifest.json"
     kept = manifest.read_text()
     manifest.write_text(kept[:-20])
-    assert "manifest cannot be read" in export_fails(3, out, native, out)
+    assert "manifest is not valid JSON" in export_fails(3, out, native, out)
     values = json.loads(kept)
     values["shards"][0]["file"] = "../model.safetensors"
     manifest.write_text(json.dumps(values))

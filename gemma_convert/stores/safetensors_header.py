@@ -78,7 +78,7 @@ def write_safetensors(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
 
 def read_header(descriptor: int, size: int, path: Path) -> bytes:
     """The length word and the JSON header of one file, verbatim."""
-    word = os.pread(descriptor, 8, 0)
+    word = _pread(descriptor, 8, 0, path)
     length = int.from_bytes(word, "little")
     if len(word) < 8 or length > size - 8:
         raise SourceError(
@@ -90,8 +90,12 @@ def read_header(descriptor: int, size: int, path: Path) -> bytes:
         )
     if length > MAX_HEADER_BYTES:
         raise SourceError("A header is absurdly long.", where=path, found=f"{length} bytes")
+    return word + _pread(descriptor, length, 8, path)
+
+
+def _pread(descriptor: int, count: int, offset: int, path: Path) -> bytes:
     try:
-        return word + os.pread(descriptor, length, 8)
+        return os.pread(descriptor, count, offset)
     except OSError as error:
         raise SourceError("A shard cannot be read.", where=path, found=error.strerror) from None
 
@@ -146,7 +150,8 @@ def _load_header(header: bytes, path: Path) -> dict[str, Any]:
         )
     try:
         entries = parse_json(header[8:])
-        "".join(entries).encode()
+        if isinstance(entries, dict) and not all(map(_text, entries)):
+            raise ValueError("a name is not Unicode")
     except (ValueError, RecursionError) as error:
         raise SourceError(
             "The header of a shard is not valid JSON.", where=path, found=error
@@ -157,14 +162,19 @@ def _load_header(header: bytes, path: Path) -> dict[str, Any]:
 
 
 def _check_metadata(metadata: object, path: Path) -> None:
-    """Metadata are strings: https://huggingface.co/docs/safetensors, section Format."""
-    texts = isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())
-    if not texts:
-        raise SourceError(
-            "The metadata of a shard are not strings.",
-            where=f"{path}, __metadata__",
-            found=short(metadata),
-        )
+    """Metadata are texts: https://huggingface.co/docs/safetensors, section Format."""
+    if isinstance(metadata, dict) and all(map(_text, (*metadata, *metadata.values()))):
+        return
+    raise SourceError(
+        "The metadata of a shard are not texts.",
+        where=f"{path}, __metadata__",
+        found=short(metadata),
+    )
+
+
+def _text(value: object) -> bool:
+    """Whether a value is a string that is Unicode: JSON can spell half of a surrogate pair."""
+    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def _parse_entry(name: str, entry: object, path: Path) -> tuple[TensorSpec, int, int]:

@@ -13,12 +13,15 @@ def _file(header: str) -> bytes:
 
 
 _NESTED = "[" * 900 + "]" * 900
-_EMPTY = f'{{"dtype":"U8","shape":[0,{1 << 61}],"data_offsets":[60,60]}}'
+_EMPTY = f'{{"dtype":"U8","shape":[0,{1 << 40},{1 << 40}],"data_offsets":[60,60]}}'
 
 HEADERS = (
     _file(f'{{"__metadata__":5,"a":{_ENTRY}}}'),
     _file(f'{{"__metadata__":{{"format":1}},"a":{_ENTRY}}}'),
     _file(f'{{"\\ud800":{_ENTRY}}}'),
+    _file(f'{{"__metadata__":{{"note":"\\ud800"}},"a":{_ENTRY}}}'),
+    _file(f'{{"__metadata__":{{"\\udfff":"x"}},"a":{_ENTRY}}}'),
+    _file("[5]"),
     _file(f'{{"a":{_ENTRY},"b":{_EMPTY}}}'),
     _file(f'{{"a":{{"dtype":{_NESTED},"shape":[60],"data_offsets":[0,60]}}}}'),
     _file(f'{{"a":{{"dtype":"U8","shape":[{"9" * 4000}],"data_offsets":[0,60]}}}}'),

@@ -111,10 +111,21 @@ def test_a_key_that_stands_twice(tmp_path):
     assert "stands twice" in refused(lambda: read_architecture(tmp_path))
 
 
+@pytest.mark.parametrize("depth", range(860, 1000, 4))
+def test_values_that_are_just_not_too_deep_to_read(tmp_path, depth):
+    """What can just be read may be too deep to be shown in a message."""
+    deep = "[" * depth + "]" * depth
+    text = f'{{"model_type": "gemma4_text", "num_hidden_layers": {deep}}}'
+    (tmp_path / "config.json").write_text(text)
+    refused(lambda: read_architecture(tmp_path))
+
+
 @pytest.mark.parametrize("kind", STRANGE)
 def test_what_is_no_file(tiny, tmp_path, kind):
     shutil.copytree(tiny("31b", text_only=True), tmp_path / "source")
     make_strange(tmp_path / "source" / "config.json", kind)
+    message = refused(lambda: read_architecture(tmp_path / "source"))
+    assert "is not a file" in message or kind not in ("pipe", "device")
     before = snapshot(tmp_path)
     assert command("inspect", tmp_path / "source")[0] in (0, 3)
     assert (

@@ -23,6 +23,7 @@ from gemma_convert.layouts.registry import open_native
 from gemma_convert.mapping.region import Box
 from gemma_convert.stores.orbax import OrbaxFormat, OrbaxWriter
 from gemma_convert.stores.orbax_reader import METADATA
+from gemma_convert.stores.raw_chunks import ocdbt_places
 
 FORMS = {
     "ocdbt zarr3": OrbaxFormat(),
@@ -203,6 +204,24 @@ def test_a_chunk_that_is_gone_is_not_zero(stores, tmp_path):
     (tmp_path / "store" / METADATA).write_text(json.dumps(tree))
     found = outcome(lambda: read(tmp_path / "store"))
     assert not found["layer_0/mlp/linear"][2].any()
+
+
+def test_nodes_that_go_in_a_cycle(stores, monkeypatch):
+    """A node of an OCDBT tree that is its own child is not followed without end."""
+    import tensorstore as ts
+
+    class Dump:
+        def __init__(self, _, node: str | None = None) -> None:
+            self.node = node
+
+        def result(self) -> dict[str, Any]:
+            child = {"location": "btreenode::d/x:0:4", "subtree_common_prefix": b"x", "key": b""}
+            root = {"root": {"location": "btreenode::d/x:0:4"}}
+            return {"versions": [root]} if self.node is None else {"entries": [child]}
+
+    monkeypatch.setattr(ts.ocdbt, "dump", Dump)
+    with bounded():
+        assert ocdbt_places(stores["ocdbt zarr3"]) == {}
 
 
 @pytest.mark.parametrize("form", ["files", "ocdbt zarr2"])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from damage import STRANGE, TEXTS, altered, damaged, make_strange
 from hypothesis import example, given
+from hypothesis import strategies as st
 from outcome import bounded, command, outcome, refused, share, snapshot
 from safetensors import safe_open
 from seeds import HEADERS, INDEXES
@@ -26,6 +27,7 @@ HEADER = {
     "c": {"dtype": "I64", "shape": [], "data_offsets": [48, 56]},
     "d": {"dtype": "U8", "shape": [4], "data_offsets": [56, 60]},
 }
+WHOLE = {"dtype": "U8", "shape": [60], "data_offsets": [0, 60]}
 INDEX_OF_TWO = {
     "metadata": {"total_size": 60},
     "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"},
@@ -96,6 +98,20 @@ def test_header_text_with_the_right_length(header):
     check(file_of(header))
 
 
+@share(60)
+@given(st.lists(st.sampled_from([-24, -8, -4, 0, 4, 8, 24]), min_size=5, max_size=5))
+@example([0, 0, 0, 0, 0])
+@example([0, 4, 0, 0, 0])
+@example([0, -24, 0, 0, 0])
+def test_data_that_overlaps_or_leaves_a_gap(shifts):
+    """Each tensor with the bytes that it needs, but in another place."""
+    header = dict(HEADER)
+    for shift, (name, entry) in zip(shifts, list(HEADER.items())[1:], strict=True):
+        begin, end = entry["data_offsets"]
+        header[name] = entry | {"data_offsets": [begin + shift, end + shift]}
+    check(file_of(json.dumps(header).encode()))
+
+
 def test_every_length():
     """A file that ends too soon, or says a wrong length of its header."""
     for length in range(len(GOOD)):
@@ -106,8 +122,7 @@ def test_every_length():
 
 def with_index(folder: Path, index: bytes) -> None:
     for number, name in enumerate("ab", 1):
-        header = {name: {"dtype": "U8", "shape": [60], "data_offsets": [0, 60]}}
-        content = file_of(json.dumps(header).encode())
+        content = file_of(json.dumps({name: WHOLE}).encode())
         (folder / f"model-{number}.safetensors").write_bytes(content)
     (folder / INDEX).write_bytes(index)
 
@@ -117,8 +132,8 @@ def check_index(index: bytes) -> None:
         folder = Path(outer, "inner")
         folder.mkdir()
         with_index(folder, index)
-        secret = json.dumps({"a": {"dtype": "U8", "shape": [60], "data_offsets": [0, 60]}})
-        Path(outer, "x.safetensors").write_bytes(file_of(secret.encode(), b"\1" * 60))
+        secret = file_of(json.dumps({"a": WHOLE}).encode(), b"\1" * 60)
+        Path(outer, "x.safetensors").write_bytes(secret)
         found = outcome(lambda: read(folder))
         assert all(tensor == ("uint8", [60], DATA) for tensor in (found or {}).values())
 
@@ -181,7 +196,8 @@ def test_a_shard_that_the_system_does_not_open(tmp_path, monkeypatch, error):
 
 @share(12, cost=4)
 @given(altered(HEADER))
-@example(json.dumps({"a": {"dtype": "U8", "shape": [60], "data_offsets": [0, 60]}}).encode())
+@example(json.dumps({"layers." + "9" * 5000 + ".a": WHOLE}).encode())
+@example(json.dumps({"layers.٣.a": WHOLE}).encode())
 def test_inspect(header):
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, SINGLE).write_bytes(file_of(header))

@@ -143,6 +143,13 @@ def test_exceptions(data):
             assert all(0 <= place < SPECS[name].size for place in index)
 
 
+@pytest.mark.parametrize("place", [-1, 40, 1 << 40, -(1 << 63)])
+def test_exceptions_beyond_their_tensor(tmp_path, place):
+    arrays = {"a/index": np.array([0, place]), "a/bits": np.array([1, 2], np.uint32)}
+    write_safetensors(tmp_path / sidecar.EXCEPTIONS, arrays)
+    refused(lambda: read_exceptions(tmp_path, SPECS))
+
+
 def test_exceptions_of_one_number(tmp_path):
     arrays = {"a/index": np.array(3), "a/bits": np.array(1, np.uint32)}
     write_safetensors(tmp_path / sidecar.EXCEPTIONS, arrays)
