@@ -109,7 +109,8 @@ def test_a_process_that_cannot_start_ends_both(tiny, converted, tmp_path):
 def test_a_reference_that_cannot_be_read_ends_both(tiny, converted, tmp_path):
     source = tmp_path / "hf"
     shutil.copytree(tiny("e2b", layers=10), source, ignore=shutil.ignore_patterns("*.safetensors*"))
-    first, second = run_pair((source, converted(tiny("e2b", layers=10), "gemma-jax"), "--tokens", 3))
+    native = converted(tiny("e2b", layers=10), "gemma-jax")
+    first, second = run_pair((source, native, "--tokens", 3))
     assert first[0] == second[0] == SourceError.exit_code, (first[2], second[2])
     assert "original checkpoint cannot be read" in first[2]
     assert first[1] == second[1] == "" and "error" not in second[2]
