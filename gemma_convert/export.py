@@ -211,10 +211,14 @@ class _Export:
             name, rounded = str(entry.get("array")), entry.get("rounded")
             copies = groups.get(name, [])
             checksums = [_part_checksum(copy, writer, self.export.names) for copy in copies]
-            if copies and checksums == entry.get("checksums") and isinstance(rounded, dict):
+            if not isinstance(rounded, dict) or not all(
+                isinstance(n, int) for n in rounded.values()
+            ):
+                continue
+            if copies and checksums == entry.get("checksums"):
                 done.append(name)
                 for tensor, count in rounded.items():
-                    self.rounded[tensor] = int(count)
+                    self.rounded[tensor] = count
                 progress.advance(self.plan.targets[name].spec.nbytes, name)
         return done
 

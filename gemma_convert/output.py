@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
@@ -105,7 +106,9 @@ def show(renderable: object) -> None:
     else:
         from rich.console import Console
 
-        Console(highlight=False).print(renderable)
+        if isinstance(sys.stdout, io.TextIOWrapper):  # the name of a file may be no text
+            sys.stdout.reconfigure(errors="backslashreplace")
+        Console(highlight=False, markup=False).print(renderable)
 
 
 def show_json(values: Mapping[str, object]) -> None:

@@ -43,7 +43,7 @@ def restore(target: Array, dtype: str, scale: float | None) -> Array:
     with np.errstate(invalid="ignore"):
         if scale is not None:
             np.divide(back, np.float32(scale), out=back)
-        return back if dtype == "float32" else back.astype(numpy_dtype(dtype))
+        return back if dtype == "float32" else _narrow(back, dtype)
 
 
 def restore_exactly(values: Array, dtype: str, scale: float | None) -> Array:
@@ -104,6 +104,15 @@ def _widen(source: Array, target: Array) -> None:
         _copy_bits(bits(source), bits(target))
     else:
         target[...] = source
+
+
+def _narrow(source: Array, dtype: str) -> Array:
+    """float32 in a narrower dtype; a NaN that was a bfloat16 is it again, with its payload."""
+    narrow = source.astype(numpy_dtype(dtype))
+    if dtype == "bfloat16":
+        payload = np.isnan(source) & (bits(source) & 0xFFFF == 0)
+        bits(narrow)[payload] = bits(source)[payload] >> 16
+    return narrow
 
 
 def _copy_bits(source: Array, target: Array) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from gemma_convert.cli import flops, golden, inspect, logit_check, tiny, to_hf, to_native, verify
-from gemma_convert.errors import GemmaConvertError
+from gemma_convert.errors import GemmaConvertError, SourceError
 from gemma_convert.version import __version__
 
 INTERNAL, INTERRUPTED = 70, 130
@@ -73,6 +73,9 @@ def main() -> None:
             "  what to do: this command needs more packages: pip install 'gemma-convert[check]'"
         )
         sys.exit(2)
+    except OSError as error:
+        note(f"error: {error.strerror or error}\n  where: {error.filename}")
+        sys.exit(SourceError.exit_code)
     except Exception:  # the last resort: a traceback here is our own fault
         note(traceback.format_exc())
         note("This is a fault of gemma-convert. Please report it with the lines above.")

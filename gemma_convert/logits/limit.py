@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,9 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from gemma_convert.architecture import Architecture
-from gemma_convert.errors import UsageError
+from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.stores.json_file import read_object
+from gemma_convert.stores.sidecar import MAX_MANIFEST_BYTES
 
 Dtype: TypeAlias = Literal["float32", "bfloat16"]
 
@@ -92,10 +93,9 @@ def find_lossy_rows(
 
 def _manifest_rows(path: Path) -> tuple[str, ...] | None:
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        rows = read_object(path, "The manifest", MAX_MANIFEST_BYTES).get("lossy_rows")
+    except (FileNotFoundError, SourceError):
         return None
-    rows = manifest.get("lossy_rows") if isinstance(manifest, dict) else None
     if not isinstance(rows, list):
         return None
     return tuple(

@@ -130,6 +130,7 @@ def reference_device() -> torch.device:
     import torch
 
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False  # the convolutions of the audio tower
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

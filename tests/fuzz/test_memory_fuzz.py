@@ -107,7 +107,7 @@ def orbax_bombs(root: Path) -> None:
     path = folder / "embedder.input_embedding"
     shutil.rmtree(path)
     metadata = {
-        "shape": [6, 7], "chunks": [1 << 15, 1 << 16], "dtype": "|u1", "order": "C",
+        "shape": [6, 7], "chunks": [1 << 13, 1 << 13], "dtype": "|u1", "order": "C",
         "compressor": {"id": "zstd", "level": 1}, "fill_value": None, "filters": None,
     }  # fmt: skip
     spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{path}/"}}
