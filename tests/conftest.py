@@ -8,20 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from cases import SHALLOW
 from filelock import FileLock
 from hypothesis import settings
-
-FAMILIES = ("e2b", "e4b", "26b-a4b", "31b")
-CASES = (
-    ("e2b", False),
-    ("e4b", False),
-    ("26b-a4b", False),
-    ("26b-a4b", True),
-    ("31b", False),
-    ("31b", True),
-)
-"""Every (model, scanned) that MaxText has."""
-
 
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
@@ -30,9 +19,6 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 """What one test has compiled, the others load, in every worker and subprocess."""
-
-SHALLOW = {"e2b": 10, "e4b": 12, "26b-a4b": 6, "31b": 6}
-"""Family → the fewest layers that have every kind: sliding, full, and those that share."""
 
 settings.register_profile("shared machine", deadline=None, print_blob=True)
 settings.load_profile("shared machine")

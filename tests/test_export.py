@@ -15,7 +15,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import CASES, FAMILIES
+from cases import CASES, FAMILIES
 from maxtext_by_hand import maxtext_tree
 from trees import read_safetensors, restore, same_bits
 

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import yaml
-from conftest import FAMILIES
+from cases import FAMILIES
 from fast_llm_by_hand import fast_llm_metadata, fast_llm_tensors, write_fast_llm
 from native_checkpoints import (
     CARRIED,

@@ -10,7 +10,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import FAMILIES
+from cases import FAMILIES
 from gemma_jax_by_hand import flat, gemma_jax_tree, nested
 from native_checkpoints import (
     CARRIED,

@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from conftest import CASES, FAMILIES
+from cases import CASES, FAMILIES
 
 from gemma_convert import SourceError, inspect, to_native
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import FAMILIES
+from cases import FAMILIES
 from maxtext_trees import change, make_model, maxtext_tree, save_model, write_maxtext
 from native_checkpoints import alter
 from PIL import Image

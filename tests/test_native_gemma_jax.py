@@ -7,7 +7,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import FAMILIES
+from cases import FAMILIES
 from gemma_jax_by_hand import flat, gemma_jax_tree, nested
 from maxtext_trees import CONFIGS, change, logits_of, make_model
 from safetensors.numpy import load_file

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import FAMILIES
+from cases import FAMILIES
 from gemma_jax_by_hand import gemma_jax_tree, nested
 from maxtext_by_hand import maxtext_tree
 from safetensors.numpy import load_file

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import FAMILIES
+from cases import FAMILIES
 from gemma_jax_by_hand import gemma_jax_tree
 
 from gemma_convert.config import parse_architecture, read_architecture

@@ -14,7 +14,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import CASES
+from cases import CASES
 from native_checkpoints import arrays_of, differing, manifest
 from test_convert import _patch
 

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES
+from cases import FAMILIES
 from native_checkpoints import alter
 from PIL import Image
 from safetensors.torch import load_file, save_file

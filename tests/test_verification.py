@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CASES
+from cases import CASES
 from trees import read_safetensors
 
 from gemma_convert import SourceError, UsageError, to_hf, to_native, verify

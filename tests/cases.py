@@ -1,0 +1,15 @@
+"""The models and forms that tests go through."""
+
+FAMILIES = ("e2b", "e4b", "26b-a4b", "31b")
+CASES = (
+    ("e2b", False),
+    ("e4b", False),
+    ("26b-a4b", False),
+    ("26b-a4b", True),
+    ("31b", False),
+    ("31b", True),
+)
+"""Every (model, scanned) that MaxText has."""
+
+SHALLOW = {"e2b": 10, "e4b": 12, "26b-a4b": 6, "31b": 6}
+"""Family → the fewest layers that have every kind: sliding, full, and those that share."""
