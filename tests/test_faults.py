@@ -36,6 +36,10 @@ DIRECTIONS = {
     "maxtext to gemma-jax": ("maxtext", "gemma-jax", {}),
 }
 every_direction = pytest.mark.parametrize("direction", DIRECTIONS)
+every_writer = pytest.mark.parametrize(
+    "direction", ["hf to maxtext", "hf to scanned zarr", "hf to fast-llm", "maxtext to hf"]
+)
+"""Those that write in different ways, for what needs a process of its own."""
 
 
 @pytest.fixture
@@ -92,7 +96,7 @@ def limited():
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
-@every_direction
+@every_writer
 def test_a_disk_that_fills_up(direction, source, small_disk, tmp_path):
     """The disk is almost full, and the check of free space has been deceived."""
     before, folder = sums(source), small_disk or tmp_path / "limited"
@@ -223,7 +227,7 @@ def test_a_worker_that_fails(direction, source, tmp_path, monkeypatch):
     assert sums(source) == before
 
 
-@every_direction
+@every_writer
 def test_a_target_that_may_not_be_written(direction, source, small_disk, tmp_path):
     before = sums(source)
     if small_disk:
@@ -261,7 +265,7 @@ main()
 """
 
 
-@every_direction
+@every_writer
 def test_a_second_run_and_an_interrupt(direction, source, tmp_path):
     """The second is sent away, the first is interrupted, what it left is no checkpoint."""
     words = command(direction, source, tmp_path / "out")

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from cases import SHALLOW
 from PIL import Image
 
 from gemma_convert.config import read_architecture
@@ -57,7 +58,7 @@ class PillowProcessor:
 
 @pytest.fixture(scope="module")
 def folders(tiny):
-    return {family: tiny(family) for family in FAMILIES}
+    return {family: tiny(family, layers=SHALLOW[family]) for family in FAMILIES}
 
 
 @pytest.fixture(scope="module")

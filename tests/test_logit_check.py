@@ -11,7 +11,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import FAMILIES
+from cases import FAMILIES, SHALLOW
 from maxtext_trees import change, make_model, maxtext_tree, save_model, write_maxtext
 from native_checkpoints import alter
 from PIL import Image
@@ -366,7 +366,7 @@ TEXT_LIMIT = 2e-6
 
 @pytest.mark.parametrize(("layout", "family"), TEXT_ALONE)
 def test_text_of_every_layout(tiny, converted, layout, family):
-    source = tiny(family)
+    source = tiny(family, layers=SHALLOW[family])
     report = logit_check(source, converted(source, layout), tokens=3)
     assert report.verdict == "same model" and report.divergence.kl_max <= TEXT_LIMIT
     assert report.layout == layout and f"{layout}, float32" in shown(report)
@@ -376,7 +376,7 @@ def test_text_of_every_layout(tiny, converted, layout, family):
 @pytest.mark.parametrize(("layout", "family"), WITH_IMAGES)
 def test_images_of_every_layout_that_sees(tiny, converted, picture, layout, family):
     """The text that runs beside the image is held to the same limit."""
-    source = tiny(family)
+    source = tiny(family, layers=SHALLOW[family])
     report = logit_check(source, converted(source, layout), tokens=3, images=[picture])
     assert report.verdict == "same model" and report.divergence.kl_max <= TEXT_LIMIT
     assert (report.layout, report.images, report.sequences) == (layout, 1, 3)
@@ -391,20 +391,21 @@ def test_layouts_without_a_tower_refuse_images(
     tiny, converted, picture, layout, family, monkeypatch
 ):
     """Before the original is loaded, which may take long."""
+    source = tiny(family, layers=SHALLOW[family])
     monkeypatch.setattr(check_module, "LayerwiseReference", None)
     with pytest.raises(UsageError, match="without the vision tower, so it sees no images") as one:
-        logit_check(tiny(family), converted(tiny(family), layout), tokens=3, images=[picture])
+        logit_check(source, converted(source, layout), tokens=3, images=[picture])
     assert one.value.found == f"layout {layout}" and "--image" in one.value.do
 
 
 @pytest.mark.parametrize(("layout", "family"), [("gemma-jax", "e2b"), ("maxtext", "31b")])
 def test_trees_without_a_tower_refuse_images(tiny, converted, picture, layout, family, monkeypatch):
     monkeypatch.setattr(check_module, "LayerwiseReference", None)
-    native = converted(tiny(family, text_only=True), layout)
+    native = converted(tiny(family, layers=SHALLOW[family], text_only=True), layout)
     with pytest.raises(UsageError, match="without the vision tower"):
-        logit_check(tiny(family), native, tokens=3, images=[picture])
+        logit_check(tiny(family, layers=SHALLOW[family]), native, tokens=3, images=[picture])
     with pytest.raises(UsageError, match="The model sees no images"):
-        logit_check(tiny(family, text_only=True), native, images=[picture])
+        logit_check(tiny(family, layers=SHALLOW[family], text_only=True), native, images=[picture])
 
 
 def test_a_checkpoint_of_fast_llm_for_another_vocabulary_is_refused(tiny, converted, tmp_path):

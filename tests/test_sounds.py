@@ -10,6 +10,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from cases import SHALLOW
 from native_checkpoints import alter, nested_tree
 from PIL import Image
 from test_tiny import processor_of
@@ -68,7 +69,7 @@ def clips(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folders(tiny):
-    return {family: tiny(family) for family in FAMILIES}
+    return {family: tiny(family, layers=SHALLOW[family]) for family in FAMILIES}
 
 
 @pytest.fixture(scope="module")

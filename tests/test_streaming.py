@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from cases import FAMILIES
+from cases import FAMILIES, SHALLOW
 from native_checkpoints import alter
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -59,7 +59,7 @@ def prompts(tiny, media):
     """prompts(family): three texts, and a picture and a sound where the model senses them."""
 
     def make(family):
-        folder = tiny(family)
+        folder = tiny(family, layers=SHALLOW[family])
         architecture = read_architecture(folder)
         found = token_sequences(folder, architecture, ["abc"], None)
         found += image_sequences(folder, architecture, [media[0]])
@@ -85,8 +85,8 @@ def hidden_of_layers(reference, sequence):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layer_by_layer_is_the_whole_model_bit_for_bit(family, tiny, prompts):
-    whole, sequences = Reference(tiny(family)), prompts(family)
-    one = LayerwiseReference(tiny(family), sequences)
+    whole, sequences = Reference(tiny(family, layers=SHALLOW[family])), prompts(family)
+    one = LayerwiseReference(tiny(family, layers=SHALLOW[family]), sequences)
     stages = list(one.stages())
     for index, sequence in enumerate(sequences):
         expected = hidden_of_layers(whole, sequence)
@@ -103,8 +103,8 @@ def test_layer_by_layer_is_the_whole_model_bit_for_bit(family, tiny, prompts):
 
 def test_buffers_that_are_not_stored_are_those_of_the_whole_model(tiny):
     for family in ("e2b", "26b-a4b"):
-        whole = dict(Reference(tiny(family))._model.named_buffers())
-        ours = LayerwiseReference(tiny(family), [])._model
+        whole = dict(Reference(tiny(family, layers=SHALLOW[family]))._model.named_buffers())
+        ours = LayerwiseReference(tiny(family, layers=SHALLOW[family]), [])._model
         computed = {
             f"{path}.{name}": module._buffers[name]
             for path, module in ours.named_modules()
@@ -240,7 +240,7 @@ def same(left, right):
 def test_arrays_in_their_files_are_those_that_orbax_restores(
     tiny, converted, layout, family, options
 ):
-    folder = converted(tiny(family), layout, **options)
+    folder = converted(tiny(family, layers=SHALLOW[family]), layout, **options)
     if layout == "maxtext":
         items = folder / "0" / "items"
         left, restored = open_maxtext(items), restore_maxtext(items)

@@ -2,11 +2,13 @@
 
 First the table's own checks while it is read or planned, then `logit-check` at its default limit,
 and where logits cannot see it (towers, keys that nobody reads), the arrays that numpy makes by
-hand, without any table.
+hand, without any table. An ordinary run plants every second one, and all of them where
+GEMMA_CONVERT_MUTATIONS asks for the report (scripts/mutations.sh).
 """
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 
@@ -16,6 +18,7 @@ from fast_llm_by_hand import fast_llm_tensors
 from gemma_jax_by_hand import gemma_jax_tree
 from maxtext_by_hand import maxtext_tree
 from native_checkpoints import arrays_of, differing
+from record import REPORT
 from trees import read_safetensors
 
 from gemma_convert import GemmaConvertError, SourceError, logit_check, to_native
@@ -235,7 +238,7 @@ def cases():
             yield layout, options, family, name, (file, *how)
 
 
-CASES = list(cases())
+CASES = list(cases())[:: 1 if os.environ.get(REPORT) else 2]
 
 
 @pytest.fixture
