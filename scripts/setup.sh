@@ -15,7 +15,7 @@ wanted=$(cat pyproject.toml scripts/constraints.txt | cksum)
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
   [ -x .venv/bin/python ] || "$python" -m venv .venv
   torch=$(grep '^torch==' scripts/constraints.txt)
-  .venv/bin/python -m pip install --quiet "$torch"
-  .venv/bin/python -m pip install --quiet --constraint scripts/constraints.txt --editable '.[dev]'
+  .venv/bin/python -m pip install --quiet --no-compile "$torch"
+  .venv/bin/python -m pip install --quiet --no-compile --constraint scripts/constraints.txt --editable '.[dev]'
   echo "$wanted" > .venv/installed
 fi

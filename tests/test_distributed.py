@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from native_checkpoints import alter
 from PIL import Image
-from test_sounds import noise, write
 
 from gemma_convert import distributed, logit_check
 from gemma_convert.cli.app import main
@@ -70,28 +69,27 @@ def media(tmp_path_factory):
     folder = tmp_path_factory.mktemp("media")
     pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "noise.png")
-    sound = write(folder / "noise.wav", noise(5000).tobytes())
-    return "--image", folder / "noise.png", "--audio", sound
+    return "--image", folder / "noise.png"
 
 
 def test_two_processes_give_one_report(tiny, converted, media):
     """Two devices each: arrays are split over four, and each process reads its own parts."""
-    native = converted(tiny("e2b", layers=10), "gemma-jax")
-    arguments = (tiny("e2b", layers=10), native, "--tokens", 3, *media, "--json")
+    native = converted(tiny("31b", layers=6), "gemma-jax")
+    arguments = (tiny("31b", layers=6), native, "--tokens", 3, *media, "--json")
     first, second = run_pair(arguments, devices=2)
     assert first[0] == second[0] == 0, (first[2], second[2])
     assert second[1] == ""
     found = json.loads(first[1])
     assert found["passed"] and found["processes"] == 2 and found["native_devices"] == 4
     assert found["devices"]["native"] == "4 × cpu" and found["kl_max"] < 1e-8
-    assert found["images"] == found["sounds"] == 1 and found["first_drift"] is None
+    assert found["images"] == 1 and found["first_drift"] is None
 
 
 def test_both_end_with_the_code_of_a_failed_check(tiny, converted, tmp_path):
     native = tmp_path / "broken"
-    shutil.copytree(converted(tiny("e2b", layers=10), "gemma-jax"), native)
+    shutil.copytree(converted(tiny("31b", layers=6), "gemma-jax"), native)
     alter(native, "layer_3/skip_scale", lambda scalar: scalar * 2)
-    arguments = (tiny("e2b", layers=10), native, "--tokens", 3, "--whole-model")
+    arguments = (tiny("31b", layers=6), native, "--tokens", 3, "--whole-model")
     first, second = run_pair(arguments)
     assert first[0] == second[0] == 1, (first[2], second[2])
     assert "not the same model" in first[1] and "2 × cpu, 2 processes" in first[1]
@@ -99,20 +97,10 @@ def test_both_end_with_the_code_of_a_failed_check(tiny, converted, tmp_path):
 
 
 def test_a_process_that_cannot_start_ends_both(tiny, converted, tmp_path):
-    native = converted(tiny("e2b", layers=10), "gemma-jax")
-    first, second = run_pair((tiny("e2b", layers=10), native), (tiny("e2b", layers=10), tmp_path))
+    native = converted(tiny("31b", layers=6), "gemma-jax")
+    first, second = run_pair((tiny("31b", layers=6), native), (tiny("31b", layers=6), tmp_path))
     assert first[0] == second[0] == SourceError.exit_code, (first[2], second[2])
     assert "error: Process 1 failed." in first[2] and str(tmp_path) in first[2]
-    assert first[1] == second[1] == "" and "error" not in second[2]
-
-
-def test_a_reference_that_cannot_be_read_ends_both(tiny, converted, tmp_path):
-    source = tmp_path / "hf"
-    shutil.copytree(tiny("e2b", layers=10), source, ignore=shutil.ignore_patterns("*.safetensors*"))
-    native = converted(tiny("e2b", layers=10), "gemma-jax")
-    first, second = run_pair((source, native, "--tokens", 3))
-    assert first[0] == second[0] == SourceError.exit_code, (first[2], second[2])
-    assert "original checkpoint cannot be read" in first[2]
     assert first[1] == second[1] == "" and "error" not in second[2]
 
 

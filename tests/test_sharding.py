@@ -43,7 +43,13 @@ SENSED = ("maxtext 26b-a4b", "gemma-jax e2b")
 
 def logits_of(job, whole):
     """Logits of all compared positions, streamed in slices of 64 entries, or of the whole model."""
-    streaming._LEAST_ROWS, streaming.LOGIT_BYTES = 64, 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streaming, "_LEAST_ROWS", 64)
+        patch.setattr(streaming, "LOGIT_BYTES", 0)
+        return _logits_of(job, whole)
+
+
+def _logits_of(job, whole):
     hf = Path(job["hf"])
     architecture = read_architecture(hf)
     sequences = token_sequences(hf, architecture, [], 3)
@@ -191,11 +197,11 @@ def media(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def jobs(tiny, converted, media):
+def jobs(shallow, converted, media):
     return {
         name: {
-            "hf": str(tiny(family)),
-            "native": str(converted(tiny(family), layout, **options)),
+            "hf": str(shallow(family, "scan_layers" in options)),
+            "native": str(converted(shallow(family, "scan_layers" in options), layout, **options)),
             "sensed": name in SENSED,
             "modes": ["streamed", "whole"] if name in WHOLE else ["streamed"],
             **media,

@@ -524,7 +524,7 @@ def test_a_tokenizer_that_splits_the_sounds_token_is_refused(folders, clips, mon
     refused(SourceError, "places of a sound", folders["e2b"], clips["odd.wav"])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["e2b"])
 def test_a_right_conversion_hears_the_same(family, folders, converted, clips):
     native = converted(folders[family], "gemma-jax")
     report = logit_check(folders[family], native, tokens=3, audio=[clips["odd.wav"]])
