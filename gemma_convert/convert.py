@@ -13,7 +13,6 @@ from gemma_convert.conversion import Conversion, Inherited
 from gemma_convert.dtypes import Choice, DTypePolicy, ScaledChoice
 from gemma_convert.errors import UsageError
 from gemma_convert.huggingface_view import plan_relayout
-from gemma_convert.layouts.fast_llm import FastLLM
 from gemma_convert.layouts.registry import LAYOUTS, is_native, open_native
 from gemma_convert.mapping.plan import plan_to_native
 from gemma_convert.mapping.table import load_table
@@ -89,10 +88,10 @@ def to_native(
                 limit=limit,
             )
         job.processes = processes
-        if processes.count > 1 and layout == FastLLM.name:
+        if processes.count > 1 and not job.layout.divisible:
             raise UsageError(
-                "Fast-LLM's files cannot be written by several processes.",
-                do="convert to fast-llm with one process",
+                f"A {layout} checkpoint cannot be written by several processes.",
+                do=f"convert to {layout} with one process",
             )
         if dry_run:
             return job.report(TransferResult(), started, dry_run=True)

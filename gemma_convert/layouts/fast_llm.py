@@ -40,6 +40,7 @@ FILE_PARAMETERS = 1 << 32
 class FastLLM:
     name = "fast-llm"
     framework = "Fast-LLM"
+    divisible = False
 
     def create(self, folder: Path, plan: Plan, form: OrbaxFormat, part: int = 0) -> FastLLMWriter:
         del form, part

@@ -33,6 +33,7 @@ _HANDLER = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardC
 class GemmaJax:
     name = "gemma-jax"
     framework = "gemma"
+    divisible = True
 
     def create(self, folder: Path, plan: Plan, form: OrbaxFormat, part: int = 0) -> GemmaJaxWriter:
         return GemmaJaxWriter(folder, plan, replace(form, zarr3=False), part)

@@ -39,6 +39,10 @@ class Layout(Protocol):
     def framework(self) -> str:
         """What loads it, for people."""
 
+    @property
+    def divisible(self) -> bool:
+        """Whether several processes may write one checkpoint."""
+
     def create(self, folder: Path, plan: Plan, form: OrbaxFormat, part: int = 0) -> NativeStore:
         """An empty checkpoint in `folder`, or the one that an interrupted run left there.
 

@@ -33,6 +33,7 @@ _HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheck
 class MaxText:
     name = "maxtext"
     framework = "MaxText"
+    divisible = True
 
     def create(self, folder: Path, plan: Plan, form: OrbaxFormat, part: int = 0) -> MaxTextWriter:
         return MaxTextWriter(folder / STEP, plan, form, part)
