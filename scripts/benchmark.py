@@ -6,6 +6,9 @@ times, beside `cp -r` + sync of the same bytes and beside the floor: read every 
 transpose it with the same function, write one raw file, sync. Ratios are of times within one round;
 their median is printed. Times on a busy machine vary up to fivefold, ratios much less.
 
+A virtual machine may have given its free memory back to the host, and then the first touch of a
+page costs more than all else that a run does with it. So free memory is touched before every run.
+
     scripts/benchmark.py WORK_FOLDER [--model 31b] [--gigabytes 3.5] [--rounds 3] [--json FILE]
 
 The work folder needs about four times the checkpoint's size and is cleaned up.
@@ -50,6 +53,7 @@ CONFIGS = {
 LAYER_BYTES = {"26b-a4b": 1.62e9, "31b": 0.98e9}
 SHARD_BYTES = 2 << 30
 RANDOM_BYTES = 64 << 20
+SPARE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def main() -> None:
         )
         cases = _cases(arguments.model, arguments.only)
         print(f"{arguments.model}: {size / 1e9:.2f} GB, {os.cpu_count()} cores", flush=True)
-        runs = measure(folder, cases, arguments.rounds)
+        runs = measure(folder, cases, arguments.rounds, 2 * size)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     report = summary(runs, size)
@@ -181,24 +185,39 @@ def _cases(model: str, only: str) -> list[Case]:
     return cases
 
 
-def measure(folder: Path, cases: list[Case], rounds: int) -> dict[str, list[Run]]:
-    """Name → its runs, one a round; every round runs everything once."""
+def measure(folder: Path, cases: list[Case], rounds: int, touched: int) -> dict[str, list[Run]]:
+    """Name → its runs, one a round; every round runs everything once.
+
+    Before each run up to `touched` bytes of free memory are touched.
+    """
     runs: dict[str, list[Run]] = {"cp -r": [], "floor": []}
     python = [sys.executable, "-m", "gemma_convert"]
     for number in range(rounds):
         print(f"round {number + 1} of {rounds}", flush=True)
+        _touch(touched)
         runs["cp -r"].append(_watch(["cp", "-r", "hf", "copy"], folder))
         shutil.rmtree(folder / "copy")
         floor = [sys.executable, __file__, "--floor", "hf", "floor.bin"]
+        _touch(touched)
         runs["floor"].append(_watch(floor, folder))
         (folder / "floor.bin").unlink()
         for case in cases:
             command = [*python, case.arguments[0], case.source, case.target, *case.arguments[1:]]
+            _touch(touched)
             runs.setdefault(case.name, []).append(_watch(command, folder))
             if case.target == "back":
                 for name in ("native", "back"):
                     shutil.rmtree(folder / name)
     return runs
+
+
+def _touch(most: int) -> None:
+    """Touches free memory in a process of its own, so that the host has it ready."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemFree:"))
+    size = min(most, free - SPARE_BYTES)
+    if size > 0:
+        subprocess.run([sys.executable, "-c", f"bytearray(b'1') * {size}"], check=True)
 
 
 def _watch(command: list[str], folder: Path) -> Run:
