@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gemma_convert.convert import to_native
     from gemma_convert.export import ToHFReport, to_hf
     from gemma_convert.inspection import InspectReport, inspect
+    from gemma_convert.listings import MappingsReport, list_mappings
     from gemma_convert.logits.check import logit_check
     from gemma_convert.logits.golden import save_golden
     from gemma_convert.logits.report import LogitReport
@@ -40,6 +41,8 @@ _HOMES = {
     "to_hf": "gemma_convert.export",
     "InspectReport": "gemma_convert.inspection",
     "inspect": "gemma_convert.inspection",
+    "MappingsReport": "gemma_convert.listings",
+    "list_mappings": "gemma_convert.listings",
     "LogitReport": "gemma_convert.logits.report",
     "logit_check": "gemma_convert.logits.check",
     "save_golden": "gemma_convert.logits.golden",
@@ -53,6 +56,7 @@ __all__ = [
     "GemmaConvertError",
     "InspectReport",
     "LogitReport",
+    "MappingsReport",
     "SourceError",
     "TargetError",
     "ToHFReport",
@@ -61,6 +65,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "inspect",
+    "list_mappings",
     "logit_check",
     "make_tiny",
     "save_golden",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-Family = Literal["e2b", "e4b", "26b-a4b", "31b"]
+Family = Literal["e2b", "e4b", "12b", "26b-a4b", "31b"]
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,20 @@ class VisionArchitecture:
     clipped: bool
     standardize: bool
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis → length."""
+        return {
+            "vit_embed": self.embed,
+            "vit_layers": self.layers,
+            "vit_heads": self.heads,
+            "vit_head_dim": self.head_dim,
+            "vit_mlp": self.mlp,
+            "patch": self.patch,
+            "positions": self.positions,
+            "xy": 2,
+        }
+
 
 @dataclass(frozen=True)
 class AudioArchitecture:
@@ -110,6 +124,62 @@ class AudioArchitecture:
     kernel: int
     clipped: bool
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis → length."""
+        return {
+            "audio_embed": self.embed,
+            "audio_layers": self.layers,
+            "audio_heads": self.heads,
+            "audio_head_dim": self.embed // self.heads,
+            "audio_mlp": 4 * self.embed,
+            "audio_glu": 2 * self.embed,
+            "audio_conv": self.embed,
+            "audio_output": self.output,
+            "audio_kernel": self.kernel,
+            "conv_stages": len(self.channels),
+            "conv_time": 3,
+            "conv_frequency": 3,
+            "frequencies": self.frequencies,
+            "conv_last": self.channels[-1],
+        }
+
+
+@dataclass(frozen=True)
+class VisionEmbedder:
+    """What 12B has in the place of a vision tower: linear maps and norms, no layers.
+
+    `patch` is the length of a flattened square of pooling · pooling patches, one soft token.
+    """
+
+    embed: int
+    patch: int
+    patch_size: int
+    pooling: int
+    positions: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis → length."""
+        return {
+            "vit_embed": self.embed,
+            "patch": self.patch,
+            "positions": self.positions,
+            "xy": 2,
+        }
+
+
+@dataclass(frozen=True)
+class AudioEmbedder:
+    """What 12B has in the place of an audio tower: `frame` raw samples become one soft token."""
+
+    frame: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis → length."""
+        return {"audio_output": self.frame}
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -122,15 +192,32 @@ class Architecture:
     """True for Gemma4ForCausalLM, whose tensors are named without `language_model.`."""
     dtype: str | None
     image_token: int | None
+    unified: bool = False
+    """True for 12B: embedders instead of towers, and classes of its own in transformers."""
+    vision_embedder: VisionEmbedder | None = None
+    audio_embedder: AudioEmbedder | None = None
 
     @property
     def family(self) -> Family:
-        """Which of the four published models this is, or is a relative of by its features."""
+        """Which of the five published models this is, or is a relative of by its features."""
+        if self.unified:
+            return "12b"
         if self.text.moe:
             return "26b-a4b"
         if self.text.ple:
             return "e2b" if self.text.double_wide_mlp else "e4b"
         return "31b"
+
+    @property
+    def reference_class(self) -> str:
+        """The name of transformers' class for this model, whole or its text alone."""
+        name = "Gemma4Unified" if self.unified else "Gemma4"
+        return name + ("ForCausalLM" if self.text_only else "ForConditionalGeneration")
+
+    @property
+    def text_model_type(self) -> str:
+        """The `model_type` of the text model."""
+        return "gemma4_unified_text" if self.unified else "gemma4_text"
 
     def size(self, axis: str, index: Mapping[str, int]) -> int | None:
         """Length of `axis` where the axes in `index` have those values; None if it has none here.
@@ -178,7 +265,7 @@ class Architecture:
 
     @cached_property
     def _sizes(self) -> dict[str, int]:
-        text, vision, audio = self.text, self.vision, self.audio
+        text = self.text
         sizes = {
             "vocab": text.vocab,
             "embed": text.embed,
@@ -189,34 +276,9 @@ class Architecture:
             sizes |= {"ple": text.ple, "ple_vocab": text.ple_vocab}
         if text.moe:
             sizes |= {"experts": text.experts, "expert_mlp": text.expert_mlp}
-        if vision is not None:
-            sizes |= {
-                "vit_embed": vision.embed,
-                "vit_layers": vision.layers,
-                "vit_heads": vision.heads,
-                "vit_head_dim": vision.head_dim,
-                "vit_mlp": vision.mlp,
-                "patch": vision.patch,
-                "positions": vision.positions,
-                "xy": 2,
-            }
-        if audio is not None:
-            sizes |= {
-                "audio_embed": audio.embed,
-                "audio_layers": audio.layers,
-                "audio_heads": audio.heads,
-                "audio_head_dim": audio.embed // audio.heads,
-                "audio_mlp": 4 * audio.embed,
-                "audio_glu": 2 * audio.embed,
-                "audio_conv": audio.embed,
-                "audio_output": audio.output,
-                "audio_kernel": audio.kernel,
-                "conv_stages": len(audio.channels),
-                "conv_time": 3,
-                "conv_frequency": 3,
-                "frequencies": audio.frequencies,
-                "conv_last": audio.channels[-1],
-            }
+        parts = (self.vision, self.audio, self.vision_embedder, self.audio_embedder)
+        for part in parts:
+            sizes |= {} if part is None else part.sizes
         return sizes
 
     @cached_property
@@ -233,6 +295,10 @@ class Architecture:
             "vision_standardized": vision is not None and vision.standardize,
             "audio": audio is not None,
             "audio_clipped": audio is not None and audio.clipped,
+            "vision_embedder": self.vision_embedder is not None,
+            "audio_embedder": self.audio_embedder is not None,
+            "images": vision is not None or self.vision_embedder is not None,
+            "sounds": audio is not None or self.audio_embedder is not None,
         }
 
 
@@ -258,6 +324,7 @@ LAYER_FACTS = frozenset({"owns_kv", "sliding", "key_as_value"})
 _MODEL_FACT_WORDS = """
 ple moe kv_shared kv_sources_apart double_wide
 vision vision_clipped vision_standardized audio audio_clipped
+vision_embedder audio_embedder images sounds
 """
 
 MODEL_FACTS = frozenset(_MODEL_FACT_WORDS.split())

@@ -1,29 +1,34 @@
 """config.json → Architecture, in either of its two spellings, or one clear message.
 
-Keys and defaults: `transformers/models/gemma4/configuration_gemma4.py` (5.23) and the published
-configs of google/gemma-4-{E2B,E4B,26B-A4B,31B}.
+Keys and defaults: `configuration_gemma4.py` and `configuration_gemma4_unified.py` of transformers
+5.23, and the published configs of google/gemma-4-{E2B,E4B,12B,26B-A4B,31B}.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gemma_convert.architecture import (
-    Architecture,
-    AudioArchitecture,
-    Layer,
-    Rope,
-    TextArchitecture,
-    VisionArchitecture,
+from gemma_convert.architecture import Architecture, Layer, Rope, TextArchitecture
+from gemma_convert.config_media import (
+    audio_embedder,
+    audio_tower,
+    vision_embedder,
+    vision_tower,
 )
-from gemma_convert.errors import SourceError, short
+from gemma_convert.config_section import MAX_LAYERS, Section
+from gemma_convert.errors import SourceError
+from gemma_convert.foreign import refuse_foreign_config, refuse_foreign_folder
 from gemma_convert.stores.json_file import read_object
 
-MAX_LAYERS = 1024
-MAX_SIZE = 1 << 31
 MAX_CONFIG_BYTES = 16 << 20
+
+TEXT_ONLY = ("gemma4_text", "gemma4_unified_text")
+UNIFIED = ("gemma4_unified", "gemma4_unified_text")
+MODEL_TYPES = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
+"""Every `model_type` that is converted; the unified ones are 12B's."""
 
 
 def read_architecture(folder: Path) -> Architecture:
@@ -32,50 +37,68 @@ def read_architecture(folder: Path) -> Architecture:
     Raises SourceError where there is no config.json, where it is not a Gemma 4 config that this
     tool converts, or where it contradicts itself.
     """
+    refuse_foreign_folder(folder)
     path = folder / "config.json" if folder.is_dir() else folder
     return parse_architecture(_load_json(path), path)
 
 
 def parse_architecture(config: Mapping[str, Any], where: Path) -> Architecture:
     """Facts of one parsed config.json; `where` is used in messages alone."""
-    reader = _Config(config, where)
+    reader = Section(config, where)
     model_type = reader.text("model_type")
-    if "quantization_config" in config and config["quantization_config"] is not None:
-        raise SourceError(
-            "This is a quantized export, which holds packed integers instead of the weights.",
-            where=where,
-            found="quantization_config",
-            do="convert the original bfloat16 checkpoint",
-        )
-    if model_type == "gemma4_text":
-        return Architecture(
-            text=_text(reader),
-            vision=None,
-            audio=None,
-            text_only=True,
-            dtype=reader.optional_text("dtype", "torch_dtype"),
-            image_token=None,
-        )
-    if model_type != "gemma4":
+    refuse_foreign_config(config, model_type, where)
+    if model_type not in MODEL_TYPES:
         raise SourceError(
             "This is not a Gemma 4 checkpoint that gemma-convert knows.",
             where=f"{where}, key model_type",
-            expected="gemma4 or gemma4_text",
+            expected=", ".join(MODEL_TYPES),
             found=model_type,
-            do="give a folder with a Gemma 4 E2B, E4B, 26B-A4B or 31B checkpoint",
+            do="give a folder with a Gemma 4 E2B, E4B, 12B, 26B-A4B or 31B checkpoint",
         )
+    if model_type in TEXT_ONLY:
+        return _text_alone(reader, model_type in UNIFIED)
+    return _whole(reader, model_type in UNIFIED)
+
+
+def _text_alone(reader: Section, unified: bool) -> Architecture:
+    return Architecture(
+        text=_text(reader, unified),
+        vision=None,
+        audio=None,
+        text_only=True,
+        dtype=reader.optional_text("dtype", "torch_dtype"),
+        image_token=None,
+        unified=unified,
+    )
+
+
+def _whole(reader: Section, unified: bool) -> Architecture:
     vision = reader.section("vision_config")
     audio = reader.section("audio_config")
     text = reader.section("text_config")
     if text is None:
-        raise SourceError("config.json has no text_config.", where=where, expected="a text_config")
-    return Architecture(
-        text=_text(text),
-        vision=None if vision is None else _vision(vision),
-        audio=None if audio is None else _audio(audio),
+        raise SourceError(
+            "config.json has no text_config.", where=reader.where, expected="a text_config"
+        )
+    facts = Architecture(
+        text=_text(text, unified),
+        vision=None,
+        audio=None,
         text_only=False,
         dtype=reader.optional_text("dtype", "torch_dtype") or text.optional_text("dtype"),
         image_token=reader.optional_integer("image_token_id"),
+        unified=unified,
+    )
+    if unified:
+        return replace(
+            facts,
+            vision_embedder=None if vision is None else vision_embedder(vision),
+            audio_embedder=None if audio is None else audio_embedder(audio),
+        )
+    return replace(
+        facts,
+        vision=None if vision is None else vision_tower(vision),
+        audio=None if audio is None else audio_tower(audio),
     )
 
 
@@ -90,86 +113,22 @@ def _load_json(path: Path) -> Mapping[str, Any]:
         ) from None
 
 
-class _Config:
-    """One JSON object of config.json with typed access; errors name the file and the key."""
-
-    def __init__(self, values: Mapping[str, Any], where: Path, prefix: str = "") -> None:
-        self.values, self.where, self.prefix = values, where, prefix
-
-    def section(self, key: str) -> _Config | None:
-        value = self.values.get(key)
-        if value is None:
-            return None
-        if not isinstance(value, dict):
-            raise self.error(key, "an object", value)
-        return _Config(value, self.where, f"{self.prefix}{key}.")
-
-    def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
-        value = self.values.get(key)
-        if value is None:
-            value = default
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < MAX_SIZE:
-            raise self.error(key, f"a whole number from {least} to {MAX_SIZE - 1}", value)
-        return value
-
-    def layers(self) -> int:
-        count = self.integer("num_hidden_layers")
-        if count > MAX_LAYERS:
-            raise self.error("num_hidden_layers", f"at most {MAX_LAYERS}", count)
-        return count
-
-    def optional_integer(self, key: str) -> int | None:
-        return None if self.values.get(key) is None else self.integer(key, least=0)
-
-    def number(self, key: str, default: float) -> float:
-        value = self.values.get(key)
-        if value is None:
-            value = default
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
-            raise self.error(key, "a positive number", value)
-        return float(value)
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self.values.get(key)
-        if value is None:
-            value = default
-        if not isinstance(value, bool):
-            raise self.error(key, "true or false", value)
-        return value
-
-    def text(self, key: str) -> str:
-        value = self.values.get(key)
-        if not isinstance(value, str):
-            raise self.error(key, "a string", value)
-        return value
-
-    def optional_text(self, *keys: str) -> str | None:
-        return next((self.text(key) for key in keys if self.values.get(key) is not None), None)
-
-    def error(self, key: str, expected: str, found: object) -> SourceError:
-        return SourceError(
-            "config.json does not describe a model.",
-            where=f"{self.where}, key {self.prefix}{key}",
-            expected=expected,
-            found="nothing" if found is None else short(found),
-        )
-
-
-def _text(config: _Config) -> TextArchitecture:
+def _text(config: Section, unified: bool) -> TextArchitecture:
+    """The text model; that of 12B has neither experts nor per-layer embeddings."""
     count = config.layers()
-    _refuse_unknown_arithmetic(config)
+    _refuse_unknown_arithmetic(config, unified)
     moe = config.boolean("enable_moe_block", False)
     key_as_value = config.boolean("attention_k_eq_v", False)
     double_wide = config.boolean("use_double_wide_mlp", False)
     shared = config.integer("num_kv_shared_layers", 0, least=0)
-    ple = config.integer("hidden_size_per_layer_input", 256, least=0)
+    ple = config.integer("hidden_size_per_layer_input", 0 if unified else 256, least=0)
     vocab = config.integer("vocab_size")
     softcap = config.values.get("final_logit_softcapping")
     return TextArchitecture(
         vocab=vocab,
         embed=config.integer("hidden_size"),
         layers=_layers(config, count, shared, key_as_value, double_wide),
-        window=config.integer("sliding_window", 512),
+        window=config.integer("sliding_window", 1024 if unified else 512),
         rope_sliding=_rope(config, "sliding_attention", Rope(10_000.0, 1.0)),
         rope_full=_rope(config, "full_attention", Rope(1_000_000.0, 0.25)),
         norm_epsilon=config.number("rms_norm_eps", 1e-6),
@@ -182,30 +141,42 @@ def _text(config: _Config) -> TextArchitecture:
         key_as_value=key_as_value,
         double_wide_mlp=double_wide,
         kv_shared_layers=shared,
-        bidirectional_images=config.optional_text("use_bidirectional_attention") == "vision",
+        bidirectional_images=_bidirectional(config, unified) == "vision",
         tied=config.boolean("tie_word_embeddings", True),
         pad_token=config.integer("pad_token_id", 0, least=0),
     )
 
 
-def _refuse_unknown_arithmetic(config: _Config) -> None:
+def _bidirectional(config: Section, unified: bool) -> str | None:
+    """Which tokens see those behind them; where 12B's config says nothing, those of an image."""
+    key = "use_bidirectional_attention"
+    return "vision" if unified and key not in config.values else config.optional_text(key)
+
+
+def _refuse_unknown_arithmetic(config: Section, unified: bool) -> None:
     """Refuses what no published Gemma 4 has and what the native forward passes do not compute."""
     if config.boolean("attention_bias", False):
         raise config.error("attention_bias", "false: no layout has a place for biases", True)
     activation = config.optional_text("hidden_activation") or "gelu_pytorch_tanh"
     if activation != "gelu_pytorch_tanh":
         raise config.error("hidden_activation", "gelu_pytorch_tanh", activation)
-    bidirectional = config.optional_text("use_bidirectional_attention")
+    bidirectional = _bidirectional(config, unified)
     if bidirectional not in {None, "vision"}:
         raise config.error("use_bidirectional_attention", "null or vision", bidirectional)
+    if unified and config.boolean("enable_moe_block", False):
+        raise config.error("enable_moe_block", "false: Gemma 4 unified has no experts", True)
+    if unified and config.integer("hidden_size_per_layer_input", 0, least=0):
+        found = config.values["hidden_size_per_layer_input"]
+        expected = "0: Gemma 4 unified has no per-layer embeddings"
+        raise config.error("hidden_size_per_layer_input", expected, found)
 
 
-def _expert_mlp(config: _Config) -> int:
+def _expert_mlp(config: Section) -> int:
     old = config.optional_integer("expert_intermediate_size")
     return config.integer("moe_intermediate_size", old)
 
 
-def _rope(config: _Config, kind: str, default: Rope) -> Rope:
+def _rope(config: Section, kind: str, default: Rope) -> Rope:
     parameters = config.section("rope_parameters")
     section = None if parameters is None else parameters.section(kind)
     if section is None:
@@ -223,7 +194,7 @@ def _rope(config: _Config, kind: str, default: Rope) -> Rope:
 
 
 def _layers(
-    config: _Config, count: int, shared: int, key_as_value: bool, double_wide: bool
+    config: Section, count: int, shared: int, key_as_value: bool, double_wide: bool
 ) -> tuple[Layer, ...]:
     kinds = _layer_kinds(config, count)
     if not shared < count:
@@ -260,7 +231,7 @@ def _layers(
     return tuple(layers)
 
 
-def _layer_kinds(config: _Config, count: int) -> list[str]:
+def _layer_kinds(config: Section, count: int) -> list[str]:
     kinds = config.values.get("layer_types")
     if kinds is None:
         kinds = ["sliding_attention" if (i + 1) % 6 else "full_attention" for i in range(count)]
@@ -274,7 +245,7 @@ def _layer_kinds(config: _Config, count: int) -> list[str]:
 
 
 def _layer_overrides(
-    config: _Config, kinds: list[str], key_as_value: bool
+    config: Section, kinds: list[str], key_as_value: bool
 ) -> list[tuple[int, int]]:
     """(head_dim, kv_heads) of each layer, from either spelling of config.json."""
     head_dim = config.integer("head_dim")
@@ -299,72 +270,3 @@ def _layer_overrides(
                 section.integer("num_key_value_heads", kv_heads),
             )
     return sizes
-
-
-_VISION_ARITHMETIC = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False}
-_AUDIO_ARITHMETIC = {
-    "hidden_act": "silu",
-    "attention_chunk_size": 12,
-    "attention_context_left": 13,
-    "attention_context_right": 0,
-    "attention_logit_cap": 50.0,
-    "residual_weight": 0.5,
-    "gradient_clipping": 1e10,
-    "rms_norm_eps": 1e-6,
-}
-"""What all published towers have, and the frameworks build in."""
-
-
-def _refuse_other_arithmetic(config: _Config, published: Mapping[str, object]) -> None:
-    for key, value in published.items():
-        found = config.values.get(key)
-        if found is not None and found != value:
-            raise config.error(key, f"{value}, which the frameworks build in", found)
-
-
-def _vision(config: _Config) -> VisionArchitecture:
-    _refuse_other_arithmetic(config, _VISION_ARITHMETIC)
-    heads = config.integer("num_attention_heads")
-    kv_heads = config.integer("num_key_value_heads", heads)
-    if kv_heads != heads:
-        raise config.error("num_key_value_heads", f"{heads}, as many as query heads", kv_heads)
-    patch_size = config.integer("patch_size", 16)
-    rope = config.section("rope_parameters")
-    return VisionArchitecture(
-        embed=config.integer("hidden_size"),
-        layers=config.layers(),
-        heads=heads,
-        head_dim=config.integer("head_dim"),
-        mlp=config.integer("intermediate_size"),
-        patch=3 * patch_size * patch_size,
-        patch_size=patch_size,
-        positions=config.integer("position_embedding_size", 10240),
-        pooling=config.integer("pooling_kernel_size", 3),
-        rope_theta=100.0 if rope is None else rope.number("rope_theta", 100.0),
-        norm_epsilon=config.number("rms_norm_eps", 1e-6),
-        clipped=config.boolean("use_clipped_linears", False),
-        standardize=config.boolean("standardize", False),
-    )
-
-
-def _audio(config: _Config) -> AudioArchitecture:
-    _refuse_other_arithmetic(config, _AUDIO_ARITHMETIC)
-    channels = config.values.get("subsampling_conv_channels", [128, 32])
-    if not isinstance(channels, list) or len(channels) != 2:
-        raise config.error("subsampling_conv_channels", "two numbers of channels", channels)
-    for channel in channels:
-        if not isinstance(channel, int) or isinstance(channel, bool) or not 0 < channel < MAX_SIZE:
-            raise config.error("subsampling_conv_channels", "two numbers of channels", channels)
-    embed, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    if embed % heads:
-        raise config.error("num_attention_heads", f"a divisor of hidden_size {embed}", heads)
-    return AudioArchitecture(
-        embed=embed,
-        layers=config.layers(),
-        heads=heads,
-        output=config.integer("output_proj_dims", 1536),
-        channels=tuple(channels),
-        frequencies=channels[0] // 4,
-        kernel=config.integer("conv_kernel_size", 5),
-        clipped=config.boolean("use_clipped_linears", True),
-    )

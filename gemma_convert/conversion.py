@@ -22,6 +22,7 @@ from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.table import HUGGINGFACE, table_file
 from gemma_convert.output import Progress
 from gemma_convert.parts import Regions
+from gemma_convert.places import shown
 from gemma_convert.processes import OneProcess, Processes
 from gemma_convert.publishing import ProgressFactory, publish
 from gemma_convert.reports import (
@@ -34,6 +35,7 @@ from gemma_convert.reports import (
 from gemma_convert.resumable import SPARE_BYTES, ResumableTransfer
 from gemma_convert.stores import sidecar
 from gemma_convert.stores.orbax import OrbaxFormat
+from gemma_convert.stores.remote import file_size, find_mirror
 from gemma_convert.stores.safetensors import Shard
 from gemma_convert.transfer import BlockReader, Losses, TransferResult
 from gemma_convert.values import Array
@@ -83,7 +85,10 @@ class Conversion:
     processes: Processes = field(default_factory=OneProcess)
 
     def needed_bytes(self) -> int:
-        """Bytes that the target may take; tensors that may have to be carried count twice."""
+        """Bytes that the target may take; tensors that may have to be carried count twice.
+
+        Where the target is an object store these are the ones that are written here beforehand.
+        """
         at_risk = (
             name
             for name, source in self.plan.sources.items()
@@ -91,8 +96,10 @@ class Conversion:
             if any(copy.scale is not None for copy in source.copies)
         )
         carried = sum(self._spec(name).nbytes for name in (*self.plan.carried, *at_risk))
-        files = sum((self.root / file).stat().st_size for file in self.files)
-        return self.plan.target_bytes + carried + files + SPARE_BYTES
+        files = sum(file_size(self.root / file) for file in self.files)
+        elsewhere = self.layout.streams and find_mirror(self.target) is not None
+        arrays = 0 if elsewhere else self.plan.target_bytes
+        return arrays + carried + files + SPARE_BYTES
 
     def run(
         self, *, overwrite: bool, resume: bool, progress: ProgressFactory | None
@@ -244,6 +251,9 @@ class Conversion:
         )
         return replace(
             report,
+            source=shown(self.source),
+            target=shown(self.target),
+            settings={key: shown(value) for key, value in report.settings.items()},
             lossy_rows=self._lossy_rows(result),
             tensors_carried=len(carried),
             bytes_carried=sum(self._spec(name).nbytes for name in carried),

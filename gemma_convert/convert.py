@@ -14,8 +14,10 @@ from gemma_convert.dtypes import Choice, DTypePolicy, ScaledChoice
 from gemma_convert.errors import UsageError
 from gemma_convert.huggingface_view import plan_relayout
 from gemma_convert.layouts.registry import LAYOUTS, is_native, open_native
+from gemma_convert.locations import check_remote_options, local, local_target
 from gemma_convert.mapping.plan import plan_to_native
 from gemma_convert.mapping.table import load_table
+from gemma_convert.places import shown
 from gemma_convert.processes import OneProcess, Processes
 from gemma_convert.publishing import ProgressFactory
 from gemma_convert.reports import ToNativeReport
@@ -48,25 +50,30 @@ def to_native(
 ) -> ToNativeReport:
     """A report of the conversion of a checkpoint into a native layout.
 
-    `source` is a Hugging Face folder, or a native checkpoint of any layout; `like` names the
-    Hugging Face original of one that has no sidecar. `target` appears when everything is in it.
-    About `memory` bytes of anonymous memory are taken, 512 MiB by default. Several `processes` that
-    share file systems, each of which makes the same call, divide the work. Raises SourceError,
-    TargetError or UsageError with one clear message; then nothing is left behind.
+    `source` is a Hugging Face checkpoint, or a native one of any layout: a folder, `owner/name` on
+    the hub, or a URL of an object store (`gemma_convert.locations`); `like` names the Hugging Face
+    original of one that has no sidecar. `target`, a folder or such a URL, appears, or is no longer
+    marked as unfinished, when everything is in it. About `memory` bytes
+    of anonymous memory are taken, 512 MiB by default. Several `processes` that share file systems,
+    each of which makes the same call, divide the work. Raises SourceError, TargetError or
+    UsageError with one clear message; then nothing is left behind.
     """
-    started, source, target = time.monotonic(), Path(source), Path(target)
+    started = time.monotonic()
     policy, form = DTypePolicy(dtype, scaled_dtype), OrbaxFormat(ocdbt, compression)
     load_table(layout)
     limit = block_bytes(memory)
     with ExitStack() as stack:
         processes = stack.enter_context(processes or OneProcess())
-        if is_native(source):
+        output = local_target(target, stack)
+        check_remote_options(output, resume=resume, processes=processes.count)
+        folder = local(source, stack)
+        if is_native(folder):
             job = _from_native(
-                source,
-                target,
+                folder,
+                output,
                 stack,
                 layout=layout,
-                like=None if like is None else Path(like),
+                like=None if like is None else local(like, stack),
                 policy=policy,
                 scanned=scan_layers,
                 text_only=text_only,
@@ -77,8 +84,8 @@ def to_native(
             if like is not None:
                 raise UsageError("--like is for a native SRC; this one is its own original.")
             job = _from_huggingface(
-                source,
-                target,
+                folder,
+                output,
                 stack,
                 layout=layout,
                 policy=policy,
@@ -95,10 +102,10 @@ def to_native(
             )
         if dry_run:
             return job.report(TransferResult(), started, dry_run=True)
-        check_apart(source, target)
+        check_apart(folder, output)
         if not processes.index:
-            check_target(target, overwrite=overwrite)
-            check_space(target, job.needed_bytes())
+            check_target(output, overwrite=overwrite)
+            check_space(output, job.needed_bytes())
         result = job.run(overwrite=overwrite, resume=resume, progress=progress)
         return job.report(result, started, dry_run=False)
 
@@ -128,7 +135,7 @@ def _from_huggingface(
         where=str(source),
     )
     files, listed = sidecar.other_files(source, [shard.file for shard in reader.shards])
-    shards = [(shard.file, shard.size, shard.modified_ns) for shard in reader.shards]
+    shards = [(shard.file, shard.size, shard.modified) for shard in reader.shards]
     headers = [hashlib.sha256(shard.header).hexdigest() for shard in reader.shards]
     return Conversion(
         source=source,
@@ -177,7 +184,7 @@ def _from_native(
         files=original.files,
         listed=list(map(str, listed)) if isinstance(listed, list) else [],
         form=form,
-        identity={"native": str(native.folder), "state": native.fingerprint},
+        identity={"native": shown(native.folder), "state": native.fingerprint},
         inherited=Inherited(
             checksums=original.checksums,
             lossy_rows=lossy if isinstance(lossy, list) else [],

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import reprlib
 
+from gemma_convert.places import shown
+
 MOST_CHARACTERS = 4000
 """Of each part of a message; a name in a broken file may be as long as the file."""
 
@@ -26,10 +28,10 @@ class GemmaConvertError(Exception):
         found: object = None,
         do: str | None = None,
     ) -> None:
-        self.what = what
-        self.where = None if where is None else _plain(str(where))
-        self.expected = None if expected is None else _plain(str(expected))
-        self.found = None if found is None else _plain(str(found))
+        self.what = shown(what)
+        self.where = None if where is None else _plain(shown(where))
+        self.expected = None if expected is None else _plain(shown(expected))
+        self.found = None if found is None else _plain(shown(found))
         self.do = do
         super().__init__(self.message)
 

@@ -6,6 +6,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -17,6 +18,7 @@ from gemma_convert.budget import block_bytes
 from gemma_convert.buffers import ThreadBuffer
 from gemma_convert.dtypes import Choice, numpy_dtype
 from gemma_convert.layouts.registry import open_native
+from gemma_convert.locations import check_remote_options, local, local_target
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.region import Ranges, RegionCopy
 from gemma_convert.native_source import (
@@ -27,6 +29,7 @@ from gemma_convert.native_source import (
     source_part,
 )
 from gemma_convert.output import Progress
+from gemma_convert.places import shown
 from gemma_convert.publishing import ProgressFactory, publish
 from gemma_convert.reports import peak_memory
 from gemma_convert.shards import Export, KVShared, plan_export
@@ -103,25 +106,28 @@ def to_hf(
     """A report of the export of a native checkpoint to Hugging Face.
 
     `like` names the original, or a converted checkpoint of it; by default the sidecar of `source`
-    says what the original was. Raises SourceError, TargetError or UsageError with one clear
-    message; then nothing is left behind.
+    says what the original was. Each may be a folder or in an object store, and what is read also
+    on the hub (`gemma_convert.locations`). Raises SourceError, TargetError or UsageError with one
+    clear message; then nothing is left behind.
     """
-    started, source, target = time.monotonic(), Path(source), Path(target)
-    named = None if like is None else Path(like)
-    with (
-        open_native(source, block_bytes(memory)) as native,
-        open_original(native.folder, named) as original,
-    ):
+    started = time.monotonic()
+    with ExitStack() as stack:
+        output = local_target(target, stack)
+        check_remote_options(output, resume=resume)
+        folder = local(source, stack)
+        named = None if like is None else local(like, stack)
+        native = stack.enter_context(open_native(folder, block_bytes(memory)))
+        original = stack.enter_context(open_original(native.folder, named))
         plan = plan_native(native, original)
         export = plan_export(plan, original, dtype, max_shard_size, kv_shared, text_only)
         job = _Export(native, original, plan, export)
         if not dry_run:
-            check_apart(source, target)
-            check_apart(original.folder, target)
-            check_target(target, overwrite=overwrite)
-            check_space(target, export.nbytes + export.file_bytes(original.folder) + SPARE_BYTES)
+            check_apart(folder, output)
+            check_apart(original.folder, output)
+            check_target(output, overwrite=overwrite)
+            check_space(output, export.nbytes + export.file_bytes(original.folder) + SPARE_BYTES)
             publish(
-                target,
+                output,
                 job.key,
                 job.write,
                 title="to huggingface",
@@ -130,7 +136,7 @@ def to_hf(
                 resume=resume,
                 progress=progress,
             )
-        return job.report(source, target, started, dry_run=dry_run)
+        return job.report(folder, output, started, dry_run=dry_run)
 
 
 class _Export:
@@ -185,8 +191,8 @@ class _Export:
         return journal_key(
             {
                 "version": __version__,
-                "native": (str(self.native.folder), self.native.fingerprint),
-                "original": str(self.original.folder.absolute()),
+                "native": (shown(self.native.folder), self.native.fingerprint),
+                "original": shown(self.original.folder.absolute()),
                 "shards": [
                     (shard.file, hashlib.sha256(shard.header).hexdigest())
                     for shard in self.export.shards
@@ -344,8 +350,8 @@ class _Export:
         """The report of this export."""
         seconds = time.monotonic() - started
         return ToHFReport(
-            source=str(source),
-            target=str(target),
+            source=shown(source),
+            target=shown(target),
             layout=self.plan.layout,
             scanned=self.plan.scanned,
             family=self.plan.architecture.family,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ from gemma_convert.architecture import Architecture
 from gemma_convert.config import read_architecture
 from gemma_convert.dtypes import DTypePolicy, TensorSpec
 from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.foreign import refuse_foreign_folder, refuse_foreign_tensors
 from gemma_convert.layouts.registry import is_native, open_native
+from gemma_convert.locations import local
 from gemma_convert.mapping.inventory import hf_tensors, huggingface_tensors
 from gemma_convert.mapping.plan import plan_to_native
 from gemma_convert.mapping.table import HUGGINGFACE, load_table
 from gemma_convert.native_source import NativeSource
+from gemma_convert.places import shown
 from gemma_convert.stores import sidecar
 from gemma_convert.stores.orbax_reader import METADATA
 from gemma_convert.stores.safetensors import INDEX, SINGLE, SafetensorsFolder
@@ -70,9 +74,15 @@ class InspectReport:
 def inspect(path: str | Path) -> InspectReport:
     """A report of what the checkpoint at `path` is; no tensor is read.
 
-    Raises SourceError where it is no checkpoint of a known kind, or is broken.
+    That is a folder, a repository on the hub or a URL of an object store. Raises SourceError where
+    it is no checkpoint of a known kind, or is broken.
     """
-    path = Path(path)
+    with ExitStack() as stack:
+        return _inspect(local(path, stack))
+
+
+def _inspect(path: Path) -> InspectReport:
+    refuse_foreign_folder(path)
     if not path.is_dir():
         raise SourceError("There is no such folder.", where=path)
     if any((path / name).is_file() for name in (SINGLE, INDEX)):
@@ -93,6 +103,7 @@ def inspect(path: str | Path) -> InspectReport:
 def _huggingface(path: Path) -> InspectReport:
     with SafetensorsFolder(path) as reader:
         specs = reader.specs
+    refuse_foreign_tensors(specs, str(path))
     if not (path / CONFIG).exists():
         return _report(path, HUGGINGFACE, specs)
     architecture = read_architecture(path)
@@ -176,7 +187,7 @@ def _report(
 ) -> InspectReport:
     lossy = (manifest or {}).get("lossy_rows", [])
     return InspectReport(
-        path=str(path),
+        path=shown(path),
         layout=layout,
         family=_family(specs) if architecture is None else architecture.family,
         layers=_layers(specs) if architecture is None else len(architecture.text.layers),
@@ -191,7 +202,7 @@ def _report(
         bytes=sum(spec.nbytes for spec in specs.values()),
         dtypes=dict(Counter(spec.dtype for spec in specs.values())),
         extras=extras,
-        config=None if config is None else str(config),
+        config=None if config is None else shown(config),
         coverage=coverage,
         converted_by=None if manifest is None else str(manifest.get("tool")),
         lossy_rows=tuple(row["tensor"] for row in lossy),
@@ -200,6 +211,8 @@ def _report(
 
 def _family(specs: Mapping[str, TensorSpec]) -> str | None:
     """The model that the names of the tensors speak of."""
+    if any("vision_embedder" in name for name in specs):
+        return "12b"
     if any("MoeBlock_0" in n or ".experts." in n or "mlp2" in n or ".routed." in n for n in specs):
         return "26b-a4b"
     if any("per_layer_input_gate" in name for name in specs):

@@ -19,6 +19,7 @@ from gemma_convert.mapping.plan import BLOCK_BYTES, Plan, plan_to_native
 from gemma_convert.mapping.region import Box, Extent, Ranges, RegionCopy
 from gemma_convert.mapping.table import load_table
 from gemma_convert.stores.original import Original
+from gemma_convert.stores.remote import remote_fingerprint
 from gemma_convert.transfer import WORKERS, selection
 from gemma_convert.values import Array
 
@@ -66,7 +67,7 @@ class NativeSource:
 
     def check_unchanged(self) -> None:
         """Raises SourceError where the checkpoint has changed since it was opened."""
-        if fingerprint(self.folder) != self.fingerprint:
+        if fingerprint(self.folder, now=True) != self.fingerprint:
             raise SourceError(
                 "The source changed while it was read.",
                 where=self.folder,
@@ -223,8 +224,14 @@ def plan_native(native: NativeSource, original: Original) -> Plan:
     return plan
 
 
-def fingerprint(folder: Path) -> str:
-    """A digest of the names, sizes and times of all files below `folder`."""
+def fingerprint(folder: Path, *, now: bool = False) -> str:
+    """A digest of the names, sizes and times of all files below `folder`.
+
+    Of an object store it is as it was listed, or, at some cost, as it is `now`.
+    """
+    remote = remote_fingerprint(folder, now=now)
+    if remote is not None:
+        return remote
     found = []
     for root, _, files in os.walk(folder):
         for file in files:

@@ -13,6 +13,8 @@ from gemma_convert.processes import OneProcess, Processes, Watched
 from gemma_convert.stores import sidecar
 from gemma_convert.stores.journal import matches, remove_journals
 from gemma_convert.stores.orbax import sync_folder
+from gemma_convert.stores.remote import Mirror
+from gemma_convert.stores.remote_target import staged_objects, target_mirror, upload, upload_bytes
 from gemma_convert.stores.staging import StagedFolder, staged_folder
 
 ProgressFactory = Callable[[str, int], AbstractContextManager[Progress]]
@@ -38,6 +40,11 @@ def publish(
     `processes` the one that leads makes and publishes the folder. Raises TargetError where it
     cannot be written; then nothing is left behind.
     """
+    mirror = target_mirror(target)
+    if mirror is not None:
+        return _publish_remotely(
+            mirror, write, title=title, total=total, overwrite=overwrite, progress=progress
+        )
     processes = processes or OneProcess()
     if processes.index:
         return _contribute(staged_folder(target), write, target, processes)
@@ -55,6 +62,28 @@ def publish(
         remove_journals(staged.folder, processes.count)
         staged.publish()
     processes.wait("published")
+    return result
+
+
+def _publish_remotely(
+    mirror: Mirror,
+    write: Callable[[Path, Progress], T],
+    *,
+    title: str,
+    total: int,
+    overwrite: bool,
+    progress: ProgressFactory | None,
+) -> T:
+    """What `write` returns, when all that it wrote is in the object store."""
+    start = progress or (lambda title, total: nullcontext(NoProgress()))
+    with (
+        _told(mirror.folder, OneProcess()),
+        staged_objects(mirror, overwrite=overwrite) as mark,
+    ):
+        with start(title, total) as bar:
+            result = write(mirror.folder, bar)
+        with start("upload", upload_bytes(mirror)) as bar:
+            upload(mirror, mark, bar)
     return result
 
 

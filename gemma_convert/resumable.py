@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,21 @@ class ResumableTransfer:
         A process that does not lead returns those of its own share, once it is durable.
         """
         started = time.time_ns()
+        index = self.processes.index
+        with (
+            closing(Journal(folder, self.key, index)) as journal,
+            closing(self.layout.create(folder, self.plan, self.form, index)) as store,
+        ):
+            result = self._transfer(journal, store, folder, progress)
+            if not index:
+                store.complete(started, self.processes.count)
+        return result
+
+    def _transfer(
+        self, journal: Journal, store: NativeStore, folder: Path, progress: Progress
+    ) -> TransferResult:
+        """Checksums and losses, when every array is written."""
         index, count = self.processes.index, self.processes.count
-        journal = Journal(folder, self.key, index)
-        store = self.layout.create(folder, self.plan, self.form, index)
         share = split_sources(self.plan, count)[index]
         done = self._resume(journal, store, progress)
 
@@ -106,15 +119,12 @@ class ResumableTransfer:
             sync_folder(folder)
         self.processes.wait("durable")
         if index:
-            journal.close()
             return result
         for other in range(1, count):
             self._add(result, *take_part(folder, other, self._specs()))
         for name, target in self.plan.filled.items():
             for box, values in filling(target):
                 store.write(name, box, values).result()
-        store.complete(started, count)
-        journal.close()
         return result
 
     def _specs(self) -> dict[str, TensorSpec]:
@@ -135,7 +145,9 @@ class ResumableTransfer:
         done = {}
         for entry in journal.entries:
             name, regions = str(entry.get("tensor")), entry.get("regions")
-            if name not in self.plan.sources or not isinstance(regions, dict):
+            if not isinstance(entry.get("checksum"), str) or not isinstance(regions, dict):
+                continue
+            if name not in self.plan.sources:
                 continue
             boxes = self._boxes(name)
             stored = {array: _parse(listed) for array, listed in regions.items()}

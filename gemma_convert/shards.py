@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.mapping.inventory import hf_tensors
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.stores.original import Original, index_metadata
+from gemma_convert.stores.remote import file_size
 from gemma_convert.stores.safetensors import INDEX, SINGLE, Shard
 from gemma_convert.stores.safetensors_writer import OutputShard, output_shard
 
@@ -42,7 +43,7 @@ class Export:
         return sum(shard.size for shard in self.shards)
 
     def file_bytes(self, folder: Path) -> int:
-        return sum((folder / file).stat().st_size for file in self.files)
+        return sum(file_size(folder / file) for file in self.files)
 
 
 def plan_export(
@@ -174,9 +175,9 @@ def _config(original: Original, dtype: Choice, text_only: bool) -> str | None:
     if text_only and not original.architecture.text_only:
         config = json.loads(edited)
         root = {
-            "architectures": ["Gemma4ForCausalLM"],
+            "architectures": [replace(original.architecture, text_only=True).reference_class],
             **config["text_config"],
-            "model_type": "gemma4_text",
+            "model_type": original.architecture.text_model_type,
             "tie_word_embeddings": original.architecture.text.tied,
         }
         root.setdefault("dtype", config.get("dtype", "bfloat16"))

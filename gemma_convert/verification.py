@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import xxhash
 from gemma_convert.dtypes import DTypePolicy, TensorSpec, rounds
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.layouts.registry import LAYOUTS, open_native
+from gemma_convert.locations import local
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.region import Box, Ranges, RegionCopy
 from gemma_convert.native_source import (
@@ -28,6 +29,7 @@ from gemma_convert.native_source import (
     source_part,
 )
 from gemma_convert.output import NoProgress, Progress
+from gemma_convert.places import shown
 from gemma_convert.publishing import ProgressFactory
 from gemma_convert.resumable import filling
 from gemma_convert.stores import sidecar
@@ -97,31 +99,37 @@ def verify(
 
     A native checkpoint is compared with the Hugging Face folder `against`, bit for bit through the
     plan (within one rounding where the dtype rounds), or without one with the checksums of its
-    manifest. An exported Hugging Face folder is compared with the native checkpoint `against`.
+    manifest. An exported Hugging Face folder is compared with the native checkpoint `against`. Both
+    may be folders, on the hub or in an object store (`gemma_convert.locations`).
     Raises SourceError where a side cannot be read or the two do not belong together.
     """
-    started, path = time.monotonic(), Path(path)
-    other = None if against is None else Path(against)
+    started = time.monotonic()
+    with ExitStack() as stack:
+        folder = local(path, stack)
+        other = None if against is None else local(against, stack)
+        found = _verify(folder, other, progress)
+        return VerifyReport(
+            path=shown(folder),
+            against="the manifest's checksums" if other is None else shown(other),
+            checked=found.checked,
+            bytes=found.bytes,
+            different=found.different,
+            within_rounding=found.within_rounding,
+            seconds=time.monotonic() - started,
+        )
+
+
+def _verify(path: Path, other: Path | None, progress: ProgressFactory | None) -> Comparison:
     if any((path / name).exists() for name in (SINGLE, INDEX)):
         if other is None:
             raise UsageError(
                 "An exported Hugging Face folder is verified against its native source.",
                 do="name the native checkpoint with --against",
             )
-        found = _verify_export(path, other, progress)
-    elif other is None:
-        found = _verify_manifest(path, progress)
-    else:
-        found = _verify_native(path, other, progress)
-    return VerifyReport(
-        path=str(path),
-        against="the manifest's checksums" if other is None else str(other),
-        checked=found.checked,
-        bytes=found.bytes,
-        different=found.different,
-        within_rounding=found.within_rounding,
-        seconds=time.monotonic() - started,
-    )
+        return _verify_export(path, other, progress)
+    if other is None:
+        return _verify_manifest(path, progress)
+    return _verify_native(path, other, progress)
 
 
 def _verify_export(path: Path, native: Path, progress: ProgressFactory | None) -> Comparison:
@@ -259,7 +267,7 @@ def _verify_sidecar(root: Path, manifest: Mapping[str, Any], found: Comparison) 
         file = folder / name
         if not file.is_file() or file.is_symlink():
             found.differ(f"{sidecar.FOLDER}/{name}", "is missing")
-        elif _sha256(file) != expected:
+        elif sidecar.sha256(file) != expected:
             found.differ(f"{sidecar.FOLDER}/{name}", "is not what was kept")
     carried = [n for n, e in manifest.get("tensors", {}).items() if e["kept"] == "carried"]
     if not carried:
@@ -355,7 +363,7 @@ def _verify_kept(
     files, _ = sidecar.other_files(source, [shard.file for shard in reader.shards])
     for file in files:
         kept = folder / file
-        if not kept.is_file() or _sha256(kept) != _sha256(source / file):
+        if not kept.is_file() or sidecar.sha256(kept) != sidecar.sha256(source / file):
             found.differ(f"{sidecar.FOLDER}/{file}", "is not the source's")
     for shard in reader.shards:
         header = own / sidecar.HEADERS / f"{shard.file}.header"
@@ -386,11 +394,6 @@ def _file_checksum(reader: SafetensorsFolder, name: str) -> str:
     for piece in reader.pieces(name):
         digest.update(piece)
     return digest.hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _bar(progress: ProgressFactory | None, title: str, total: int) -> Any:

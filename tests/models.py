@@ -15,8 +15,8 @@ A4B = "gemma-4-26B-A4B-it"
 DENSE = "gemma-4-31B-it"
 UNIFIED = "gemma-4-12B"
 
-PUBLISHED = (E2B, E4B, A4B, DENSE)
-"""The models that are converted. Of the unified 12B there is a config alone, to be refused."""
+PUBLISHED = (E2B, E4B, A4B, DENSE, UNIFIED)
+"""The models that are converted."""
 
 WHERE = Path("somewhere/config.json")
 """What error messages call a config that was never a file."""
@@ -45,8 +45,10 @@ def load_architecture(name: str) -> Architecture:
 
 
 def text_only(config: dict) -> dict:
-    """The config of the language model alone, as Gemma4ForCausalLM has it."""
-    return {**config["text_config"], "architectures": ["Gemma4ForCausalLM"]}
+    """The config of the language model alone, as Gemma4ForCausalLM or 12B's class has it."""
+    (whole,) = config["architectures"]
+    alone = whole.replace("ForConditionalGeneration", "ForCausalLM")
+    return {**config["text_config"], "architectures": [alone], "dtype": config["dtype"]}
 
 
 def without_layers(config: dict, layers: int) -> dict:

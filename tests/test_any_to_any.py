@@ -50,7 +50,7 @@ DEPTHS = {"e2b": {"layers": 10}, "e4b": {"layers": 12}, "31b": {"layers": 6}}
 PAIRS = [
     *(
         (family, one, two)
-        for family in ("e2b", "e4b", "26b-a4b")
+        for family in ("e2b", "26b-a4b")
         for one, two in itertools.permutations(OF_FAMILY[family], 2)
     ),
     ("31b", "maxtext", "scanned"),

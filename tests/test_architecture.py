@@ -21,7 +21,7 @@ from models import (
     without_layers,
 )
 
-from gemma_convert.architecture import Architecture, Rope
+from gemma_convert.architecture import Architecture, AudioEmbedder, Rope, VisionEmbedder
 from gemma_convert.config import parse_architecture, read_architecture
 from gemma_convert.errors import SourceError
 
@@ -60,6 +60,12 @@ TEXT = {
         "key_as_value": True, "double_wide_mlp": False, "kv_shared_layers": 0,
         "bidirectional_images": True,
     },
+    UNIFIED: {
+        "vocab": 262144, "embed": 3840, "period": 6, "window": 1024, "ple": 0,
+        "ple_vocab": 0, "experts": 0, "experts_per_token": 0, "expert_mlp": 0,
+        "key_as_value": True, "double_wide_mlp": False, "kv_shared_layers": 0,
+        "bidirectional_images": True,
+    },
 }  # fmt: skip
 
 # name: layers, full layers, heads, (head_dim, kv_heads) sliding and full, mlp, first shared layer
@@ -68,6 +74,7 @@ LAYERS = {
     E4B: (42, [5, 11, 17, 23, 29, 35, 41], 8, (256, 2), (512, 2), 10240, 24),
     A4B: (30, [5, 11, 17, 23, 29], 16, (256, 8), (512, 2), 2112, 30),
     DENSE: (60, [5, 11, 17, 23, 29, 35, 41, 47, 53, 59], 32, (256, 16), (512, 4), 21504, 60),
+    UNIFIED: (48, list(range(5, 48, 6)), 16, (256, 8), (512, 1), 15360, 48),
 }
 
 VISION = {
@@ -109,7 +116,7 @@ def test_layers_that_share_keys_and_values_take_the_last_owner_of_their_kind():
     assert e2b == [*range(15), *([13, 13, 13, 13, 14] * 4)]
     e4b = [layer.kv_source for layer in load_architecture(E4B).text.layers]
     assert e4b == [*range(24), *([22, 22, 22, 22, 22, 23] * 3)]
-    for name in (A4B, DENSE):
+    for name in (A4B, DENSE, UNIFIED):
         layers = load_architecture(name).text.layers
         assert [layer.kv_source for layer in layers] == list(range(len(layers)))
 
@@ -123,11 +130,14 @@ def test_layers_that_own_a_value_projection():
     assert owners(E4B) == list(range(24))
     assert owners(A4B) == [i for i in range(30) if i % 6 != 5]
     assert owners(DENSE) == [i for i in range(60) if i % 6 != 5]
+    assert owners(UNIFIED) == [i for i in range(48) if i % 6 != 5]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", VISION)
 def test_facts_of_the_towers(name):
     model = load_architecture(name)
+    assert not model.unified
+    assert (model.vision_embedder, model.audio_embedder) == (None, None)
     vision = model.vision
     assert VISION[name] == (
         vision.embed, vision.layers, vision.heads, vision.head_dim, vision.mlp, vision.clipped,
@@ -146,7 +156,8 @@ def test_facts_of_the_towers(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "family"), [(E2B, "e2b"), (E4B, "e4b"), (A4B, "26b-a4b"), (DENSE, "31b")]
+    ("name", "family"),
+    [(E2B, "e2b"), (E4B, "e4b"), (A4B, "26b-a4b"), (DENSE, "31b"), (UNIFIED, "12b")],
 )
 def test_family_and_top_level_facts(name, family):
     model = load_architecture(name)
@@ -288,7 +299,8 @@ WRONG = [
     ("model_type", MISSING, "model_type"),
     ("model_type", 4, "model_type"),
     ("model_type", "gemma3", "model_type"),
-    ("model_type", "gemma4_unified", "model_type"),
+    ("model_type", "gemma4_unified", T + "hidden_size_per_layer_input"),
+    ("quantization", {"bits": 4}, "quantization"),
     ("dtype", 16, "dtype"),
     ("image_token_id", "<image>", "image_token_id"),
     ("image_token_id", -1, "image_token_id"),
@@ -428,11 +440,84 @@ def test_the_old_name_of_the_experts_width():
     assert parse_architecture(config, WHERE) == load_architecture(A4B)
 
 
-def test_the_unified_12b_is_refused():
+def test_facts_of_the_embedders_of_12b():
+    model = load_architecture(UNIFIED)
+    assert model.unified and (model.vision, model.audio) == (None, None)
+    assert model.vision_embedder == VisionEmbedder(
+        embed=3840, patch=6912, patch_size=16, pooling=3, positions=1120
+    )
+    assert model.audio_embedder == AudioEmbedder(frame=640)
+    facts = ("images", "sounds", "vision", "audio", "vision_embedder", "audio_embedder")
+    assert [model.holds(fact, {}) for fact in facts] == [True, True, False, False, True, True]
+    sizes = {"vit_embed": 3840, "patch": 6912, "positions": 1120, "xy": 2, "audio_output": 640}
+    assert {axis: model.size(axis, {}) for axis in sizes} == sizes
+    assert model.size("vit_layers", {}) is None
+    dense = load_architecture(DENSE)
+    assert [dense.holds(fact, {}) for fact in facts] == [True, False, True, False, False, False]
+
+
+def test_classes_and_kinds_of_models():
+    names = {
+        name: (one.reference_class, one.text_model_type)
+        for name in (DENSE, UNIFIED)
+        for one in (load_architecture(name),)
+    }
+    assert names == {
+        DENSE: ("Gemma4ForConditionalGeneration", "gemma4_text"),
+        UNIFIED: ("Gemma4UnifiedForConditionalGeneration", "gemma4_unified_text"),
+    }
+    alone = parse_architecture(text_only(load_config(UNIFIED)), WHERE)
+    assert alone.reference_class == "Gemma4UnifiedForCausalLM"
+    assert (alone.unified, alone.vision_embedder, alone.audio_embedder) == (True, None, None)
+
+
+def test_defaults_of_12b_where_a_key_is_left_out():
+    config = load_config(UNIFIED)
+    left_out = ("sliding_window", "hidden_size_per_layer_input", "use_bidirectional_attention",
+                "enable_moe_block", "rope_parameters", "global_head_dim")  # fmt: skip
+    for key in left_out:
+        del config["text_config"][key]
+    config["vision_config"] = {"model_type": "gemma4_unified_vision"}
+    config["audio_config"] = {"model_type": "gemma4_unified_audio"}
+    assert parse_architecture(config, WHERE) == load_architecture(UNIFIED)
+    config["text_config"]["use_bidirectional_attention"] = None
+    assert not parse_architecture(config, WHERE).text.bidirectional_images
+    config |= {"vision_config": None, "audio_config": None}
+    bare = parse_architecture(config, WHERE)
+    assert (bare.unified, bare.vision_embedder, bare.audio_embedder) == (True, None, None)
+
+
+@pytest.mark.parametrize("key", ["audio_embed_dim", "output_proj_dims", "audio_samples_per_token"])
+def test_any_key_says_how_long_a_frame_is(key):
+    config = load_config(UNIFIED)
+    config["audio_config"] = {key: 320}
+    assert parse_architecture(config, WHERE).audio_embedder == AudioEmbedder(frame=320)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (T + "enable_moe_block", True),
+        (T + "hidden_size_per_layer_input", 256),
+        (T + "use_bidirectional_attention", "all"),
+        (V + "mm_embed_dim", 1920),
+        (V + "output_proj_dims", 1920),
+        (V + "model_patch_size", 16),
+        (V + "mm_posemb_size", 0),
+        (V + "patch_size", -16),
+        (AUDIO + "audio_samples_per_token", 320),
+        (AUDIO + "hidden_size", 641),
+        (AUDIO + "audio_embed_dim", "640"),
+    ],
+)
+def test_a_malformed_config_of_12b_names_the_key(path, value):
+    config = load_config(UNIFIED)
+    put(config, path, value)
     with pytest.raises(SourceError) as caught:
-        parse_architecture(load_config(UNIFIED), WHERE)
-    assert caught.value.found == "gemma4_unified"
-    assert "E2B, E4B, 26B-A4B or 31B" in caught.value.do
+        parse_architecture(config, WHERE)
+    key = V + "output_proj_dims" if path == V + "mm_embed_dim" else path
+    assert caught.value.where == f"{WHERE}, key {key}"
+    assert caught.value.what == "config.json does not describe a model."
 
 
 @pytest.mark.parametrize(
@@ -509,7 +594,9 @@ JSON = st.recursive(
     | st.sampled_from([0, 1, 2, -1, 35, 1024, 1025, 1 << 31, 10**300])
     | st.floats()
     | st.text(max_size=6)
-    | st.sampled_from(["full_attention", "sliding_attention", "gemma4_text", "proportional"]),
+    | st.sampled_from(
+        ["full_attention", "sliding_attention", "gemma4_text", "gemma4_unified", "proportional"]
+    ),
     lambda inner: (
         st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
     ),

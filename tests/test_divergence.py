@@ -75,6 +75,35 @@ def test_top1_and_overlap_are_counted():
     assert found.overlap.tolist() == [0.9, 1.0]
 
 
+def test_likeliest_tokens_in_order_and_their_probabilities():
+    reference, native = logits(6, 40, 20), logits(6, 40, 21)
+    found = compare(reference, native)
+    for side, values in ((found.reference, reference), (found.native, native)):
+        p = np.exp(values.astype(np.float64))
+        p /= p.sum(axis=1, keepdims=True)
+        assert side.ids.tolist() == np.argsort(-p, axis=1)[:, :10].tolist()
+        np.testing.assert_allclose(side.probabilities, -np.sort(-p, axis=1)[:, :10], rtol=1e-12)
+
+
+def test_of_equally_likely_tokens_the_lower_id_comes_first():
+    values = np.zeros((2, 4))
+    values[1, 2] = 1
+    assert compare(values, values).reference.ids.tolist() == [[0, 1, 2, 3], [2, 0, 1, 3]]
+
+
+def test_tokens_come_in_the_order_in_which_they_were_added():
+    reference, native, total = logits(5, 30, 22), logits(5, 30, 23), Accumulator()
+    kept = np.array([True, False, True, True, True])
+    for rows in (slice(0, 2), slice(2, 2), slice(2, 5)):
+        ids = list(range(5))[rows]
+        given = {"sequence": "a", "start": rows.start, "ids": ids, "compared": kept[rows]}
+        total.add(reference[rows], native[rows], **given)
+    found, whole = total.tokens(), compare(reference[kept], native[kept])
+    assert found.kl.tolist() == whole.kl.tolist()
+    assert found.native.ids.tolist() == whole.native.ids.tolist()
+    assert Accumulator().tokens().kl.tolist() == []
+
+
 def test_vocabulary_smaller_than_the_overlap():
     assert compare(np.ones((1, 3)), np.ones((1, 3))).overlap.tolist() == [1.0]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import models
@@ -143,7 +144,8 @@ BROKEN = [
     ({"model_type": "bert"}, "model_type", "bert"),
     ({}, "model_type", "nothing"),
     ({"model_type": ["llama"]}, "model_type", "['llama']"),
-    ({"model_type": "gemma4_unified"}, "model_type", "gemma4_unified"),
+    ({"model_type": "gemma4_assistant"}, "model_type", "gemma4_assistant"),
+    ({"model_type": "gemma4_unified_text"}, "num_hidden_layers", "nothing"),
     ({"model_type": "deepseek_v2"}, "num_experts_per_tok", "nothing"),
     ({"model_type": "llama", "hidden_size": 0}, "hidden_size", "0"),
     ({"model_type": "llama", "hidden_size": -4}, "hidden_size", "-4"),
@@ -190,8 +192,9 @@ def test_the_message_about_another_model_names_the_known_ones(read):
     with pytest.raises(SourceError) as caught:
         read({"model_type": "bert"})
     assert caught.value.expected == (
-        "deepseek_v2, deepseek_v3, gemma2, gemma3, gemma3_text, gemma4, gemma4_text, gpt_oss, "
-        "llama, llama4, llama4_text, mixtral, qwen3, qwen3_moe, qwen3_next"
+        "deepseek_v2, deepseek_v3, gemma2, gemma3, gemma3_text, gemma4, gemma4_text, "
+        "gemma4_unified, gemma4_unified_text, gpt_oss, llama, llama4, llama4_text, mixtral, qwen3, "
+        "qwen3_moe, qwen3_next"
     )
 
 
@@ -243,6 +246,20 @@ def test_gemma4_as_its_architecture_says(read):
     assert moe.layers[0].feed_forward == (Dense(2112), Experts(128, 8, 704))
     assert moe.layers[5].mixer == GroupedQuery(16, 2, 512, Reach(), True, False)
     assert moe.groups == {"sliding": 2, "full": 8}
+
+
+def test_12b_as_its_architecture_says(read):
+    found = read_model(models.FOLDER / models.UNIFIED)
+    assert (found.family, found.image_tokens, found.ple) == ("gemma4 12b", 280, 0)
+    assert found.bidirectional_images is True and len(found.layers) == 48
+    assert found.layers[0].mixer == GroupedQuery(16, 8, 256, Reach("sliding", 1024))
+    assert found.layers[5].mixer == GroupedQuery(16, 1, 512, Reach(), True, False)
+    assert {layer.feed_forward for layer in found.layers} == {(Dense(15360),)}
+    values = models.load_config(models.UNIFIED)
+    values["vision_config"]["num_soft_tokens"] = 70
+    assert read(values) == replace(found, image_tokens=70)
+    assert read(values | {"vision_config": None}) == replace(found, vision=None)
+    assert read(values | {"quantization": {"bits": 4}}).image_tokens == 70
 
 
 def test_a_description_names_its_source():

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from gemma_convert.architecture import AudioEmbedder, VisionEmbedder
 from gemma_convert.flops.count import count
 from gemma_convert.flops.model import Model
 from gemma_convert.flops.source import read_model
@@ -65,22 +66,36 @@ def arguments(model, sounds: bool) -> dict:
     for start in (2, 2 + IMAGE_TOKENS + 1):
         ids[:, start : start + IMAGE_TOKENS] = config.image_token_id
         kinds[:, start : start + IMAGE_TOKENS] = 1
-    patches = IMAGE_TOKENS * config.vision_config.pooling_kernel_size**2
-    rows, columns = torch.meshgrid(torch.arange(patches // 9), torch.arange(9), indexing="ij")
+    patches, size = patches_of(config.vision_config)
+    width = patches // 3
+    rows, columns = torch.meshgrid(torch.arange(3), torch.arange(width), indexing="ij")
     place = torch.stack([columns.flatten(), rows.flatten()], -1)
     found = {
         "input_ids": ids,
         "mm_token_type_ids": kinds,
-        "pixel_values": torch.rand(BATCH * IMAGES, patches, 3 * config.vision_config.patch_size**2),
+        "pixel_values": torch.rand(BATCH * IMAGES, patches, 3 * size**2),
         "image_position_ids": place.expand(BATCH * IMAGES, -1, -1),
     }
     if sounds:
         ids[:, -SOUND_TOKENS - 1 : -1] = config.audio_token_id
-        frames = 4 * SOUND_TOKENS
-        bands = config.audio_config.subsampling_conv_channels[0]
+        frames, bands = frames_of(config.audio_config)
         found["input_features"] = torch.rand(BATCH, frames, bands)
         found["input_features_mask"] = torch.ones(BATCH, frames, dtype=torch.bool)
     return found
+
+
+def patches_of(config) -> tuple[int, int]:
+    """Patches of an image and the pixels on a side of one; 12B's are merged beforehand."""
+    if config.model_type == "gemma4_unified_vision":
+        return IMAGE_TOKENS, config.model_patch_size
+    return IMAGE_TOKENS * config.pooling_kernel_size**2, config.patch_size
+
+
+def frames_of(config) -> tuple[int, int]:
+    """Frames of a sound and the numbers in one: mel bands, or 12B's raw samples."""
+    if config.model_type == "gemma4_unified_audio":
+        return SOUND_TOKENS, config.audio_embed_dim
+    return 4 * SOUND_TOKENS, config.subsampling_conv_channels[0]
 
 
 def measured(model, sounds: bool, backward: bool) -> int:
@@ -97,7 +112,12 @@ def measured(model, sounds: bool, backward: bool) -> int:
 
 
 def pooling(model: Model, images: int = BATCH * IMAGES) -> int:
-    """transformers averages patches by a product with a matrix of which patch goes where."""
+    """transformers averages patches by a product with a matrix of which patch goes where.
+
+    12B averages none.
+    """
+    if isinstance(model.vision, VisionEmbedder):
+        return 0
     patches = IMAGE_TOKENS * model.vision.pooling**2
     return images * 2 * IMAGE_TOKENS * patches * model.vision.embed
 
@@ -108,6 +128,8 @@ def depthwise_gradients(model: Model) -> int:
     It takes a gradient for every pair of channels, where a depthwise convolution has one for each.
     """
     audio = model.audio
+    if isinstance(audio, AudioEmbedder):
+        return 0
     forward = 2 * BATCH * SOUND_TOKENS * audio.kernel * audio.embed
     return audio.layers * (audio.embed - 1) * forward
 
@@ -119,7 +141,7 @@ def test_a_forward_pass_with_images_equals_the_counter(family, tiny, model_of):
     assert measured(model_of(family), False, False) == found + pooling(model)
 
 
-@pytest.mark.parametrize("family", ["e2b", "e4b"])
+@pytest.mark.parametrize("family", ["e2b", "e4b", "12b"])
 def test_a_forward_pass_with_images_and_sounds_equals_the_counter(family, tiny, model_of):
     model = read_model(tiny(family))
     found = count(model, replace(prefill(BATCH, TOKENS), rule="dense", **IMAGE, **SOUND)).total
@@ -151,6 +173,44 @@ def test_a_training_step_with_frozen_parts_equals_the_counter(frozen, tiny, mode
     extra = pooling(model) * (1 if "vision" in frozen else 2)
     extra += 0 if "audio" in frozen else depthwise_gradients(model)
     assert measured(theirs, True, True) == count(model, work).total + extra
+
+
+FROZEN_IN_12B = [
+    (),
+    ("vision",),
+    ("vision", "vision-projector"),
+    ("vision", "text"),
+    ("vision-projector",),
+    ("text", "vision-projector"),
+    ("text", "vision-projector", "audio-projector"),
+    ("text", "vision", "audio-projector"),
+    ("vision", "vision-projector", "audio-projector"),
+]
+
+
+@pytest.mark.parametrize("frozen", FROZEN_IN_12B, ids="+".join)
+def test_a_training_step_of_12b_equals_the_counter(frozen, tiny, model_of):
+    """A norm with weights stands before the map of patches, so that its input has a gradient."""
+    theirs, model = model_of("12b"), read_model(tiny("12b"))
+    theirs.requires_grad_(True)
+    for part in frozen:
+        for module in modules_of_12b(theirs.model, part):
+            module.requires_grad_(False)
+    work = replace(train(BATCH, TOKENS), rule="dense", **IMAGE, **SOUND, frozen=frozenset(frozen))
+    assert measured(theirs, True, True) == count(model, work).total
+
+
+def modules_of_12b(model, part: str) -> list:
+    """The modules, or parameters, of a part: the projector stands inside of the embedder."""
+    vision = model.embed_vision
+    projector = vision.multimodal_embedder
+    own = [one for name, one in vision.named_children() if one is not projector]
+    return {
+        "text": [model.language_model],
+        "vision": [*own, vision.pos_embedding],
+        "vision-projector": [projector],
+        "audio-projector": [model.embed_audio],
+    }[part]
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 11, 12, 13, 24, 40])

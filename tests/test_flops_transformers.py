@@ -189,7 +189,11 @@ def gemma4_text(name: str):
     return transformers_config(models.load_config(name)["text_config"])
 
 
-@pytest.mark.parametrize("name", models.PUBLISHED)
+TEXT_MODELS = [name for name in models.PUBLISHED if name != models.UNIFIED]
+"""12B's text is counted beside its embedders, on a tiny model: test_flops_towers.py."""
+
+
+@pytest.mark.parametrize("name", TEXT_MODELS)
 def test_gemma4_text_equals_the_counter(name):
     found = count(read_model(models.FOLDER / name), replace(prefill(BATCH, TOKENS), rule="dense"))
     assert forward_flops(gemma4_text(name)) == found.total

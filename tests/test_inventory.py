@@ -7,6 +7,7 @@ from models import (
     E2B,
     E4B,
     PUBLISHED,
+    UNIFIED,
     WHERE,
     load_architecture,
     load_config,
@@ -26,7 +27,7 @@ from gemma_convert.mapping.inventory import (
 )
 from gemma_convert.mapping.notation import parse_view
 
-COUNTS = [(E2B, 2011, 60), (E4B, 2130, 54), (A4B, 1013, 0), (DENSE, 1188, 0)]
+COUNTS = [(E2B, 2011, 60), (E4B, 2130, 54), (A4B, 1013, 0), (DENSE, 1188, 0), (UNIFIED, 677, 0)]
 LAYER = "model.language_model.layers."
 
 

@@ -112,3 +112,14 @@ def test_layers_without_a_repeating_block():
     with pytest.raises(UsageError, match="whole blocks") as caught:
         scanned_placement(load_table("maxtext"), parse_architecture(config, WHERE))
     assert (caught.value.expected, caught.value.found) == ("a repeating pattern", "60 layers")
+
+
+def test_a_layer_without_a_block_has_no_place_in_a_stack():
+    """Who asks for a place without `scanned_placement`, which refuses such models."""
+    config = load_config(DENSE)
+    config["text_config"]["layer_types"][2] = "full_attention"
+    model, table = parse_architecture(config, WHERE), load_table("maxtext")
+    view = parse_view(LAYER + "layer_scalar [1]")
+    with pytest.raises(MappingError, match="without a repeating block") as caught:
+        place(view, {"layers": 4}, model, table, table.placements["scanned"])
+    assert caught.value.found == "4"

@@ -13,6 +13,7 @@ from models import (
     E2B,
     E4B,
     PUBLISHED,
+    UNIFIED,
     WHERE,
     load_architecture,
     load_config,
@@ -58,6 +59,8 @@ PLANS = [
     (DENSE, False, False, 1188, 0),
     (DENSE, True, True, 29, 356),
     (DENSE, True, False, 385, 0),
+    (UNIFIED, False, False, 666, 11),
+    (UNIFIED, True, True, 29, 11),
 ]
 EVERY = pytest.mark.parametrize(("name", "scanned", "text"), [plan[:3] for plan in PLANS])
 
@@ -276,7 +279,30 @@ SHAPES = {
         GLOBAL + "pre_ffw_norm/scale": (5376, 10),
         VISION + "layer_0/pre_attention_norm/scale": (1152,),
     },
+    (UNIFIED, False): {
+        "token_embedder/embedding": (262144, 3840),
+        "decoder/layers_47/self_attention/query/kernel": (3840, 16, 512),
+        "decoder/layers_47/self_attention/key/kernel": (3840, 1, 512),
+        "decoder/layers_47/self_attention/value/kernel": None,
+        "decoder/layers_46/self_attention/value/kernel": (3840, 8, 256),
+        "decoder/layers_46/mlp/wi_1/kernel": (3840, 15360),
+        "decoder/layers_48/layer_scalar": None,
+        "vision_encoder/Gemma4VisionProjector_0/projection/kernel": None,
+    },
 }
+
+
+@pytest.mark.parametrize(
+    ("layout", "framework"),
+    [("maxtext", "MaxText"), ("gemma-jax", "The gemma library"), ("fast-llm", "Fast-LLM")],
+)
+@pytest.mark.parametrize("text", [False, True])
+def test_the_embedders_of_12b_are_carried_with_a_reason(layout, framework, text):
+    published = load_tensors(UNIFIED)
+    why = f"{framework} has no place for the embedders of Gemma 4 12B"
+    carried = make(UNIFIED, table=load_table(layout), text_only=text).carried
+    assert carried == {name: why for name in published if ".language_model." not in name}
+    assert len(carried) == 11
 
 
 @pytest.mark.parametrize(("name", "scanned"), SHAPES)
@@ -427,7 +453,7 @@ def test_where_a_layer_stands_in_a_scan(layer, path, box):
 def test_only_the_embedding_is_scaled(name):
     plan = plan_of(name, False, False)
     scaled = {copy.target.tensor: copy.scale for copy in plan.copies if copy.scale is not None}
-    width = {E2B: 1536, E4B: 2560, A4B: 2816, DENSE: 5376}[name]
+    width = {E2B: 1536, E4B: 2560, A4B: 2816, DENSE: 5376, UNIFIED: 3840}[name]
     assert scaled == {P + "token_embedder/embedding": math.sqrt(width)}
     assert plan.targets[P + "token_embedder/embedding"].scale == math.sqrt(width)
 
@@ -834,7 +860,7 @@ def test_a_tensor_that_no_row_takes():
     error = faulty(E2B, lambda data: maxtext_row(data, "layer_scalar").update(when="sliding"))
     assert error.what.startswith("No row converts this tensor")
     assert error.found in {f"{LAYERS}{full}.layer_scalar" for full in range(4, 35, 5)}
-    error = faulty(E2B, lambda data: data["carried"][3].update(when="moe"))
+    error = faulty(E2B, lambda data: data["carried"][6].update(when="moe"))
     assert error.found.startswith("model.vision_tower.")
 
 
@@ -862,8 +888,10 @@ OTHER_PLANS = [
     ("gemma-jax", E4B, 2130, 1421, 128, 0),
     ("gemma-jax", A4B, 1013, 618, 0, 0),
     ("gemma-jax", DENSE, 1188, 738, 0, 0),
+    ("gemma-jax", UNIFIED, 677, 578, 0, 11),
     ("fast-llm", A4B, 1013, 602, 0, 356),
     ("fast-llm", DENSE, 1188, 722, 0, 356),
+    ("fast-llm", UNIFIED, 677, 578, 0, 11),
 ]
 OTHERS = pytest.mark.parametrize(("layout", "name"), [plan[:2] for plan in OTHER_PLANS])
 
@@ -950,6 +978,19 @@ OTHER_SHAPES = {
         "layer_5/attn/kv_einsum/w": None,
         "vision_encoder/standardize/scale": (1152,),
         "vision_encoder/transformer/stacked_layers/block/mlp/linear/w": (27, 4304, 1152),
+    },
+    ("gemma-jax", UNIFIED): {
+        "layer_0/attn/kv_einsum/w": (2, 8, 3840, 256),
+        "layer_47/attn/k_einsum/w": (1, 3840, 512),
+        "layer_47/attn/kv_einsum/w": None,
+        "layer_47/mlp/linear/w": (15360, 3840),
+        "embedder/mm_input_projection/w": None,
+        "embedder/audio_input_projection/w": None,
+    },
+    ("fast-llm", UNIFIED): {
+        "decoder.47.mixer.key_value.weight/weights": (512, 3840),
+        "decoder.46.mixer.key_value.weight/weights": (2 * 8 * 256, 3840),
+        "decoder.0.mlp.layer_1.weight/weights": (2 * 15360, 3840),
     },
     ("fast-llm", A4B): {
         "decoder.0.mlp.routed.layer_1.weight/weights": (128 * 2 * 704, 2816),

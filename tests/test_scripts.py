@@ -102,5 +102,5 @@ def test_wrong_model_and_usage(shallow, tmp_path):
     assert done.returncode == 3
     assert "is 31b, not e2b" in done.stderr
     assert run("convert_and_check.sh").returncode == 2
-    assert run("convert_and_check.sh", "12b", "x", "y").returncode == 2
+    assert run("convert_and_check.sh", "27b", "x", "y").returncode == 2
     assert not (tmp_path / "out").exists()

@@ -25,7 +25,7 @@ from gemma_convert.logits import check as check_module
 from gemma_convert.logits import native_jax, streaming
 from gemma_convert.logits.batches import batches, by_sequence
 from gemma_convert.logits.check import logit_check
-from gemma_convert.logits.divergence import SlicedComparison, compare
+from gemma_convert.logits.divergence import compare
 from gemma_convert.logits.drift import TOLERANCE, Drift, measure_drift
 from gemma_convert.logits.golden import save_golden
 from gemma_convert.logits.images import image_sequences
@@ -34,6 +34,7 @@ from gemma_convert.logits.native import open_model
 from gemma_convert.logits.prompts import TokenSequence, token_sequences
 from gemma_convert.logits.reference import Reference
 from gemma_convert.logits.report import render
+from gemma_convert.logits.sliced import SlicedComparison
 from gemma_convert.logits.sounds import sound_sequences
 from gemma_convert.native.restore import (
     maxtext_facts,
@@ -348,7 +349,7 @@ def random_logits(positions, vocab, seed, scale=3.0):
 @pytest.mark.parametrize("widths", [(300,), (1, 299), (100, 3, 197), (11,) * 27 + (3,), (295, 5)])
 @pytest.mark.parametrize("shift", [1.0, 1e-4])
 def test_slices_of_the_vocabulary_add_up(widths, shift, monkeypatch):
-    monkeypatch.setattr("gemma_convert.logits.divergence._BLOCK_BYTES", 8 * 300 * 4)
+    monkeypatch.setattr("gemma_convert.logits.divergence.BLOCK_BYTES", 8 * 300 * 4)
     reference = random_logits(9, 300, 1) + np.float32(20)
     native = reference + np.float32(shift) * random_logits(9, 300, 2, 1.0) - np.float32(5)
     whole, found = compare(reference, native), sliced(reference, native, widths)
@@ -356,6 +357,9 @@ def test_slices_of_the_vocabulary_add_up(widths, shift, monkeypatch):
     assert found.top1.tolist() == whole.top1.tolist()
     np.testing.assert_array_equal(found.overlap, whole.overlap)
     np.testing.assert_array_equal(found.difference, whole.difference)
+    for ours, theirs in ((found.reference, whole.reference), (found.native, whole.native)):
+        assert ours.ids.tolist() == theirs.ids.tolist() and ours.ids.shape == (9, 10)
+        np.testing.assert_allclose(ours.probabilities, theirs.probabilities, rtol=1e-12)
 
 
 def test_large_logits_do_not_overflow_in_any_order():
@@ -452,6 +456,7 @@ def test_the_whole_model_has_the_same_figures(tiny, converted, media, layout, mo
     assert (one.tokens, one.top1_agreement) == (other.tokens, other.top1_agreement)
     assert abs(one.kl_max - other.kl_max) < 1e-9
     assert abs(one.max_logit_difference - other.max_logit_difference) < 1e-4
+    check_tokens(whole, streamed, images=len(options["images"]))
     drift = streamed.drift
     assert len(drift.layers) == len(read_architecture(source).text.layers)
     assert drift.first is None and drift.tolerance == TOLERANCE
@@ -462,6 +467,25 @@ def test_the_whole_model_has_the_same_figures(tiny, converted, media, layout, mo
     assert found["embedding_drift"] == drift.embedding and not found["whole_model"]
     assert found["peak_memory_bytes"] > 1e8
     assert whole.as_json()["layers"] == [] and whole.as_json()["drift_tolerance"] is None
+
+
+def check_tokens(whole, streamed, images):
+    """Both have every token's KL at its place, and what is likely behind the worst ones."""
+    for one, other in zip(whole.checked, streamed.checked, strict=True):
+        assert (one.name, one.ids, one.pieces) == (other.name, other.ids, other.pieces)
+        assert [kl is None for kl in one.kl] == [kl is None for kl in other.kl]
+        np.testing.assert_allclose(one.compared, other.compared, atol=1e-9)
+    for report in (whole, streamed):
+        found, kl = report.divergence, [value for one in report.checked for value in one.compared]
+        assert len(kl) == found.tokens and max(kl) == found.kl_max
+        assert np.mean(kl) == pytest.approx(found.kl_mean)
+        assert [one.medium for one in report.checked] == [None, None] + ["image"] * images
+        assert report.worst[0].behind == found.worst and len(report.worst) == 5
+        for one in report.worst:
+            assert [each.token for each in one.reference] == [each.token for each in one.native]
+            for each, same in zip(one.reference, one.native, strict=True):
+                assert each.text is not None and each.probability > 0
+                assert each.probability == pytest.approx(same.probability, rel=1e-3)
 
 
 def scaled(array):

@@ -390,7 +390,8 @@ def test_the_report_counts_what_was_written(checkpoints):
 @pytest.mark.parametrize(
     ("family", "arguments"),
     [
-        ("12b", {}),
+        ("27b", {}),
+        ("12b", {"layers": 9}),
         ("e2b", {"layers": 5}),
         ("e2b", {"layers": 12}),
         ("e4b", {"layers": 6}),

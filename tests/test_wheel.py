@@ -24,6 +24,7 @@ def test_wheel_has_its_tables_and_finds_them(tmp_path):
     for table in (ROOT / "mappings").glob("*.toml"):
         assert f"gemma_convert/mappings/{table.name}" in names
     assert "gemma_convert/py.typed" in names
+    assert "gemma_convert/logits/html_report.css" in names
     assert not [name for name in names if name.startswith(("tests/", "scripts/"))]
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"

@@ -4,35 +4,57 @@ from __future__ import annotations
 
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
-from gemma_convert.cli import flops, golden, inspect, logit_check, tiny, to_hf, to_native, verify
-from gemma_convert.errors import GemmaConvertError, SourceError
+from gemma_convert.cli import (
+    flops,
+    golden,
+    inspect,
+    logit_check,
+    mappings,
+    tiny,
+    to_hf,
+    to_native,
+    verify,
+)
+from gemma_convert.errors import GemmaConvertError, SourceError, UsageError
+from gemma_convert.places import shown
 from gemma_convert.version import __version__
 
 INTERNAL, INTERRUPTED = 70, 130
 
+_HELP = """Convert Gemma 4 checkpoints between Hugging Face and native training layouts, and prove
+that nothing changed.
+
+\b
+Examples:
+  gemma-convert to-native gemma-4-E2B-it out --format maxtext
+  gemma-convert logit-check gemma-4-E2B-it out --report out.html
+"""
+_CONVERT, _CHECK, _KNOW = "Convert", "Check", "Know"
+
 app = typer.Typer(
     name="gemma-convert",
-    help="Convert Gemma 4 checkpoints between Hugging Face and native training layouts, and prove "
-    "that nothing changed.",
+    help=_HELP,
+    rich_markup_mode="rich",
     epilog="Exit codes: 0 done, 1 a check failed, 2 usage, 3 bad source, 4 target problem, "
     "70 a fault of gemma-convert, 130 interrupted.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
-app.command("to-native")(to_native.command)
-app.command("to-hf")(to_hf.command)
-app.command("verify")(verify.command)
-app.command("inspect")(inspect.command)
-app.command("logit-check")(logit_check.command)
-app.command("golden")(golden.command)
-app.command("flops")(flops.command)
-app.command("tiny")(tiny.command)
+app.command("to-native", rich_help_panel=_CONVERT)(to_native.command)
+app.command("to-hf", rich_help_panel=_CONVERT)(to_hf.command)
+app.command("verify", rich_help_panel=_CHECK)(verify.command)
+app.command("logit-check", rich_help_panel=_CHECK)(logit_check.command)
+app.command("golden", rich_help_panel=_CHECK)(golden.command)
+app.command("inspect", rich_help_panel=_KNOW)(inspect.command)
+app.command("mappings", rich_help_panel=_KNOW)(mappings.command)
+app.command("flops", rich_help_panel=_KNOW)(flops.command)
+app.command("tiny", rich_help_panel=_KNOW)(tiny.command)
 
 
 def _version(asked: bool) -> None:
@@ -51,32 +73,48 @@ def _root(
     del version
 
 
+def _own_fault() -> NoReturn:
+    from gemma_convert.output import note
+
+    note(traceback.format_exc())
+    note("This is a fault of gemma-convert. Please report it with the lines above.")
+    sys.exit(INTERNAL)
+
+
+def _next_command() -> str:
+    names = {command.name for command in app.registered_commands}
+    given = [word for word in sys.argv[1:2] if word in names]
+    return " ".join(["gemma-convert", *given, "--help"])
+
+
 def main() -> None:
     """Runs the command line and exits with the documented code."""
     from gemma_convert.output import note
 
     try:
-        app()
+        app(prog_name="gemma-convert")
     except GemmaConvertError as error:
         note(f"error: {error.message}")
+        if isinstance(error, UsageError) and error.do is None:
+            note(f"  what to do: {_next_command()} lists the options")
         if error.exit_code == INTERNAL:
             note("This is a fault of gemma-convert. Please report it with the command you ran.")
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, SystemExit) as ending:
         if isinstance(ending, SystemExit) and ending.code != INTERRUPTED:  # typer's word for it
             raise
-        note("interrupted; the same command with --resume continues a conversion")
+        note("interrupted; --resume continues a conversion into a local folder")
         sys.exit(INTERRUPTED)
     except ImportError as error:
+        if (error.name or "").partition(".")[0] == "gemma_convert":
+            _own_fault()
         note(
             f"error: {error}\n"
             "  what to do: this command needs more packages: pip install 'gemma-convert[check]'"
         )
         sys.exit(2)
     except OSError as error:
-        note(f"error: {error.strerror or error}\n  where: {error.filename}")
+        note(f"error: {error.strerror or error}\n  where: {shown(error.filename)}")
         sys.exit(SourceError.exit_code)
     except Exception:  # the last resort: a traceback here is our own fault
-        note(traceback.format_exc())
-        note("This is a fault of gemma-convert. Please report it with the lines above.")
-        sys.exit(INTERNAL)
+        _own_fault()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -57,10 +56,10 @@ class DType(StrEnum):
 
 def command(
     path: Annotated[
-        Path,
+        str,
         typer.Argument(
             metavar="CONFIG_OR_PATH",
-            help="A config.json, a Hugging Face folder, or a converted checkpoint.",
+            help="A config.json, a Hugging Face checkpoint, or a converted one.",
         ),
     ],
     seq_len: Annotated[
@@ -79,46 +78,88 @@ def command(
         Attention,
         typer.Option(help="Pairs that the mask lets through, MaxText's formulas, or all pairs."),
     ] = Attention.EXACT,
-    images: Annotated[int, typer.Option(min=0, help="Images in each sequence.")] = 0,
+    images: Annotated[
+        int,
+        typer.Option(min=0, help="Images in each sequence.", rich_help_panel="Images and sounds"),
+    ] = 0,
     image_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Soft tokens of an image; config.json's by default.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Soft tokens of an image; config.json's by default.",
+            rich_help_panel="Images and sounds",
+        ),
     ] = None,
     bidirectional_images: Annotated[
         bool | None,
         typer.Option(
             "--bidirectional-images/--causal-images",
             help="Whether tokens of an image see each other; as config.json says by default.",
+            rich_help_panel="Images and sounds",
         ),
     ] = None,
-    sounds: Annotated[int, typer.Option(min=0, help="Sounds in each sequence.")] = 0,
+    sounds: Annotated[
+        int,
+        typer.Option(min=0, help="Sounds in each sequence.", rich_help_panel="Images and sounds"),
+    ] = 0,
     sound_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Soft tokens of a sound, 25 a second; 750 by default."),
+        typer.Option(
+            min=1,
+            help="Soft tokens of a sound, 25 a second; 750 by default.",
+            rich_help_panel="Images and sounds",
+        ),
     ] = None,
     freeze: Annotated[
-        list[Part] | None, typer.Option(help="A part that is not trained; several times for more.")
+        list[Part] | None,
+        typer.Option(
+            help="A part that is not trained; several times for more.", rich_help_panel="Training"
+        ),
     ] = None,
     recompute: Annotated[
-        Recomputation, typer.Option(help="Whether layers are run again in the backward pass.")
+        Recomputation,
+        typer.Option(
+            help="Whether layers are run again in the backward pass.", rich_help_panel="Training"
+        ),
     ] = Recomputation.NONE,
     last_logits: Annotated[
         bool, typer.Option("--last-logits", help="Prefill: logits of the last position alone.")
     ] = False,
     step_time: Annotated[
-        float | None, typer.Option(help="Measured seconds of a step, for achieved TFLOP/s.")
+        float | None,
+        typer.Option(
+            help="Measured seconds of a step, for achieved TFLOP/s.", rich_help_panel="Measured"
+        ),
     ] = None,
     hardware: Annotated[
-        str | None, typer.Option(help="What it ran on, such as H100 or TPU-v5p, for MFU and HFU.")
+        str | None,
+        typer.Option(
+            help="What it ran on, such as H100 or TPU-v5p, for MFU and HFU.",
+            rich_help_panel="Measured",
+        ),
     ] = None,
     devices: Annotated[
         int | None,
-        typer.Option(min=1, max=1 << 40, help="GPUs or TPU chips that it ran on; 1 by default."),
+        typer.Option(
+            min=1,
+            max=1 << 40,
+            help="GPUs or TPU chips that it ran on; 1 by default.",
+            rich_help_panel="Measured",
+        ),
     ] = None,
     dtype: Annotated[
-        DType | None, typer.Option(help="Which peak rate to compare with; bf16 by default.")
+        DType | None,
+        typer.Option(
+            help="Which peak rate to compare with; bf16 by default.", rich_help_panel="Measured"
+        ),
     ] = None,
     sparse: Annotated[
-        bool, typer.Option("--sparse", help="Compare with the peak of 2:4 sparse matrices.")
+        bool,
+        typer.Option(
+            "--sparse",
+            help="Compare with the peak of 2:4 sparse matrices.",
+            rich_help_panel="Measured",
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -126,10 +167,10 @@ def command(
 
     A multiply-add is two FLOPs. With --step-time and --hardware it also says MFU and HFU.
 
-    Examples: gemma-convert flops gemma-4-31B-it --seq-len 8192 --batch 64
-
-    gemma-convert flops config.json --seq-len 8192 --batch 64 --step-time 4.2 --hardware H100
-    --devices 64
+    \b
+    Examples:
+      gemma-convert flops gemma-4-31B-it --seq-len 8192 --batch 64
+      gemma-convert flops config.json --seq-len 8192 --step-time 4.2 --hardware H100 --devices 64
     """
     from gemma_convert.flops.count import count
     from gemma_convert.flops.report import FlopsReport, render
@@ -157,7 +198,7 @@ def command(
         recomputation=recompute.value,
     )
     found = count(model, replace(work, logits=1) if last_logits else work)
-    report = FlopsReport(str(path), found)
+    report = FlopsReport(path, found)
     if step_time is not None:
         report = _measured(report, device, step_time, devices or 1, dtype or DType.BF16, sparse)
     if as_json:

@@ -12,7 +12,8 @@ from gemma_convert.cli.options import AsJson, Overwrite, Prompts, Tokens
 
 def command(
     hf: Annotated[
-        Path, typer.Argument(metavar="HF", help="Folder of the Hugging Face checkpoint.")
+        str,
+        typer.Argument(metavar="HF", help="Hugging Face checkpoint: folder or owner/name."),
     ],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Safetensors file to create.")],
     prompt: Prompts = None,
@@ -22,7 +23,9 @@ def command(
 ) -> None:
     """Save transformers' float32 logits for `logit-check --golden`.
 
-    Example: gemma-convert golden gemma-4-E2B-it e2b-golden.safetensors
+    \b
+    Example:
+      gemma-convert golden gemma-4-E2B-it e2b-golden.safetensors
     """
     from gemma_convert.logits.golden import save_golden
     from gemma_convert.output import show, show_json

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,13 +18,16 @@ SHOWN = 5
 
 def command(
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="A checkpoint, of any layout that is known.")
+        str, typer.Argument(metavar="PATH", help="A checkpoint, of any layout that is known.")
     ],
     as_json: AsJson = False,
 ) -> None:
     """Say what a checkpoint is: layout, model, parameters, dtypes, sizes, and what is missing.
 
-    Example: gemma-convert inspect out
+    \b
+    Examples:
+      gemma-convert inspect out
+      gemma-convert inspect gemma-4-E2B-it --json
     """
     from gemma_convert.inspection import inspect
     from gemma_convert.output import show, show_json

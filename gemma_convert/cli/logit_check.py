@@ -9,9 +9,12 @@ from typing import Annotated
 import typer
 
 from gemma_convert.cli.options import (
+    INPUTS,
+    RUNNING,
     AsJson,
     Coordinator,
     Distributed,
+    Overwrite,
     ProcessCount,
     ProcessNumber,
     Prompts,
@@ -26,35 +29,67 @@ class DType(StrEnum):
 
 def command(
     hf: Annotated[
-        Path, typer.Argument(metavar="HF", help="Folder of the Hugging Face checkpoint.")
+        str,
+        typer.Argument(metavar="HF", help="Hugging Face checkpoint: folder or owner/name."),
     ],
     native: Annotated[
-        Path, typer.Argument(metavar="NATIVE", help="The native checkpoint, of any layout.")
+        str, typer.Argument(metavar="NATIVE", help="The native checkpoint, of any layout.")
     ],
     max_kl: Annotated[
         float | None,
-        typer.Option(help="Largest KL divergence of a token, in nats.  [default: 1e-5, or 0.03]"),
+        typer.Option(
+            help="Most KL divergence of a token, in nats; 1e-5, or 0.03 where values are rounded."
+        ),
     ] = None,
     prompt: Prompts = None,
     tokens: Tokens = None,
     image: Annotated[
         list[Path] | None,
-        typer.Option(help="An image to be seen by both; may be given several times."),
+        typer.Option(
+            help="An image to be seen by both; may be given several times.", rich_help_panel=INPUTS
+        ),
     ] = None,
     audio: Annotated[
         list[Path] | None,
-        typer.Option(help="A WAV file to be heard by both; may be given several times."),
+        typer.Option(
+            help="A WAV file to be heard by both; may be given several times.",
+            rich_help_panel=INPUTS,
+        ),
     ] = None,
     dtype: Annotated[
         DType, typer.Option(help="Dtype of the native side; the reference runs in float32.")
     ] = DType.FLOAT32,
     golden: Annotated[
-        Path | None, typer.Option(help="Reference logits saved by `gemma-convert golden`.")
+        Path | None,
+        typer.Option(
+            help="Reference logits saved by `gemma-convert golden`.", rich_help_panel=INPUTS
+        ),
     ] = None,
     whole_model: Annotated[
         bool,
-        typer.Option("--whole-model", help="Load both models whole instead of layer by layer."),
+        typer.Option(
+            "--whole-model",
+            help="Load both models whole instead of layer by layer.",
+            rich_help_panel=RUNNING,
+        ),
     ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write the report as one HTML page, every token in it.",
+            rich_help_panel="Reports",
+        ),
+    ] = None,
+    junit: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write JUnit XML, a test case for each sequence.",
+            rich_help_panel="Reports",
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
     coordinator: Coordinator = None,
     processes: ProcessCount = None,
     process: ProcessNumber = None,
@@ -67,17 +102,26 @@ def command(
     split over all its devices, with --coordinator over those of several hosts: run the same command
     on each of them.
 
-    Example: gemma-convert logit-check gemma-4-E2B-it out --image cat.png
+    \b
+    Examples:
+      gemma-convert logit-check gemma-4-E2B-it out --report out.html
+      gemma-convert logit-check gemma-4-31B-it out --image cat.png
+      gemma-convert logit-check gemma-4-E2B-it out --golden e2b-golden.safetensors
     """
     from gemma_convert.allocator import return_large_blocks
     from gemma_convert.distributed import is_leader, joined
     from gemma_convert.logits.check import logit_check
     from gemma_convert.logits.report import render
+    from gemma_convert.logits.report_file import ReportFiles
     from gemma_convert.output import show, show_json
 
     return_large_blocks()
+    files = ReportFiles(html=report, junit=junit, overwrite=overwrite)
     with joined(coordinator, processes, process, distributed):
-        report = logit_check(
+        leads = is_leader()
+        if leads:
+            files.check()
+        found = logit_check(
             hf,
             native,
             max_kl=max_kl,
@@ -89,9 +133,11 @@ def command(
             golden=golden,
             whole_model=whole_model,
         )
-        if as_json and is_leader():
-            show_json(report.as_json())
-        elif is_leader():
-            show(render(report))
-    if not report.passed:
+        if as_json and leads:
+            show_json(found.as_json())
+        elif leads:
+            show(render(found))
+    if leads:
+        files.write(found)
+    if not found.passed:
         raise typer.Exit(1)

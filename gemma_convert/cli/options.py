@@ -10,6 +10,9 @@ import typer
 
 from gemma_convert.errors import UsageError
 
+RUNNING, INPUTS, TOGETHER = "Running", "Inputs", "Several processes"
+"""Panels of options in `--help`."""
+
 LONGEST_SIZE = 24
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
@@ -29,21 +32,37 @@ class KVShared(StrEnum):
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what is there, once the new one is complete.")
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace what is there, once the new one is complete.",
+        rich_help_panel=RUNNING,
+    ),
 ]
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Continue an interrupted run where it stopped.")
+    bool,
+    typer.Option(
+        "--resume", help="Continue an interrupted run where it stopped.", rich_help_panel=RUNNING
+    ),
 ]
 Memory = Annotated[
     str | None,
-    typer.Option(help="Anonymous memory to keep to, such as 512MB.  [default: 512MiB]"),
+    typer.Option(
+        help="Anonymous memory to keep to, such as 256MB; 512MiB by default.",
+        rich_help_panel=RUNNING,
+    ),
 ]
 Prompts = Annotated[
     list[str] | None,
-    typer.Option("--prompt", help="A prompt of your own; may be given several times."),
+    typer.Option(
+        "--prompt", help="A prompt of your own; may be given several times.", rich_help_panel=INPUTS
+    ),
 ]
 Tokens = Annotated[
-    int | None, typer.Option(help="Use N fixed random tokens instead of prompts.", min=1)
+    int | None,
+    typer.Option(
+        help="Use N fixed random tokens instead of prompts.", min=1, rich_help_panel=INPUTS
+    ),
 ]
 
 
@@ -63,17 +82,26 @@ def parse_size(option: str, text: str | None) -> int | None:
 
 Coordinator = Annotated[
     str | None,
-    typer.Option(help="HOST:PORT where process 0 listens: several processes work together."),
+    typer.Option(
+        help="HOST:PORT where process 0 listens: several processes work together.",
+        rich_help_panel=TOGETHER,
+    ),
 ]
 ProcessCount = Annotated[
-    int | None, typer.Option("--processes", help="How many processes there are.")
+    int | None,
+    typer.Option("--processes", help="How many processes there are.", rich_help_panel=TOGETHER),
 ]
 ProcessNumber = Annotated[
-    int | None, typer.Option("--process", help="Number of this process, from 0, which reports.")
+    int | None,
+    typer.Option(
+        "--process", help="Number of this process, from 0, which reports.", rich_help_panel=TOGETHER
+    ),
 ]
 Distributed = Annotated[
     bool,
     typer.Option(
-        "--distributed", help="Find the other processes in the environment (TPU pods, SLURM)."
+        "--distributed",
+        help="Find the other processes in the environment (TPU pods, SLURM).",
+        rich_help_panel=TOGETHER,
     ),
 ]

@@ -14,6 +14,7 @@ from gemma_convert.cli.options import AsJson, KVShared
 class Family(StrEnum):
     E2B = "e2b"
     E4B = "e4b"
+    UNIFIED = "12b"
     A4B = "26b-a4b"
     DENSE = "31b"
 
@@ -25,7 +26,9 @@ class DType(StrEnum):
 
 
 def command(
-    family: Annotated[Family, typer.Argument(metavar="MODEL", help="e2b, e4b, 26b-a4b or 31b.")],
+    family: Annotated[
+        Family, typer.Argument(metavar="MODEL", help="e2b, e4b, 12b, 26b-a4b or 31b.")
+    ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
     layers: Annotated[
@@ -36,14 +39,17 @@ def command(
     ] = KVShared.KEEP,
     shards: Annotated[int, typer.Option(help="Number of safetensors files.")] = 1,
     text_only: Annotated[
-        bool, typer.Option("--text-only", help="Gemma4ForCausalLM, without towers.")
+        bool, typer.Option("--text-only", help="The language model alone, without towers.")
     ] = False,
     dtype: Annotated[DType, typer.Option(help="Dtype of the weights.")] = DType.BFLOAT16,
     as_json: AsJson = False,
 ) -> None:
     """Make a tiny random checkpoint in the Hugging Face layout, towers and tokenizer included.
 
-    Example: gemma-convert tiny e2b tiny-e2b
+    \b
+    Examples:
+      gemma-convert tiny e2b tiny-e2b
+      gemma-convert tiny 31b tiny-31b --layers 12 --shards 3
     """
     from gemma_convert.output import human_bytes, show, show_json
     from gemma_convert.tiny import make_tiny

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gemma_convert.cli.options import (
+    RUNNING,
     AsJson,
     DType,
     KVShared,
@@ -27,12 +27,12 @@ SHOWN = 5
 
 def command(
     source: Annotated[
-        Path,
+        str,
         typer.Argument(metavar="SRC", help="Native checkpoint: the run, the step or its items."),
     ],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
+    target: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL to create.")],
     like: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="The Hugging Face original, or a converted checkpoint of it."),
     ] = None,
     dtype: Annotated[
@@ -49,7 +49,10 @@ def command(
     ] = False,
     memory: Memory = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be written, and stop.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Say what would be written, and stop.", rich_help_panel=RUNNING
+        ),
     ] = False,
     overwrite: Overwrite = False,
     resume: Resume = False,
@@ -57,9 +60,10 @@ def command(
 ) -> None:
     """Convert a native checkpoint back to Hugging Face.
 
-    Examples: gemma-convert to-hf out back
-
-    gemma-convert to-hf run/checkpoints/1000 exported --like gemma-4-E2B-it
+    \b
+    Examples:
+      gemma-convert to-hf out back
+      gemma-convert to-hf run/checkpoints/1000 exported --like gemma-4-E2B-it
     """
     from gemma_convert.allocator import reuse_large_blocks
     from gemma_convert.export import to_hf

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gemma_convert.cli.options import (
+    RUNNING,
     AsJson,
     Coordinator,
     Distributed,
@@ -48,12 +49,16 @@ class Compression(StrEnum):
 
 def command(
     source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="A Hugging Face folder, or a native checkpoint.")
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="A Hugging Face checkpoint or a native one: folder, owner/name, or URL.",
+        ),
     ],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
+    target: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL to create.")],
     layout: Annotated[Layout, typer.Option("--format", help="Native layout.")],
     like: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="For a native SRC without a sidecar: its Hugging Face original."),
     ] = None,
     scan_layers: Annotated[
@@ -68,19 +73,34 @@ def command(
         bool, typer.Option("--text-only", help="Carry the towers in the sidecar instead.")
     ] = False,
     ocdbt: Annotated[
-        bool, typer.Option("--ocdbt/--no-ocdbt", help="One OCDBT store, or one folder an array.")
+        bool,
+        typer.Option(
+            "--ocdbt/--no-ocdbt",
+            help="One OCDBT store, or one folder an array.",
+            rich_help_panel="Storage",
+        ),
     ] = True,
     compression: Annotated[
-        Compression, typer.Option(help="Compression of the arrays.")
+        Compression, typer.Option(help="Compression of the arrays.", rich_help_panel="Storage")
     ] = Compression.NONE,
     memory: Memory = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan, from headers alone, and stop.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print the plan, from headers alone, and stop.",
+            rich_help_panel=RUNNING,
+        ),
     ] = False,
     overwrite: Overwrite = False,
     resume: Resume = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read everything again at the end and compare it.")
+        bool,
+        typer.Option(
+            "--verify",
+            help="Read everything again at the end and compare it.",
+            rich_help_panel=RUNNING,
+        ),
     ] = False,
     coordinator: Coordinator = None,
     processes: ProcessCount = None,
@@ -93,7 +113,10 @@ def command(
     With --coordinator several hosts that share SRC and OUT divide the work: run the same command on
     each of them.
 
-    Example: gemma-convert to-native gemma-4-E2B-it out --format maxtext
+    \b
+    Examples:
+      gemma-convert to-native gemma-4-E2B-it out --format maxtext
+      gemma-convert to-native gemma-4-31B-it out --format maxtext --scan-layers --verify
     """
     from gemma_convert.allocator import reuse_large_blocks
     from gemma_convert.convert import to_native
@@ -139,14 +162,16 @@ def command(
         show(f"  {key}={value}")
 
 
-def _verified(source: Path, target: Path) -> VerifyReport:
+def _verified(source: str, target: str) -> VerifyReport:
     """A report on what was written; raises CheckFailedError where it is not what was read."""
     from gemma_convert.errors import CheckFailedError
     from gemma_convert.layouts.registry import is_native
+    from gemma_convert.locations import local
     from gemma_convert.output import ProgressBar
     from gemma_convert.verification import verify
 
-    against = None if is_native(source) else source
+    with ExitStack() as stack:
+        against = None if is_native(local(source, stack)) else source
     report = verify(target, against=against, progress=ProgressBar)
     if not report.passed:
         name, how = next(iter(report.different.items()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,10 +18,10 @@ SHOWN = 20
 
 def command(
     path: Annotated[
-        Path, typer.Argument(metavar="OUT", help="A converted checkpoint, or an exported folder.")
+        str, typer.Argument(metavar="OUT", help="A converted checkpoint, or an exported one.")
     ],
     against: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="What it was converted from; the manifest's checksums by default."),
     ] = None,
     as_json: AsJson = False,
@@ -31,9 +30,10 @@ def command(
 
     Exits 1, and names the tensors, where something differs.
 
-    Examples: gemma-convert verify out --against gemma-4-E2B-it
-
-    gemma-convert verify exported --against out
+    \b
+    Examples:
+      gemma-convert verify out --against gemma-4-E2B-it
+      gemma-convert verify exported --against out
     """
     from gemma_convert.allocator import reuse_large_blocks
     from gemma_convert.output import ProgressBar, show, show_json

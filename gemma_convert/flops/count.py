@@ -11,7 +11,7 @@ from gemma_convert.errors import UsageError
 from gemma_convert.flops.layers import decoder
 from gemma_convert.flops.model import Model
 from gemma_convert.flops.operations import BLOCKS, Block, Operation, Part
-from gemma_convert.flops.towers import audio_tower, vision_tower
+from gemma_convert.flops.towers import images, sounds
 from gemma_convert.flops.workload import Workload
 
 Key = TypeVar("Key")
@@ -106,11 +106,11 @@ def _forward(model: Model, work: Workload) -> Iterable[Operation]:
     if work.images:
         if model.vision is None:
             raise UsageError("No tower for images is counted for this model.", found=model.family)
-        yield from vision_tower(model.vision, model.embed, work)
+        yield from images(model.vision, model.embed, work)
     if work.sounds:
         if model.audio is None:
             raise UsageError("No tower for sounds is counted for this model.", found=model.family)
-        yield from audio_tower(model.audio, model.embed, work)
+        yield from sounds(model.audio, model.embed, work)
     yield from decoder(model, work)
 
 

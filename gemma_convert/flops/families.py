@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from gemma_convert.config import MODEL_TYPES
 from gemma_convert.errors import SourceError
 from gemma_convert.flops.attention import Kind, Reach
 from gemma_convert.flops.config_file import ConfigFile
@@ -213,7 +214,7 @@ def _experts(sizes: _Sizes, experts: Mapping[str, Any]) -> Experts:
 
 def unknown_family(config: ConfigFile, found: object) -> SourceError:
     """The message about a model_type that no description is for."""
-    known = sorted({"gemma4", "gemma4_text", *families()})
+    known = sorted({*MODEL_TYPES, *families()})
     return SourceError(
         "The FLOPs of this kind of model are not known.",
         where=f"{config.where}, key model_type",

@@ -19,8 +19,8 @@ def gemma4(architecture: Architecture, image_tokens: int = IMAGE_TOKENS) -> Mode
         embed=text.embed,
         layers=tuple(_layer(layer, text) for layer in text.layers),
         ple=text.ple,
-        vision=architecture.vision,
-        audio=architecture.audio,
+        vision=architecture.vision or architecture.vision_embedder,
+        audio=architecture.audio or architecture.audio_embedder,
         bidirectional_images=text.bidirectional_images,
         image_tokens=image_tokens,
     )

@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from gemma_convert.architecture import AudioArchitecture, VisionArchitecture
+from gemma_convert.architecture import (
+    AudioArchitecture,
+    AudioEmbedder,
+    VisionArchitecture,
+    VisionEmbedder,
+)
 from gemma_convert.flops.attention import Reach
 
 
@@ -91,8 +96,9 @@ class DecoderLayer:
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder with its towers. `ple` is the width of the per-layer embedding, 0 without one.
+    """A decoder with its towers, or 12B's embedders.
 
+    `ple` is the width of the per-layer embedding, 0 without one.
     `image_tokens` are the soft tokens that the model's configuration gives an image.
     """
 
@@ -101,8 +107,8 @@ class Model:
     embed: int
     layers: tuple[DecoderLayer, ...]
     ple: int = 0
-    vision: VisionArchitecture | None = None
-    audio: AudioArchitecture | None = None
+    vision: VisionArchitecture | VisionEmbedder | None = None
+    audio: AudioArchitecture | AudioEmbedder | None = None
     bidirectional_images: bool = False
     image_tokens: int = 0
     notes: tuple[str, ...] = ()

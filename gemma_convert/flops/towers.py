@@ -1,14 +1,20 @@
 """FLOPs of Gemma 4's vision and audio towers and their projectors, in the forward pass.
 
-Source: transformers 5.23, `models/gemma4/modeling_gemma4.py`. Towers see one image or one sound at
-a time, without padding.
+Source: transformers 5.23, `models/gemma4/modeling_gemma4.py` and, for the embedders of 12B,
+`models/gemma4_unified/modeling_gemma4_unified.py`. Towers see one image or one sound at a time,
+without padding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gemma_convert.architecture import AudioArchitecture, VisionArchitecture
+from gemma_convert.architecture import (
+    AudioArchitecture,
+    AudioEmbedder,
+    VisionArchitecture,
+    VisionEmbedder,
+)
 from gemma_convert.flops.attention import Reach, Rule, pair_flops
 from gemma_convert.flops.layers import gated_mlp
 from gemma_convert.flops.operations import Operation, matmul
@@ -22,6 +28,41 @@ _AUDIO_BLOCK, _AUDIO_CONTEXT, _AUDIO_POSITIONS = 12, 24, 13
 
 _CONVOLUTION = 9
 """Taps of a convolution over three frames and three bands."""
+
+
+def images(
+    vision: VisionArchitecture | VisionEmbedder, embed: int, work: Workload
+) -> Iterator[Operation]:
+    """What images cost before the decoder: a tower, or 12B's embedder, and a projector."""
+    if isinstance(vision, VisionEmbedder):
+        return vision_embedder(vision, embed, work)
+    return vision_tower(vision, embed, work)
+
+
+def sounds(
+    audio: AudioArchitecture | AudioEmbedder, embed: int, work: Workload
+) -> Iterator[Operation]:
+    """What sounds cost before the decoder: a tower and a projector, or the projector of 12B."""
+    if isinstance(audio, AudioEmbedder):
+        return audio_embedder(audio, embed, work)
+    return audio_tower(audio, embed, work)
+
+
+def vision_embedder(vision: VisionEmbedder, embed: int, work: Workload) -> Iterator[Operation]:
+    """One linear map of each patch, which is a soft token, and the projector.
+
+    A norm with weights stands before the map, so that in training its input has a gradient too.
+    """
+    rows = work.batch * work.images * work.image_tokens
+    yield Operation("patch embedding", matmul(rows, vision.patch, vision.embed), "vision")
+    projector = matmul(rows, vision.embed, embed)
+    yield Operation("projector", projector, "vision-projector", entry=True)
+
+
+def audio_embedder(audio: AudioEmbedder, embed: int, work: Workload) -> Iterator[Operation]:
+    """The projector, which reads raw samples."""
+    rows = work.batch * work.sounds * work.sound_tokens
+    yield Operation("projector", matmul(rows, audio.frame, embed), "audio-projector", entry=True)
 
 
 def vision_tower(vision: VisionArchitecture, embed: int, work: Workload) -> Iterator[Operation]:

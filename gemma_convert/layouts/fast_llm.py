@@ -27,11 +27,11 @@ from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.region import Box
 from gemma_convert.native_source import NativeSource
 from gemma_convert.stores.checksums import checksum
-from gemma_convert.stores.journal import UNFINISHED
 from gemma_convert.stores.orbax import OrbaxFormat
 from gemma_convert.stores.safetensors import SafetensorsFolder, plain_name
 from gemma_convert.stores.safetensors_header import StoredTensor, library_order
 from gemma_convert.stores.safetensors_writer import SafetensorsWriter, output_shard
+from gemma_convert.stores.unfinished import refuse_unfinished
 from gemma_convert.values import Array
 
 FILE_PARAMETERS = 1 << 32
@@ -41,6 +41,7 @@ class FastLLM:
     name = "fast-llm"
     framework = "Fast-LLM"
     divisible = False
+    streams = False
 
     def create(self, folder: Path, plan: Plan, form: OrbaxFormat, part: int = 0) -> FastLLMWriter:
         del form, part
@@ -97,9 +98,12 @@ class FastLLMWriter:
 
     def complete(self, started_ns: int, parts: int = 1) -> None:
         del started_ns, parts
-        self._writer.close()
+        self.close()
         state_index = {name: file for file, group in self._files.items() for name in group}
         write_metadata(self._folder, fast_llm_metadata(self._plan.architecture, state_index))
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 @dataclass(frozen=True)
@@ -151,12 +155,7 @@ def is_fast_llm(path: Path) -> bool:
 
 def fast_llm_source(folder: Path) -> NativeSource:
     """The checkpoint in `folder`; raises SourceError where it cannot be read."""
-    if any((folder / name).exists() for name in UNFINISHED):
-        raise SourceError(
-            "This is an unfinished conversion.",
-            where=folder,
-            do="run the conversion again with --resume",
-        )
+    refuse_unfinished(folder)
     metadata = read_metadata(folder)
     index = metadata.get("metadata", {})
     index = index.get("state_index") if isinstance(index, dict) else None

@@ -7,23 +7,15 @@ There is neither a step folder nor a `params` around the tree. Format: what the 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from gemma_convert.architecture import Family
+from gemma_convert.layouts.gemma_jax_settings import gemma_jax_settings
 from gemma_convert.layouts.orbax_source import orbax_source
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.native_source import NativeSource
 from gemma_convert.stores.orbax import OrbaxFormat, OrbaxWriter, write_checkpoint_metadata
 from gemma_convert.stores.orbax_reader import OrbaxTree
-
-MODELS: Mapping[Family, str] = {
-    "e2b": "gm.nn.Gemma4_E2B",
-    "e4b": "gm.nn.Gemma4_E4B",
-    "26b-a4b": "gm.nn.Gemma4_26B_A4B",
-    "31b": "gm.nn.Gemma4_31B",
-}
 
 _EMBEDDING = "embedder/input_embedding"
 _BARE = re.compile(r"layer_\d+/mlp2?/(?:gating_einsum|linear)", re.ASCII)
@@ -34,15 +26,13 @@ class GemmaJax:
     name = "gemma-jax"
     framework = "gemma"
     divisible = True
+    streams = True
 
     def create(self, folder: Path, plan: Plan, form: OrbaxFormat, part: int = 0) -> GemmaJaxWriter:
         return GemmaJaxWriter(folder, plan, replace(form, zarr3=False), part)
 
     def settings(self, plan: Plan, target: Path) -> dict[str, str]:
-        return {
-            "model": f"{MODELS[plan.architecture.family]}()",
-            "params": f'gm.ckpts.load_params("{target.absolute()}")',
-        }
+        return gemma_jax_settings(plan.architecture, target)
 
     def check_metadata(self, folder: Path, plan: Plan) -> dict[str, str]:
         del folder, plan

@@ -27,6 +27,9 @@ class NativeStore(Protocol):
     def complete(self, started_ns: int, parts: int = 1) -> None:
         """Writes what makes the arrays a checkpoint, when all `parts` of them are written."""
 
+    def close(self) -> None:
+        """Lets go of open files, whether it was completed or not."""
+
 
 class Layout(Protocol):
     """One native layout."""
@@ -42,6 +45,10 @@ class Layout(Protocol):
     @property
     def divisible(self) -> bool:
         """Whether several processes may write one checkpoint."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether arrays go straight into an object store, without local space for them."""
 
     def create(self, folder: Path, plan: Plan, form: OrbaxFormat, part: int = 0) -> NativeStore:
         """An empty checkpoint in `folder`, or the one that an interrupted run left there.

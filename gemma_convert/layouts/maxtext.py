@@ -34,6 +34,7 @@ class MaxText:
     name = "maxtext"
     framework = "MaxText"
     divisible = True
+    streams = True
 
     def create(self, folder: Path, plan: Plan, form: OrbaxFormat, part: int = 0) -> MaxTextWriter:
         return MaxTextWriter(folder / STEP, plan, form, part)

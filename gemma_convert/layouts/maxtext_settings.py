@@ -1,6 +1,8 @@
 """The MaxText settings under which a converted checkpoint loads.
 
 Names and defaults: MaxText's `configs/models/gemma4-{e2b,e4b,26b,31b}.yml` and `configs/base.yml`.
+The MaxText of August 2026 has no name for 12B, whose text model differs from 31B's in sizes alone.
+So 31B's name is given, and every size that differs.
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ from gemma_convert.architecture import Architecture, Family
 MODEL_NAMES: dict[Family, str] = {
     "e2b": "gemma4-e2b",
     "e4b": "gemma4-e4b",
+    "12b": "gemma4-31b",
     "26b-a4b": "gemma4-26b",
     "31b": "gemma4-31b",
 }
 
-_PUBLISHED: dict[Family, dict[str, int]] = {
-    "e2b": {
+_PUBLISHED: dict[str, dict[str, int]] = {
+    "gemma4-e2b": {
         "base_num_decoder_layers": 35,
         "base_emb_dim": 1536,
         "base_num_query_heads": 8,
@@ -31,7 +34,7 @@ _PUBLISHED: dict[Family, dict[str, int]] = {
         "vocab_size_per_layer_input": 262144,
         "num_kv_shared_layers": 20,
     },
-    "e4b": {
+    "gemma4-e4b": {
         "base_num_decoder_layers": 42,
         "base_emb_dim": 2560,
         "base_num_query_heads": 8,
@@ -45,7 +48,7 @@ _PUBLISHED: dict[Family, dict[str, int]] = {
         "vocab_size_per_layer_input": 262144,
         "num_kv_shared_layers": 18,
     },
-    "26b-a4b": {
+    "gemma4-26b": {
         "base_num_decoder_layers": 30,
         "base_emb_dim": 2816,
         "base_num_query_heads": 16,
@@ -60,7 +63,7 @@ _PUBLISHED: dict[Family, dict[str, int]] = {
         "num_experts": 128,
         "num_experts_per_tok": 8,
     },
-    "31b": {
+    "gemma4-31b": {
         "base_num_decoder_layers": 60,
         "base_emb_dim": 5376,
         "base_num_query_heads": 32,
@@ -79,15 +82,16 @@ def maxtext_settings(
     architecture: Architecture, items: Path, *, scanned: bool, multimodal: bool
 ) -> dict[str, str]:
     """Setting → value: model name, form and path, then every size that the named model has not."""
+    name = MODEL_NAMES[architecture.family]
     settings = {
-        "model_name": MODEL_NAMES[architecture.family],
+        "model_name": name,
         "scan_layers": str(scanned).lower(),
         "use_multimodal": str(multimodal).lower(),
         "load_parameters_path": str(items),
     }
-    published = _PUBLISHED[architecture.family]
     sizes = _sizes(architecture)
-    changed = {key: str(sizes[key]) for key, value in published.items() if sizes[key] != value}
+    named = _PUBLISHED[name]
+    changed = {key: str(sizes[key]) for key, value in named.items() if sizes[key] != value}
     if changed:
         settings["override_model_config"] = "true"
     return settings | changed

@@ -7,8 +7,10 @@ transformers on the original checkpoint, or golden logits saved from it.
 from __future__ import annotations
 
 import os
+import platform
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,9 +19,11 @@ from gemma_convert.architecture import Architecture
 from gemma_convert.config import read_architecture
 from gemma_convert.distributed import is_leader, process_count, publish, published
 from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.locations import local
 from gemma_convert.logits.achieved import forward_flops
-from gemma_convert.logits.divergence import Accumulator, Divergence
+from gemma_convert.logits.divergence import Accumulator
 from gemma_convert.logits.drift import TOLERANCE, Drift
+from gemma_convert.logits.fingerprint import fingerprints
 from gemma_convert.logits.golden import SLICE_BYTES, Golden, load_golden
 from gemma_convert.logits.images import image_sequences
 from gemma_convert.logits.layerwise import LayerwiseReference
@@ -32,7 +36,13 @@ from gemma_convert.logits.native import (
     follow,
     open_model,
 )
-from gemma_convert.logits.prompts import TokenSequence, check_ids, token_sequences
+from gemma_convert.logits.prompts import (
+    TokenSequence,
+    check_ids,
+    has_tokenizer,
+    load_tokenizer,
+    token_sequences,
+)
 from gemma_convert.logits.reference import TransformersLogits
 from gemma_convert.logits.report import LogitReport
 from gemma_convert.logits.sounds import sound_sequences
@@ -43,12 +53,14 @@ from gemma_convert.logits.streaming import (
     compared_slices,
     run_in_step,
 )
+from gemma_convert.logits.tokens import checked_sequences, worst_predictions
+from gemma_convert.places import shown
 from gemma_convert.reports import peak_memory
 
 
 def logit_check(
-    hf: Path,
-    native: Path,
+    hf: str | Path,
+    native: str | Path,
     *,
     max_kl: float | None = None,
     prompts: Sequence[str] = (),
@@ -68,10 +80,42 @@ def logit_check(
     conversion rounded; None finds out. `max_kl` is in nats per token. Both sides run layer by layer
     and in step, unless `whole_model` loads all of both, and then nothing is said of single layers.
     Several processes (`gemma_convert.distributed`) get the report of process 0, which alone runs
-    the reference.
+    the reference, without what it has of single tokens.
+    Either side may be on the hub (`gemma_convert.locations`).
     Raises SourceError where a side cannot be read or the two do not fit, UsageError for options
     that contradict each other.
     """
+    with ExitStack() as stack:
+        return _logit_check(
+            local(hf, stack, config_only=golden is not None, whole=True),
+            local(native, stack, whole=True),
+            max_kl=max_kl,
+            prompts=prompts,
+            tokens=tokens,
+            images=images,
+            audio=audio,
+            dtype=dtype,
+            golden=golden,
+            lossy_rows=lossy_rows,
+            whole_model=whole_model,
+        )
+
+
+def _logit_check(
+    hf: Path,
+    native: Path,
+    *,
+    max_kl: float | None,
+    prompts: Sequence[str],
+    tokens: int | None,
+    images: Sequence[Path],
+    audio: Sequence[Path],
+    dtype: Dtype,
+    golden: Path | None,
+    lossy_rows: Sequence[str] | None,
+    whole_model: bool,
+) -> LogitReport:
+    """The report on two local checkpoints."""
     started = time.monotonic()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two frameworks on one device
     if golden is not None and (prompts or tokens is not None or images or audio):
@@ -106,12 +150,14 @@ def logit_check(
         tolerance = TOLERANCE if exact else None
         found = _run_streamed(hf, stored, model, sequences, dtype, architecture, tolerance)
     longest, window = max(len(one.ids) for one in sequences), architecture.text.window
+    divergence, by_token = found.compared.result(), found.compared.tokens()
+    checked = checked_sequences(sequences, by_token)
     report = LogitReport(
-        passed=found.divergence.within(limit.kl),
+        passed=divergence.within(limit.kl),
         proof=limit.proof,
         limit=limit.kl,
         limit_reason=limit.reason,
-        divergence=found.divergence,
+        divergence=divergence,
         drift=found.drift,
         sequences=len(sequences),
         longest_sequence=longest,
@@ -133,14 +179,19 @@ def logit_check(
         running_seconds=time.monotonic() - running,
         native_devices=device_count(model),
         processes=process_count(),
+        original=shown(hf),
+        checkpoint=shown(native),
+        checked=checked,
+        worst=worst_predictions(checked, by_token, lambda ids: _texts(hf, ids)),
+        fingerprints=fingerprints(hf, model.folder),
     )
-    publish(report.as_text())
+    publish(report.without_tokens().as_text())
     return report
 
 
 @dataclass(frozen=True)
 class _Run:
-    divergence: Divergence
+    compared: Accumulator
     drift: Drift | None
     reference_device: str
     native_device: str
@@ -159,8 +210,8 @@ def _run_streamed(
     reference = GoldenSlices(golden) if golden else LayerwiseReference(hf, sequences)
     ours, text = model.stream(sequences, dtype), architecture.text
     drift = run_in_step(reference, ours, tolerance)
-    divergence = compare_slices(reference, ours, sequences, vocab=text.vocab, embed=text.embed)
-    return _Run(divergence, drift, reference.device, ours.device)
+    compared = compare_slices(reference, ours, sequences, vocab=text.vocab, embed=text.embed)
+    return _Run(compared, drift, reference.device, ours.device)
 
 
 def _run_whole(
@@ -173,13 +224,13 @@ def _run_whole(
 ) -> _Run:
     reference: LogitSource = TransformersLogits(hf, sequences) if golden is None else golden
     ours = model.run(sequences, dtype)
-    divergence = _diverge(reference, ours, sequences, architecture.text.vocab)
-    return _Run(divergence, None, reference.device, ours.device)
+    compared = _compared(reference, ours, sequences, architecture.text.vocab)
+    return _Run(compared, None, reference.device, ours.device)
 
 
-def _diverge(
+def _compared(
     reference: LogitSource, native: LogitSource, sequences: Sequence[TokenSequence], vocab: int
-) -> Divergence:
+) -> Accumulator:
     rows = _rows(vocab)
     total = Accumulator()
     for index, sequence in enumerate(sequences):
@@ -197,7 +248,16 @@ def _diverge(
                 compared=sequence.compared[start:end],
             )
             start = end
-    return total.result()
+    return total
+
+
+def _texts(hf: Path, ids: Sequence[int]) -> dict[int, str]:
+    """Each id's text; nothing where the folder has no tokenizer, which golden logits do without."""
+    try:
+        tokenizer = load_tokenizer(hf) if has_tokenizer(hf) else None
+    except SourceError:
+        return {}
+    return {} if tokenizer is None else {id: tokenizer.decode([id]) for id in ids}
 
 
 def _rows(vocab: int) -> int:
@@ -231,7 +291,8 @@ def _window_warning(longest: int, window: int) -> tuple[str, ...]:
 
 def _versions(golden: Golden | None, model: NativeModel) -> dict[str, str]:
     names = {"gemma-convert", "numpy", *model.libraries}
-    found = {} if golden is None else dict(golden.versions)
+    found = {"python": platform.python_version()}
+    found |= {} if golden is None else golden.versions
     for name in sorted(names if golden is not None else names | {"transformers", "torch"}):
         try:
             found[name] = version(name)

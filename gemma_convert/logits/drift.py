@@ -35,12 +35,16 @@ class Drift:
         """The first stage beyond the tolerance; None where all are within, or none is set."""
         if self.tolerance is None:
             return None
-        stages = {
+        return next((name for name, at in self.stages.items() if not at <= self.tolerance), None)
+
+    @property
+    def stages(self) -> dict[str, float]:
+        """Name of each stage → its drift, in the order in which they run."""
+        return {
             "the embedding": self.embedding,
             **{f"layer {index}": value for index, value in enumerate(self.layers)},
             "the final norm": self.final_norm,
         }
-        return next((name for name, at in stages.items() if not at <= self.tolerance), None)
 
 
 def measure_drift(

@@ -14,6 +14,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,7 @@ import numpy.typing as npt
 
 from gemma_convert.config import MAX_CONFIG_BYTES, read_architecture
 from gemma_convert.errors import SourceError, TargetError, short
+from gemma_convert.locations import local
 from gemma_convert.logits.prompts import TokenSequence, token_sequences
 from gemma_convert.logits.reference import Reference
 from gemma_convert.stores.json_file import parse_json, read_regular
@@ -113,8 +115,8 @@ def weight_files(hf: Path) -> tuple[WeightFile, ...]:
 
 
 def save_golden(
-    hf: Path,
-    path: Path,
+    hf: str | Path,
+    path: str | Path,
     *,
     prompts: Sequence[str] = (),
     tokens: int | None = None,
@@ -125,18 +127,13 @@ def save_golden(
     It appears under its name only when complete. Raises TargetError where `path` exists already or
     cannot be written, and SourceError where the checkpoint cannot be run.
     """
+    path = Path(path)
     _check_target(path, overwrite)
-    architecture = read_architecture(hf)
-    sequences = token_sequences(hf, architecture, prompts, tokens)
-    facts = {
-        "format": FORMAT,
-        "family": architecture.family,
-        "config_sha256": _sha256(hf / "config.json"),
-        "weights": [asdict(file) for file in weight_files(hf)],
-        "versions": {name: version(name) for name in ("transformers", "torch")},
-        "sequences": [{"name": one.name, "pieces": one.pieces} for one in sequences],
-    }
-    reference = Reference(hf)
+    with ExitStack() as stack:
+        folder = local(hf, stack, whole=True)
+        sequences = token_sequences(folder, read_architecture(folder), prompts, tokens)
+        facts = _facts(folder, sequences)
+        reference = Reference(folder)
     try:
         _write(path, facts, sequences, reference, overwrite=overwrite)
     except OSError as error:
@@ -144,6 +141,17 @@ def save_golden(
             "The golden file cannot be written.", where=path, found=error.strerror or error
         ) from error
     return load_golden(path)
+
+
+def _facts(hf: Path, sequences: Sequence[TokenSequence]) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "family": read_architecture(hf).family,
+        "config_sha256": _sha256(hf / "config.json"),
+        "weights": [asdict(file) for file in weight_files(hf)],
+        "versions": {name: version(name) for name in ("transformers", "torch")},
+        "sequences": [{"name": one.name, "pieces": one.pieces} for one in sequences],
+    }
 
 
 def load_golden(path: Path) -> Golden:

@@ -11,7 +11,6 @@ layers that share them go through one object.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,11 +31,11 @@ from gemma_convert.logits.reference import (
     reference_device,
     softcapped,
 )
+from gemma_convert.logits.tensor_files import TensorFiles
 
 if TYPE_CHECKING:
     import torch
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _HEAD = "lm_head.weight"
 
 
@@ -46,9 +45,9 @@ class LayerwiseReference:
     def __init__(self, hf: Path, sequences: Sequence[TokenSequence]) -> None:
         self.architecture = read_architecture(hf)
         self._sequences, self._device = sequences, reference_device()
-        self._files = _TensorFiles(hf)
         with quiet():
             self._model = _empty_model(hf, self.architecture, self._device)
+        self._files = TensorFiles(hf, self._model)
         wanted = {
             name: tuple(tensor.shape)
             for name, tensor in self._model.state_dict().items()
@@ -165,44 +164,6 @@ class LayerwiseReference:
                 value = self._files.read(stored, device=self._device)
                 is_parameter = isinstance(tensor, torch.nn.Parameter)
                 setattr(part, name, torch.nn.Parameter(value, False) if is_parameter else value)
-
-
-class _TensorFiles:
-    """The safetensors files that transformers loads: shapes, and parts of tensors in float32."""
-
-    def __init__(self, hf: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        file: Any
-        self._files: dict[str, Any] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        try:
-            for name in _listed(hf):
-                file = safe_open(hf / name, framework="pt")
-                for key in file.keys():  # noqa: SIM118
-                    self._files[key] = file
-                    self.shapes[key] = tuple(file.get_slice(key).get_shape())
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise SourceError(
-                "The original checkpoint cannot be read.", where=hf, found=str(error)[:500]
-            ) from error
-
-    def read(
-        self, name: str, rows: slice | torch.Tensor | None = None, device: Any = None
-    ) -> torch.Tensor:
-        """A tensor, or rows of it: the file is mapped into memory, so no other rows are read."""
-        import torch
-
-        tensor: torch.Tensor = self._files[name].get_tensor(name)
-        part = tensor if rows is None else tensor[rows]
-        return part.to(device=device, dtype=torch.float32, copy=True)
-
-
-def _listed(hf: Path) -> list[str]:
-    if (hf / _SINGLE).is_file() or not (hf / _INDEX).is_file():
-        return [_SINGLE]
-    index = json.loads((hf / _INDEX).read_text(encoding="utf-8"))
-    return sorted(set(index["weight_map"].values()))
 
 
 class _Calls:

@@ -163,12 +163,11 @@ def model_class(architecture: Architecture) -> Any:
     """transformers' class of the whole model. Raises SourceError where it has none."""
     import transformers
 
-    name = "Gemma4ForCausalLM" if architecture.text_only else "Gemma4ForConditionalGeneration"
     try:
-        return getattr(transformers, name)
+        return getattr(transformers, architecture.reference_class)
     except AttributeError as error:
         raise SourceError(
-            "The installed transformers does not know Gemma 4.",
+            "The installed transformers does not know this Gemma 4.",
             found=f"transformers {transformers.__version__}",
             expected="transformers 5.23 or later",
         ) from error

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from gemma_convert.flops.hardware import TERA
 from gemma_convert.flops.report import human_flops
 from gemma_convert.logits.divergence import Divergence, WorstToken
 from gemma_convert.logits.drift import Drift
+from gemma_convert.logits.fingerprint import Fingerprint
+from gemma_convert.logits.scale import figure, log_range
+from gemma_convert.logits.sparkline import Sparkline
+from gemma_convert.logits.tokens import Candidate, CheckedSequence, Prediction, worst_first
+from gemma_convert.logits.visible import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 SCHEMA = "gemma-convert/logit-check/1"
+
+_MOST_SPARKLINES = 12
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,14 @@ class LogitReport:
     """Model FLOPs of the forward passes: of both sides, or of the native one with golden logits."""
     running_seconds: float = 0.0
     """Time of those passes and of the comparison, weights read in it."""
+    original: str = ""
+    checkpoint: str = ""
+    """The two folders, as they were named."""
+    checked: tuple[CheckedSequence, ...] = ()
+    """Every token; process 0 alone has them, of several."""
+    worst: tuple[Prediction, ...] = ()
+    """What was predicted behind the worst tokens, the worst first; as `checked`."""
+    fingerprints: tuple[Fingerprint, ...] = ()
 
     @property
     def flops_per_second(self) -> float:
@@ -68,6 +83,10 @@ class LogitReport:
         if not self.passed:
             return "not the same model" if self.proof else "further apart than rounding should be"
         return "same model" if self.proof else "no difference seen: an indication, not proof"
+
+    def without_tokens(self) -> LogitReport:
+        """The report without what it has of single tokens, which may be millions."""
+        return replace(self, checked=(), worst=())
 
     def as_text(self) -> str:
         """All of it, for `from_text` in another process."""
@@ -83,6 +102,9 @@ class LogitReport:
             drift = Drift(**drift | {"layers": tuple(drift["layers"])})
         for name in ("lossy_rows", "warnings"):
             values[name] = tuple(values[name])
+        values["checked"] = tuple(map(CheckedSequence.from_values, values["checked"]))
+        values["worst"] = tuple(map(Prediction.from_values, values["worst"]))
+        values["fingerprints"] = tuple(Fingerprint(**one) for one in values["fingerprints"])
         return LogitReport(divergence=Divergence(worst=worst, **divergence), drift=drift, **values)
 
     def as_json(self) -> dict[str, Any]:
@@ -129,11 +151,39 @@ class LogitReport:
             "seconds": round(self.seconds, 3),
             "lossy_rows": list(self.lossy_rows),
             "warnings": list(self.warnings),
+            "original": self.original,
+            "checkpoint": self.checkpoint,
+            "each_sequence": [_sequence_json(one) for one in self.checked],
+            "worst_tokens": [_prediction_json(one) for one in self.worst],
+            "fingerprints": [asdict(one) for one in self.fingerprints],
         }
 
 
+def _sequence_json(one: CheckedSequence) -> dict[str, Any]:
+    return {
+        "sequence": one.name,
+        "tokens": len(one.ids),
+        "compared": len(one.compared),
+        "kl_mean": _finite(one.kl_mean),
+        "kl_max": _finite(one.kl_max),
+        "worst_position": one.worst,
+    }
+
+
+def _prediction_json(one: Prediction) -> dict[str, Any]:
+    def side(candidates: tuple[Candidate, ...]) -> list[dict[str, Any]]:
+        return [{**asdict(each), "probability": _finite(each.probability)} for each in candidates]
+
+    return {
+        **asdict(one.behind),
+        "kl": _finite(one.behind.kl),
+        "reference": side(one.reference),
+        "native": side(one.native),
+    }
+
+
 def render(report: LogitReport) -> RenderableType:
-    """A compact table of the report, for rich."""
+    """A compact table of the report, for rich, with the KL of each sequence's tokens as a line."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -144,44 +194,88 @@ def render(report: LogitReport) -> RenderableType:
     table.add_column()
     for name, value in _lines(report):
         table.add_row(name, Text(value))
+    lines = Table.grid(padding=(0, 2))
+    lines.add_column(style="dim", max_width=24, no_wrap=True, overflow="ellipsis")
+    lines.add_column(no_wrap=True)
+    lines.add_column()
+    lines.add_row()
+    for name, value, sparkline in _sparklines(report):
+        lines.add_row(Text(printable(name)), value, sparkline)
     warnings = [Text(f"! {warning}", style="yellow") for warning in report.warnings]
-    return Group(Text(report.verdict, style=f"bold {colour}"), table, *warnings)
+    return Group(Text(report.verdict, style=f"bold {colour}"), table, lines, *warnings)
+
+
+def _sparklines(report: LogitReport) -> list[tuple[str, str, Sparkline | str]]:
+    """Name, largest value and line of each sequence, of the worst where they are many."""
+    span = log_range([kl for one in report.checked for kl in one.compared], report.limit)
+    order = worst_first([one.kl_max for one in report.checked])
+    kept = sorted(order[:_MOST_SPARKLINES])
+    head = f"by position, from 1e{span.low} to 1e{span.high}"
+    rows: list[tuple[str, str, Sparkline | str]] = [("", "KL max", head)] if kept else []
+    rows += [
+        (one.name, figure(one.kl_max), Sparkline(one.kl, span, report.limit))
+        for one in (report.checked[number] for number in kept)
+    ]
+    if len(order) > len(kept):
+        rows.append((f"and {len(order) - len(kept)} more", "", "all of them better"))
+    if report.drift is not None:
+        drift, tolerance = report.drift, report.drift.tolerance
+        stages = drift.stages
+        span = log_range(list(stages.values()), tolerance)
+        worst = figure(stages[list(stages)[worst_first(list(stages.values()))[0]]])
+        rows.append(("drift by layer", worst, Sparkline(list(stages.values()), span, tolerance)))
+    return rows
 
 
 def _lines(report: LogitReport) -> list[tuple[str, str]]:
     found, worst = report.divergence, report.divergence.worst
     text = "" if worst.text is None else f" {worst.text!r}"
+    place = f"{printable(worst.sequence)}, position {worst.position}"
     return [
         ("KL max", f"{found.kl_max:.2e}   limit {report.limit:.0e} ({report.limit_reason})"),
+        ("worst token", f"{place}: id {worst.token}{text}"),
         ("KL p99, mean", f"{found.kl_p99:.2e}, {found.kl_mean:.2e}"),
-        ("worst token", f"{worst.sequence}, position {worst.position}: id {worst.token}{text}"),
-        ("top-1, top-10", f"{found.top1_agreement:.2%}, {found.topk_overlap:.2%} the same"),
-        ("largest logit difference", f"{found.max_logit_difference:.2e}"),
+        (
+            "agreement",
+            f"top-1 {found.top1_agreement:.2%}, top-10 {found.topk_overlap:.2%}, largest logit "
+            f"difference {found.max_logit_difference:.2e}",
+        ),
         *([("drift", _drift(report.drift))] if report.drift is not None else []),
-        (
-            "compared",
-            f"{found.tokens} tokens in {report.sequences} sequences, the longest "
-            f"{report.longest_sequence} (sliding window {report.sliding_window})"
-            + (f", {report.images} with an image" if report.images else "")
-            + (f", {report.sounds} with a sound" if report.sounds else ""),
-        ),
+        ("compared", compared_line(report)),
         ("reference", f"{report.reference}, float32, {report.reference_device}"),
-        (
-            "native",
-            f"{report.layout}, {report.dtype}, {report.native_device}"
-            + (f", {report.processes} processes" if report.processes > 1 else ""),
-        ),
-        (
-            "arithmetic",
-            f"{human_flops(report.flops)} in {report.running_seconds:.1f} s, weights read in it: "
-            f"{report.flops_per_second / TERA:.3g} TFLOP/s",
-        ),
+        ("native", native_line(report)),
+        ("arithmetic", arithmetic_line(report)),
         (
             "time, memory",
             f"{report.seconds:.1f} s, {report.peak_memory_bytes / 1e9:.1f} GB at most"
             + (", both models whole" if report.whole_model else ", layer by layer"),
         ),
     ]
+
+
+def compared_line(report: LogitReport) -> str:
+    """What was compared: tokens, sequences, images and sounds."""
+    return (
+        f"{report.divergence.tokens} tokens in {report.sequences} sequences, the longest "
+        f"{report.longest_sequence} (sliding window {report.sliding_window})"
+        + (f", {report.images} with an image" if report.images else "")
+        + (f", {report.sounds} with a sound" if report.sounds else "")
+    )
+
+
+def native_line(report: LogitReport) -> str:
+    """How the native side was run: layout, dtype, device and processes."""
+    return f"{report.layout}, {report.dtype}, {report.native_device}" + (
+        f", {report.processes} processes" if report.processes > 1 else ""
+    )
+
+
+def arithmetic_line(report: LogitReport) -> str:
+    """FLOPs, the time that they took, and the rate."""
+    return (
+        f"{human_flops(report.flops)} in {report.running_seconds:.1f} s, weights read in it: "
+        f"{report.flops_per_second / TERA:.3g} TFLOP/s"
+    )
 
 
 def _drift(drift: Drift) -> str:

@@ -11,10 +11,11 @@ from typing import Protocol
 
 import numpy as np
 
-from gemma_convert.logits.divergence import Accumulator, Divergence, Floats, SlicedComparison
+from gemma_convert.logits.divergence import Accumulator, Floats
 from gemma_convert.logits.drift import Drift, States, measure_drift
 from gemma_convert.logits.golden import Golden
 from gemma_convert.logits.prompts import TokenSequence
+from gemma_convert.logits.sliced import SlicedComparison
 
 LOGIT_BYTES = 32 << 20
 """Most bytes of one slice of logits in float32; a slice has `_LEAST_ROWS` at the least."""
@@ -84,8 +85,8 @@ def compare_slices(
     *,
     vocab: int,
     embed: int,
-) -> Divergence:
-    """The divergence over all compared positions, from slices of the vocabulary."""
+) -> Accumulator:
+    """All compared positions of all sequences in order, from slices of the vocabulary."""
     places = [np.flatnonzero(sequence.compared) for sequence in sequences]
     slices = compared_slices(sequences, vocab=vocab, embed=embed)
     compared = SlicedComparison()
@@ -100,7 +101,7 @@ def compare_slices(
             for row in rows.tolist()
         ],
     )
-    return total.result()
+    return total
 
 
 def compared_slices(sequences: Sequence[TokenSequence], *, vocab: int, embed: int) -> list[slice]:

@@ -9,19 +9,18 @@ from math import prod
 
 from gemma_convert.dtypes import TensorSpec
 from gemma_convert.errors import MappingError, SourceError
+from gemma_convert.foreign import refuse_foreign_tensors
 from gemma_convert.mapping.inventory import HFTensor
 from gemma_convert.mapping.region import Box, NotABoxError, RegionCopy
 
 SHOWN = 5
-
-_QUANTIZED = ("weight_scale", "weight_scale_inv", "scales", "biases", "weight_packed", "qweight")
 
 
 def check_source(
     expected: Mapping[str, HFTensor], source: Mapping[str, TensorSpec], where: str
 ) -> None:
     """Raises SourceError where a source has not the tensors that its config.json asks for."""
-    _refuse_quantized(source, where)
+    refuse_foreign_tensors(source, where)
     missing = [name for name, tensor in expected.items() if tensor.required and name not in source]
     if missing:
         raise SourceError(
@@ -49,17 +48,6 @@ def check_source(
             do="check that config.json belongs to these weights",
         )
     _check_groups(expected, source, where)
-
-
-def _refuse_quantized(source: Mapping[str, TensorSpec], where: str) -> None:
-    for name in source:
-        if name.rpartition(".")[2] in _QUANTIZED:
-            raise SourceError(
-                "This is a quantized export, which holds packed integers instead of the weights.",
-                where=where,
-                found=name,
-                do="convert the original bfloat16 checkpoint",
-            )
 
 
 def _check_groups(

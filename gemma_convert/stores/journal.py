@@ -16,13 +16,9 @@ from typing import Any
 
 from gemma_convert.errors import SourceError
 from gemma_convert.stores.json_file import parse_json, read_regular
-from gemma_convert.stores.staging import LOCK
+from gemma_convert.stores.unfinished import JOURNAL as NAME
 
-NAME = ".gemma-convert.journal"
 MAX_BYTES = 256 << 20
-
-UNFINISHED = (NAME, LOCK)
-"""Files that a folder holds only while it is being built."""
 
 
 def journal_key(facts: Mapping[str, object]) -> str:

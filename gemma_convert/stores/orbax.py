@@ -24,6 +24,7 @@ from gemma_convert.errors import TargetError
 from gemma_convert.mapping.notation import split_path
 from gemma_convert.mapping.region import Box
 from gemma_convert.stores.checksums import checksum
+from gemma_convert.stores.remote import kvstore
 
 Compression = Literal["none", "zstd"]
 
@@ -119,6 +120,7 @@ class OrbaxWriter:
         try:
             root = self._ts.KvStore.open(self._kvstore("", 0), context=self._context).result()
             for part in range(1, parts):
+                self._check_part(part)
                 transaction = self._ts.Transaction(atomic=True)
                 spec = self._kvstore("", part)
                 other = self._ts.KvStore.open(spec, context=self._context).result()
@@ -126,6 +128,20 @@ class OrbaxWriter:
                 transaction.commit_async().result()
         except ValueError as error:
             raise write_error(error, self.folder) from None
+
+    def _check_part(self, part: int) -> None:
+        """Raises TargetError where a part is not there: tensorstore would take it as empty."""
+        manifest = self.folder / f"ocdbt.process_{part}" / "manifest.ocdbt"
+        if not manifest.is_file():
+            raise TargetError(
+                "What another process has written is not there.",
+                where=manifest,
+                do="choose a target on a file system that all processes share",
+            )
+
+    def close(self) -> None:
+        """Lets go of the arrays."""
+        self._arrays.clear()
 
     def write_tree(self, extra: Mapping[str, Mapping[str, object]]) -> None:
         """Writes `_METADATA`; `extra` are leaves without arrays (name → value_metadata)."""
@@ -160,9 +176,8 @@ class OrbaxWriter:
 
     def _kvstore(self, path: str, part: int) -> dict[str, Any]:
         if not self.form.ocdbt:
-            return {"driver": "file", "path": f"{self.folder}/{path}"}
-        below = f"ocdbt.process_{part}/" if part else ""
-        base = {"driver": "file", "path": f"{self.folder}/{below}"}
+            return kvstore(self.folder, path)
+        base = kvstore(self.folder, f"ocdbt.process_{part}/" if part else "")
         return {"driver": "ocdbt", "base": base, "path": path}
 
 

@@ -17,9 +17,10 @@ from gemma_convert.dtypes import TensorSpec, numpy_dtype
 from gemma_convert.errors import SourceError, short
 from gemma_convert.mapping.notation import join_path, split_path
 from gemma_convert.mapping.region import Box
-from gemma_convert.stores.journal import UNFINISHED
 from gemma_convert.stores.json_file import read_object
 from gemma_convert.stores.raw_chunks import Places, RawChunks, ocdbt_places, raw_chunks
+from gemma_convert.stores.remote import find_mirror, kvstore
+from gemma_convert.stores.unfinished import refuse_unfinished
 from gemma_convert.values import Array, bits
 
 METADATA = "_METADATA"
@@ -27,6 +28,9 @@ MAX_METADATA_BYTES = 64 << 20
 
 ITEMS = ("items", "default")
 """Names of the item in a step folder: MaxText's, and that of Orbax' CheckpointManager."""
+
+REMOTE_CACHE_BYTES = 64 << 20
+"""For the index of an object store's arrays, which would be fetched anew for every chunk."""
 
 STATE = ("opt_state", "nnx_aux")
 """Where a training checkpoint keeps what is no parameter."""
@@ -58,8 +62,10 @@ class OrbaxTree:
     chunks: dict[str, tuple[int, ...]]
     others: tuple[str, ...]
     form: _Form
+    context: Any
+    """tensorstore's, which the arrays of an object store share."""
     places: Places | None
-    """Where the values of an OCDBT store lie; None where every chunk has its own file."""
+    """Where the values of an OCDBT store lie; None where chunks have files, or are not here."""
 
 
 def find_items(path: Path) -> Path:
@@ -69,12 +75,7 @@ def find_items(path: Path) -> Path:
     """
     path = path.absolute()
     for folder in (path, *path.parents[:2]):
-        if any((folder / name).exists() for name in UNFINISHED):
-            raise SourceError(
-                "This is an unfinished conversion.",
-                where=folder,
-                do="run the conversion again with --resume",
-            )
+        refuse_unfinished(folder)
     for folder in (path, *(path / item for item in ITEMS)):
         if (folder / METADATA).is_file():
             return folder
@@ -116,9 +117,10 @@ def read_orbax_tree(folder: Path) -> OrbaxTree:
         if kind not in _WITHOUT_ARRAY:
             (others if first in STATE else names).append(join_path(keys))
     form = _Form(ocdbt, zarr3, bool(metadata.get("store_array_data_equal_to_fill_value")))
-    arrays, chunks = _specs(folder, names, form)
-    places = ocdbt_places(folder) if ocdbt else None
-    return OrbaxTree(folder, arrays, chunks, tuple(others), form, places)
+    context = _context(REMOTE_CACHE_BYTES if find_mirror(folder) else 0)
+    arrays, chunks = _specs(folder, names, form, context)
+    places = ocdbt_places(folder) if ocdbt and find_mirror(folder) is None else None
+    return OrbaxTree(folder, arrays, chunks, tuple(others), form, context, places)
 
 
 def _load_metadata(path: Path) -> dict[str, Any]:
@@ -193,25 +195,30 @@ class OrbaxArray:
 
 def open_array(tree: OrbaxTree, name: str, cache_bytes: int = 0) -> OrbaxArray:
     """One array of a tree. `cache_bytes` keeps decoded chunks, for one that is read in slices."""
-    import tensorstore as ts
-
-    context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
+    remote = find_mirror(tree.folder) is not None
+    shared = remote and cache_bytes <= REMOTE_CACHE_BYTES
+    context = tree.context if shared else _context(cache_bytes)
     try:
         store = _open(tree.folder, name, tree.form, context).result()
     except UNREADABLE as error:
         raise _broken(tree.folder, name, error) from None
     spec = tree.arrays[name]
     metadata = store.spec().to_json().get("metadata", {})
-    raw = raw_chunks(tree.folder, _key(name), metadata, spec.itemsize, tree.places)
+    raw = None
+    if not remote:
+        raw = raw_chunks(tree.folder, _key(name), metadata, spec.itemsize, tree.places)
     return OrbaxArray(name, tree.folder, spec, tree.chunks[name], store, raw)
 
 
-def _specs(
-    folder: Path, names: Sequence[str], form: _Form
-) -> tuple[dict[str, TensorSpec], dict[str, tuple[int, ...]]]:
+def _context(cache_bytes: int) -> Any:
     import tensorstore as ts
 
-    context = ts.Context()
+    return ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
+
+
+def _specs(
+    folder: Path, names: Sequence[str], form: _Form, context: Any
+) -> tuple[dict[str, TensorSpec], dict[str, tuple[int, ...]]]:
     opened = {name: _open(folder, name, form, context) for name in names}
     specs, chunks = {}, {}
     for name, future in opened.items():
@@ -244,16 +251,16 @@ def _check_chunk(folder: Path, name: str, spec: TensorSpec, chunk: tuple[int, ..
 def _open(folder: Path, name: str, form: _Form, context: Any) -> Any:
     import tensorstore as ts
 
-    key, folder = _key(name), folder.absolute()
-    store: dict[str, Any] = {"driver": "file", "path": f"{folder}/{key}/"}
-    if form.ocdbt:
-        base = {"driver": "file", "path": f"{folder}/"}
-        store = {"driver": "ocdbt", "base": base, "path": f"{key}/"}
-    spec = {
+    below = f"{_key(name)}/"
+    spec: dict[str, Any] = {
         "driver": "zarr3" if form.zarr3 else "zarr",
-        "kvstore": store,
+        "kvstore": {"driver": "ocdbt", "base": kvstore(folder), "path": below}
+        if form.ocdbt
+        else kvstore(folder, below),
         "fill_missing_data_reads": not form.complete,
     }
+    if find_mirror(folder) is not None:
+        spec |= {"recheck_cached_data": False, "recheck_cached_metadata": False}
     return ts.open(spec, open=True, read=True, context=context)
 
 

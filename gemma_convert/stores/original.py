@@ -124,9 +124,14 @@ def _from_sidecar(root: Path) -> Original:
     stored = None
     if (own / sidecar.CARRIED).exists():
         stored = SafetensorsFolder(own, [sidecar.CARRIED])
-    architecture = read_architecture(folder)
     specs = {tensor.name: tensor.spec for shard in shards for tensor in shard.tensors}
-    exceptions = read_exceptions(own, specs)
+    try:
+        architecture = read_architecture(folder)
+        exceptions = read_exceptions(own, specs)
+    except BaseException:
+        if stored is not None:
+            stored.close()
+        raise
     return Original(folder, architecture, shards, files, stored, exceptions, checksums, manifest)
 
 

@@ -1,9 +1,14 @@
-"""Reads safetensors checkpoints by region with pread: one file, or shards with an index."""
+"""Reads safetensors checkpoints by region: one file, or shards with an index.
+
+Files here are read with pread, those in object stores by ranges of bytes.
+"""
 
 from __future__ import annotations
 
 import os
 import stat
+import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +19,10 @@ from numpy.typing import NDArray
 
 from gemma_convert.dtypes import TensorSpec, numpy_dtype
 from gemma_convert.errors import SourceError, short
-from gemma_convert.stores.journal import UNFINISHED
 from gemma_convert.stores.json_file import read_object
+from gemma_convert.stores.remote import RemoteFile, remote_file
 from gemma_convert.stores.safetensors_header import StoredTensor, parse_header, read_header
+from gemma_convert.stores.unfinished import refuse_unfinished
 
 if TYPE_CHECKING:
     from gemma_convert.mapping.plan import SourceTensor
@@ -39,7 +45,8 @@ class Shard:
     """The first bytes of the file, length word included, up to the data."""
     tensors: tuple[StoredTensor, ...]
     size: int
-    modified_ns: int
+    modified: int | str
+    """Nanoseconds of a file here, the store's own tag of an object."""
 
 
 class SafetensorsFolder:
@@ -51,7 +58,10 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path, files: Sequence[str] | None = None) -> None:
         self.folder = folder
+        self._lock = threading.Lock()
         self._descriptors: dict[str, int] = {}
+        self._remote: dict[str, RemoteFile] = {}
+        self._fetched: dict[str, NDArray[Any]] = {}
         try:
             weight_map = None
             if files is None:
@@ -72,6 +82,7 @@ class SafetensorsFolder:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+        self._fetched.clear()
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -82,6 +93,9 @@ class SafetensorsFolder:
 
         Raises SourceError where the file has become shorter or cannot be read.
         """
+        if tensor.file in self._remote:
+            self._remote[tensor.file].read_into(tensor.start + offset, buffer)
+            return
         descriptor, done = self._descriptors[tensor.file], 0
         while done < len(buffer):
             try:
@@ -117,46 +131,90 @@ class SafetensorsFolder:
             yield piece
 
     def mapped(self, tensor: StoredTensor) -> NDArray[Any]:
-        """The tensor as a read-only view of its file, for files that nobody else changes."""
+        """The tensor as a read-only view of its file, for files that nobody else changes.
+
+        One in an object store is fetched, once, into a temporary file.
+        """
         if not tensor.spec.size:
             return np.empty(tensor.spec.shape, numpy_dtype(tensor.spec.dtype))
-        data = np.memmap(self.folder / tensor.file, np.uint8, "r", tensor.start, tensor.spec.nbytes)
+        if tensor.file in self._remote:
+            data = self._fetch(tensor)
+        else:
+            path = self.folder / tensor.file
+            data = np.memmap(path, np.uint8, "r", tensor.start, tensor.spec.nbytes)
         return np.asarray(data).view(numpy_dtype(tensor.spec.dtype)).reshape(tensor.spec.shape)
+
+    def _fetch(self, tensor: StoredTensor) -> NDArray[Any]:
+        with self._lock:
+            if tensor.name not in self._fetched:
+                with tempfile.TemporaryFile(dir=self._remote[tensor.file].mirror.folder) as file:
+                    file.truncate(tensor.spec.nbytes)
+                    data = np.memmap(file, np.uint8, "r+", 0, tensor.spec.nbytes)
+                for start in range(0, data.size, PIECE_BYTES):
+                    self.read_into(tensor, start, data[start : start + PIECE_BYTES].data)
+                self._fetched[tensor.name] = data
+            return self._fetched[tensor.name]
 
     def check_unchanged(self) -> None:
         """Raises SourceError where a shard is not what it was when it was opened."""
         for shard in self.shards:
-            now = os.fstat(self._descriptors[shard.file])
-            if (now.st_size, now.st_mtime_ns) != (shard.size, shard.modified_ns):
+            size, modified = self._now(shard.file)
+            if (size, modified) != (shard.size, shard.modified):
                 raise SourceError(
                     "The source changed while it was read.",
                     where=self.folder / shard.file,
                     expected=f"{shard.size} bytes, untouched",
-                    found=f"{now.st_size} bytes",
+                    found=f"{size} bytes",
                     do="leave the source alone until the conversion ends, then start again",
                 )
 
+    def _now(self, file: str) -> tuple[int, int | str]:
+        """Size and time, or tag, of a shard as it is now."""
+        if file in self._remote:
+            entry = self._remote[file].now()
+            return entry.size, entry.tag
+        status = os.fstat(self._descriptors[file])
+        return status.st_size, status.st_mtime_ns
+
     def _open(self, file: str) -> Shard:
         path = self.folder / file
+        remote = remote_file(path)
+        if remote is None:
+            self._descriptors[file] = _open_file(path)
+            size, modified = self._now(file)
+        else:
+            self._remote[file] = remote
+            size, modified = remote.entry.size, remote.entry.tag
+        header = read_header(lambda start, count: self._read(file, start, count), size, path)
+        return Shard(file, header, parse_header(header, size, file, path), size, modified)
+
+    def _read(self, file: str, start: int, count: int) -> bytes:
+        if file in self._remote:
+            return self._remote[file].read(start, count)
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except FileNotFoundError:
-            raise SourceError(
-                "A shard is missing.",
-                where=path,
-                do="download the whole checkpoint; the index names this file",
-            ) from None
+            return os.pread(self._descriptors[file], count, start)
         except OSError as error:
             raise SourceError(
-                "A shard cannot be opened.", where=path, found=error.strerror
+                "A shard cannot be read.", where=self.folder / file, found=error.strerror
             ) from None
-        self._descriptors[file] = descriptor
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise SourceError("A shard is not a file.", where=path)
-        header = read_header(descriptor, status.st_size, path)
-        tensors = parse_header(header, status.st_size, file, path)
-        return Shard(file, header, tensors, status.st_size, status.st_mtime_ns)
+
+
+def _open_file(path: Path) -> int:
+    """A descriptor of a regular file; SourceError where it is none."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise SourceError(
+            "A shard is missing.",
+            where=path,
+            do="download the whole checkpoint; the index names this file",
+        ) from None
+    except OSError as error:
+        raise SourceError("A shard cannot be opened.", where=path, found=error.strerror) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise SourceError("A shard is not a file.", where=path)
+    return descriptor
 
 
 def _weight_files(folder: Path) -> tuple[list[str], Mapping[str, str] | None]:
@@ -167,17 +225,12 @@ def _weight_files(folder: Path) -> tuple[list[str], Mapping[str, str] | None]:
             where=folder,
             do="give the folder of a Hugging Face checkpoint",
         )
-    if any((folder / name).exists() for name in UNFINISHED):
-        raise SourceError(
-            "This is an unfinished conversion.",
-            where=folder,
-            do="run the conversion again with --resume",
-        )
+    refuse_unfinished(folder)
     if (folder / SINGLE).exists() or (folder / SINGLE).is_symlink():
         return [SINGLE], None
     index = folder / INDEX
     if index.exists() or index.is_symlink():
-        weight_map = _read_index(index)
+        weight_map = read_index(index)
         return sorted(set(weight_map.values())), weight_map
     others = sorted(
         p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".gguf"}
@@ -191,7 +244,8 @@ def _weight_files(folder: Path) -> tuple[list[str], Mapping[str, str] | None]:
     )
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
+    """The weight map of an index, whose files lie beside it; SourceError where it is malformed."""
     try:
         index = read_object(path, "The index", MAX_INDEX_BYTES)
     except FileNotFoundError:

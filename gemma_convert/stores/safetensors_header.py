@@ -7,8 +7,7 @@ a JSON header, then the tensors' bytes without gaps.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -76,9 +75,12 @@ def write_safetensors(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
             file.write(arrays[name].tobytes())
 
 
-def read_header(descriptor: int, size: int, path: Path) -> bytes:
-    """The length word and the JSON header of one file, verbatim."""
-    word = _pread(descriptor, 8, 0, path)
+def read_header(read: Callable[[int, int], bytes], size: int, path: Path) -> bytes:
+    """The length word and the JSON header of one file of `size` bytes, verbatim.
+
+    `read(start, count)` gives its bytes, fewer at its end.
+    """
+    word = read(0, min(8, size))
     length = int.from_bytes(word, "little")
     if len(word) < 8 or length > size - 8:
         raise SourceError(
@@ -90,14 +92,7 @@ def read_header(descriptor: int, size: int, path: Path) -> bytes:
         )
     if length > MAX_HEADER_BYTES:
         raise SourceError("A header is absurdly long.", where=path, found=f"{length} bytes")
-    return word + _pread(descriptor, length, 8, path)
-
-
-def _pread(descriptor: int, count: int, offset: int, path: Path) -> bytes:
-    try:
-        return os.pread(descriptor, count, offset)
-    except OSError as error:
-        raise SourceError("A shard cannot be read.", where=path, found=error.strerror) from None
+    return word + read(8, length)
 
 
 def parse_header(header: bytes, size: int, file: str, path: Path) -> tuple[StoredTensor, ...]:

@@ -58,21 +58,29 @@ class SafetensorsWriter:
         self._descriptors: dict[str, int] = {}
         self._tensors: dict[str, StoredTensor] = {}
         self._written = 0
-        for shard in shards:
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            descriptor = os.open(folder / shard.file, flags, 0o644)
-            self._descriptors[shard.file] = descriptor
-            os.pwrite(descriptor, shard.header, 0)
-            os.ftruncate(descriptor, shard.size)
-            _reserve(descriptor, shard.size)
-            self._maps[shard.file] = mmap.mmap(descriptor, shard.size)
-            self._tensors |= {tensor.name: tensor for tensor in shard.tensors}
+        try:
+            for shard in shards:
+                self._open(folder, shard)
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> SafetensorsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _open(self, folder: Path, shard: OutputShard) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(folder / shard.file, flags, 0o644)
+        self._descriptors[shard.file] = descriptor
+        os.pwrite(descriptor, shard.header, 0)
+        os.ftruncate(descriptor, shard.size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, shard.size)
+        self._maps[shard.file] = mmap.mmap(descriptor, shard.size)
+        self._tensors |= {tensor.name: tensor for tensor in shard.tensors}
 
     def close(self) -> None:
         for descriptor in self._descriptors.values():
@@ -109,10 +117,3 @@ class SafetensorsWriter:
             self._written = 0
             for mapped in self._maps.values():
                 mapped.madvise(mmap.MADV_DONTNEED)
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size)
-    else:
-        os.ftruncate(descriptor, size)

@@ -24,6 +24,7 @@ from gemma_convert.errors import SourceError, short
 from gemma_convert.output import Progress
 from gemma_convert.stores.json_file import read_object
 from gemma_convert.stores.manifest import check_manifest
+from gemma_convert.stores.remote import WEIGHT_SUFFIXES, remote_file
 from gemma_convert.stores.safetensors import Shard
 from gemma_convert.stores.safetensors_header import safetensors_header, write_safetensors
 from gemma_convert.values import Array
@@ -40,9 +41,6 @@ MAX_MANIFEST_BYTES = 64 << 20
 
 COPY_BYTES = 16 << 20
 
-_WEIGHT_SUFFIXES = {
-    ".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".onnx", ".pt", ".pth", ".safetensors",
-}  # fmt: skip
 _SKIPPED_FOLDERS = {".git", ".cache", "__pycache__", OWN}
 
 
@@ -55,8 +53,8 @@ def remove(checkpoint: Path) -> None:
 def other_files(folder: Path, shards: Sequence[str]) -> tuple[list[Path], list[str]]:
     """(files to carry, names that are listed and not carried), relative to `folder`.
 
-    Carried are regular files, or links to some at the top as in the hub's cache; not carried are
-    weights in other formats, caches, version control, and linked folders.
+    Carried are regular files, and links at the top or into the hub's cache; not carried are weights
+    in other formats, caches, version control, and linked folders.
     """
     carried: list[Path] = []
     listed: list[str] = []
@@ -76,12 +74,19 @@ def other_files(folder: Path, shards: Sequence[str]) -> tuple[list[Path], list[s
             relative = path.relative_to(folder)
             if relative.name in shards and relative.parent == Path():
                 continue
-            linked_below = path.is_symlink() and relative.parent != Path()
-            if path.suffix in _WEIGHT_SUFFIXES or linked_below or not path.is_file():
+            linked_below = path.is_symlink() and relative.parent != Path() and not _cached(path)
+            if path.suffix in WEIGHT_SUFFIXES or linked_below or not path.is_file():
                 listed.append(str(relative))
             else:
                 carried.append(relative)
     return carried, listed
+
+
+def _cached(link: Path) -> bool:
+    """Whether a link in a snapshot of the hub's cache leads to the files of that repository."""
+    place = link.absolute().parents
+    snapshots = next((folder for folder in place if folder.name == "snapshots"), None)
+    return snapshots is not None and link.resolve().parent == snapshots.resolve().parent / "blobs"
 
 
 def copy_files(source: Path, target: Path, files: Sequence[Path]) -> dict[str, str]:
@@ -99,7 +104,20 @@ def copy_files(source: Path, target: Path, files: Sequence[Path]) -> dict[str, s
     return digests
 
 
+def sha256(file: Path) -> str:
+    """The sha256 of a file, wherever it is."""
+    digest = hashlib.sha256()
+    for piece in _pieces(file):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
 def _pieces(path: Path) -> Iterator[bytes]:
+    remote = remote_file(path)
+    if remote is not None:
+        for start in range(0, remote.entry.size, COPY_BYTES):
+            yield remote.read(start, min(COPY_BYTES, remote.entry.size - start))
+        return
     try:
         with path.open("rb") as reader:
             while piece := reader.read(COPY_BYTES):

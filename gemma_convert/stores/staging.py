@@ -11,12 +11,13 @@ import fcntl
 import os
 import shutil
 import stat
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from types import TracebackType
 
 from gemma_convert.errors import TargetError
-
-LOCK = ".gemma-convert.lock"
+from gemma_convert.stores.remote import find_mirror
+from gemma_convert.stores.remote_target import check_remote_target, target_mirror
+from gemma_convert.stores.unfinished import LOCK
 
 
 class StagedFolder:
@@ -36,6 +37,7 @@ class StagedFolder:
 
     def __enter__(self) -> StagedFolder:
         check_target(self.target, overwrite=self.overwrite)
+        made = not os.path.lexists(self.folder)
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
             if self.folder.is_symlink():
@@ -51,6 +53,9 @@ class StagedFolder:
             else:
                 self.clear()
         except OSError as error:
+            self._unlock()
+            if made:
+                shutil.rmtree(self.folder, ignore_errors=True)
             raise TargetError(
                 "The target cannot be written.", where=self.folder, found=error.strerror
             ) from None
@@ -148,6 +153,9 @@ def staged_folder(target: Path) -> Path:
 
 def check_target(target: Path, *, overwrite: bool) -> None:
     """Raises TargetError where `target` may not be written or replaced."""
+    mirror = target_mirror(target)
+    if mirror is not None:
+        return check_remote_target(mirror, overwrite=overwrite)
     if not os.path.lexists(target):
         return
     if not overwrite:
@@ -168,7 +176,8 @@ def check_target(target: Path, *, overwrite: bool) -> None:
 
 def check_apart(source: Path, target: Path) -> None:
     """Raises TargetError where source and target lie in one another."""
-    inside, outside = source.resolve(), target.absolute().parent.resolve() / target.name
+    inside = _in_store(source) or source.resolve()
+    outside = _in_store(target) or target.absolute().parent.resolve() / target.name
     if inside == outside or inside in outside.parents or outside in inside.parents:
         raise TargetError(
             "Source and target lie in one another.",
@@ -176,6 +185,12 @@ def check_apart(source: Path, target: Path) -> None:
             found=f"source {source}",
             do="choose a target beside the source",
         )
+
+
+def _in_store(path: Path) -> PurePath | None:
+    """The place in an object store that a folder stands for; None for one on this machine."""
+    found = find_mirror(path)
+    return None if found is None else PurePosixPath(f"{found[0].place.joined(found[1])}")
 
 
 def check_space(target: Path, needed: int) -> None:

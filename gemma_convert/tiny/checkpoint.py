@@ -20,7 +20,7 @@ from gemma_convert.stores.safetensors_header import write_safetensors
 from gemma_convert.stores.staging import StagedFolder, check_target
 from gemma_convert.tiny import tokenizer
 from gemma_convert.tiny.config import ConfigSpelling, DType, config_json, generation_config_json
-from gemma_convert.tiny.sizes import POOLING, SIZES
+from gemma_convert.tiny.sizes import POOLING, SIZES, EmbedderSizes, FamilySizes
 from gemma_convert.tiny.weights import Array, random_weights
 
 KVShared = Literal["keep", "omit"]
@@ -103,20 +103,32 @@ def _check_count(name: str, value: int, least: int, most: int | None) -> None:
 def _documents(family: Family, text_only: bool) -> dict[str, dict[str, object]]:
     """The JSON files beside config.json, by name; those of a processor only with towers."""
     sizes = SIZES[family]
+    model = "Gemma4Unified" if sizes.unified else "Gemma4"
     documents = {
         "generation_config.json": generation_config_json(),
         "tokenizer.json": tokenizer.tokenizer_json(sizes.vocab),
-        "tokenizer_config.json": tokenizer.tokenizer_config_json(text_only),
+        "tokenizer_config.json": tokenizer.tokenizer_config_json(model, text_only),
         "special_tokens_map.json": tokenizer.special_tokens_map_json(),
     }
     if text_only:
         return documents
     patch_size = sizes.vision.patch_size
-    mel_bands = 128 if sizes.audio is None else sizes.audio.channels[0]
+    extractor, milliseconds = _sounds(sizes)
     return documents | {
-        "preprocessor_config.json": tokenizer.image_processor_json(patch_size, POOLING),
-        "processor_config.json": tokenizer.processor_json(patch_size, POOLING, mel_bands),
+        "preprocessor_config.json": tokenizer.image_processor_json(model, patch_size, POOLING),
+        "processor_config.json": tokenizer.processor_json(
+            model, patch_size, POOLING, extractor, milliseconds
+        ),
     }
+
+
+def _sounds(sizes: FamilySizes) -> tuple[dict[str, object], int]:
+    """What becomes of a sound: keys of the feature extractor, and milliseconds of a soft token."""
+    if isinstance(sizes.vision, EmbedderSizes):
+        frame = sizes.vision.frame
+        extractor: dict[str, object] = {"audio_samples_per_token": frame, "feature_size": frame}
+        return extractor, 1000 * frame // tokenizer.SAMPLING_RATE
+    return {"feature_size": 128 if sizes.audio is None else sizes.audio.channels[0]}, 40
 
 
 def _split(tensors: Mapping[str, Array], shards: int) -> Iterator[dict[str, Array]]:

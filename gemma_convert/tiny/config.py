@@ -1,7 +1,7 @@
 """config.json and generation_config.json of a tiny model of each family, in both spellings.
 
-Features and keys are those of the published configs of google/gemma-4-{E2B,E4B,26B-A4B,31B}-it;
-the saved spelling is what transformers 5.23 writes with `save_pretrained`.
+Features and keys are those of the published configs of google/gemma-4-{E2B,E4B,26B-A4B,31B}-it and
+google/gemma-4-12B; the saved spelling is what transformers 5.23 writes with `save_pretrained`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,18 @@ from __future__ import annotations
 from typing import Literal
 
 from gemma_convert.architecture import Family
-from gemma_convert.config import MAX_LAYERS
+from gemma_convert.config_section import MAX_LAYERS
 from gemma_convert.errors import UsageError
-from gemma_convert.tiny.sizes import POOLING, SIZES, AudioSizes, FamilySizes
+from gemma_convert.tiny.sizes import (
+    POOLING,
+    SIZES,
+    AudioSizes,
+    EmbedderSizes,
+    FamilySizes,
+    VisionSizes,
+)
 from gemma_convert.tiny.tokenizer import SOFT_TOKENS, SPECIAL_TOKENS
+from gemma_convert.tiny.unified import unified_config_json
 
 ConfigSpelling = Literal["published", "saved"]
 DType = Literal["bfloat16", "float32", "float16"]
@@ -26,23 +34,35 @@ def config_json(
     text = _text_config(sizes, _depth(family, layers), spelling)
     version = "5.5.0.dev0" if spelling == "published" else "5.23.0"
     if text_only:
+        generation = "Gemma4Unified" if sizes.unified else "Gemma4"
         return {
-            "architectures": ["Gemma4ForCausalLM"],
+            "architectures": [f"{generation}ForCausalLM"],
             **text,
             "dtype": dtype,
             "transformers_version": version,
         }
+    if isinstance(sizes.vision, EmbedderSizes):
+        own = unified_config_json(sizes.vision, published=spelling == "published")
+    else:
+        own = _config_with_towers(sizes.vision, sizes.audio, dtype, spelling)
+        if spelling == "published":
+            text["dtype"] = dtype
+    return own | {"dtype": dtype, "text_config": text, "transformers_version": version}
+
+
+def _config_with_towers(
+    vision: VisionSizes, audio: AudioSizes | None, dtype: DType, spelling: ConfigSpelling
+) -> dict[str, object]:
+    """config.json without its text_config, dtype and version."""
     published = spelling == "published"
     towers_dtype = {"dtype": dtype} if published else {}
-    audio = None if sizes.audio is None else _audio_config(sizes.audio) | towers_dtype
     tokens = SPECIAL_TOKENS
     return {
         "architectures": ["Gemma4ForConditionalGeneration"],
-        "audio_config": audio,
+        "audio_config": None if audio is None else _audio_config(audio) | towers_dtype,
         "audio_token_id": tokens["<|audio|>"],
         "boa_token_id": tokens["<|audio>"],
         "boi_token_id": tokens["<|image>"],
-        "dtype": dtype,
         **({"eoa_token_id": tokens["<audio|>"]} if published else {}),
         "eoa_token_index": tokens["<audio|>"],
         "eoi_token_id": tokens["<image|>"],
@@ -50,11 +70,9 @@ def config_json(
         "image_token_id": tokens["<|image|>"],
         "initializer_range": 0.02,
         "model_type": "gemma4",
-        "text_config": text | towers_dtype,
         "tie_word_embeddings": True,
-        "transformers_version": version,
         "video_token_id": tokens["<|video|>"],
-        "vision_config": _vision_config(sizes, spelling) | towers_dtype,
+        "vision_config": _vision_config(vision, audio is not None, spelling) | towers_dtype,
         **({"vision_soft_tokens_per_image": SOFT_TOKENS} if published else {}),
     }
 
@@ -117,7 +135,7 @@ def _text_config(sizes: FamilySizes, depth: int, spelling: ConfigSpelling) -> di
         "intermediate_size": sizes.mlp,
         "layer_types": ["full_attention" if last else "sliding_attention" for last in full],
         "max_position_embeddings": 4096,
-        "model_type": "gemma4_text",
+        "model_type": "gemma4_unified_text" if sizes.unified else "gemma4_text",
         "moe_intermediate_size": sizes.expert_mlp or None,
         "num_attention_heads": sizes.heads,
         "num_experts": sizes.experts or None,
@@ -151,7 +169,7 @@ def _full_layer_keys(
     """The keys that give full-attention layers their own sizes: where the spellings differ."""
     if spelling == "published":
         return {
-            "expert_intermediate_size": None,
+            **({} if sizes.unified else {"expert_intermediate_size": None}),
             "global_head_dim": sizes.full_head_dim,
             "num_global_key_value_heads": sizes.full_kv_heads,
         }
@@ -166,10 +184,10 @@ def _full_layer_keys(
     }
 
 
-def _vision_config(family: FamilySizes, spelling: ConfigSpelling) -> dict[str, object]:
-    sizes = family.vision
+def _vision_config(
+    sizes: VisionSizes, clipped: bool, spelling: ConfigSpelling
+) -> dict[str, object]:
     published = spelling == "published"
-    clipped = family.audio is not None
     return {
         "attention_bias": False,
         "attention_dropout": 0.0,

@@ -3,7 +3,8 @@
 No two axes of a model share a size, so that no two can be confused by shape: heads and KV heads,
 KV heads of sliding and full layers, a hidden size and heads times head_dim all differ (the audio
 tower's architecture ties that last pair). No hidden size has a whole root, which would hide
-scaling mistakes. Periods and features are those of google/gemma-4-{E2B,E4B,26B-A4B,31B}-it.
+scaling mistakes. Periods and features are those of google/gemma-4-{E2B,E4B,26B-A4B,31B}-it and of
+google/gemma-4-12B.
 """
 
 from __future__ import annotations
@@ -46,6 +47,16 @@ class AudioSizes:
 
 
 @dataclass(frozen=True)
+class EmbedderSizes:
+    """Sizes of 12B's embedders; `embed` differs from the text model's on purpose."""
+
+    embed: int
+    patch_size: int
+    positions: int
+    frame: int
+
+
+@dataclass(frozen=True)
 class FamilySizes:
     """Sizes and features of one family. `shared` is the published share of KV-shared layers."""
 
@@ -58,7 +69,7 @@ class FamilySizes:
     full_head_dim: int
     mlp: int
     window: int
-    vision: VisionSizes
+    vision: VisionSizes | EmbedderSizes
     audio: AudioSizes | None = None
     head_dim: int = 16
     full_kv_heads: int | None = None
@@ -68,6 +79,11 @@ class FamilySizes:
     experts: int = 0
     experts_per_token: int = 0
     expert_mlp: int = 0
+
+    @property
+    def unified(self) -> bool:
+        """Whether it is 12B's: embedders in the place of towers."""
+        return isinstance(self.vision, EmbedderSizes)
 
 
 SIZES: dict[Family, FamilySizes] = {
@@ -101,6 +117,19 @@ SIZES: dict[Family, FamilySizes] = {
         shared=(3, 7),
         vision=VisionSizes(embed=56, heads=9, mlp=100, patch_size=5, positions=239),
         audio=AudioSizes(embed=40, output=34, channels=(60, 13)),
+    ),
+    "12b": FamilySizes(
+        period=6,
+        layers=12,
+        vocab=331,
+        embed=76,
+        heads=20,
+        kv_heads=10,
+        full_kv_heads=5,
+        full_head_dim=24,
+        mlp=112,
+        window=12,
+        vision=EmbedderSizes(embed=58, patch_size=3, positions=257, frame=32),
     ),
     "26b-a4b": FamilySizes(
         period=6,

@@ -7,6 +7,8 @@ tokenizer. Names of special tokens and the shape of a turn are Gemma 4's.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 _SPECIAL_WORDS = """
 <pad> <eos> <bos> <unk> <mask> <|turn> <turn|>
 <|image> <image|> <|image|> <|audio> <audio|> <|audio|> <|video|>
@@ -27,6 +29,9 @@ MODEL_TOKENS = {
     "video_token": "<|video|>",
 }
 """The names under which the processor asks the tokenizer for its special tokens."""
+
+SAMPLING_RATE = 16000
+"""Of sounds, in hertz."""
 
 SOFT_TOKENS = 70
 """Most soft tokens of an image: the smallest number that transformers' processor takes."""
@@ -103,9 +108,12 @@ def tokenizer_json(vocab: int) -> dict[str, object]:
     }
 
 
-def tokenizer_config_json(text_only: bool) -> dict[str, object]:
-    """The whole tokenizer_config.json; a text-only model has no processor to name."""
-    processor = {} if text_only else {"processor_class": "Gemma4Processor"}
+def tokenizer_config_json(model: str, text_only: bool) -> dict[str, object]:
+    """The whole tokenizer_config.json; a text-only model has no processor to name.
+
+    `model` begins the names of the processor's classes: Gemma4 or Gemma4Unified.
+    """
+    processor = {} if text_only else {"processor_class": f"{model}Processor"}
     return {
         "bos_token": "<bos>",
         "clean_up_tokenization_spaces": False,
@@ -127,7 +135,7 @@ def special_tokens_map_json() -> dict[str, object]:
     return {**{f"{name}_token": f"<{name}>" for name in names}, **MODEL_TOKENS}
 
 
-def image_processor_json(patch_size: int, pooling: int) -> dict[str, object]:
+def image_processor_json(model: str, patch_size: int, pooling: int) -> dict[str, object]:
     """How an image becomes patches; stands in both processor files."""
     return {
         "do_convert_rgb": True,
@@ -135,7 +143,7 @@ def image_processor_json(patch_size: int, pooling: int) -> dict[str, object]:
         "do_rescale": True,
         "do_resize": True,
         "image_mean": [0.0, 0.0, 0.0],
-        "image_processor_type": "Gemma4ImageProcessor",
+        "image_processor_type": f"{model}ImageProcessor",
         "image_seq_length": SOFT_TOKENS,
         "image_std": [1.0, 1.0, 1.0],
         "max_soft_tokens": SOFT_TOKENS,
@@ -146,28 +154,33 @@ def image_processor_json(patch_size: int, pooling: int) -> dict[str, object]:
     }
 
 
-def processor_json(patch_size: int, pooling: int, mel_bands: int) -> dict[str, object]:
-    """The whole processor_config.json."""
-    video = image_processor_json(patch_size, pooling)
-    del video["image_processor_type"], video["image_seq_length"]
+def processor_json(
+    model: str, patch_size: int, pooling: int, extractor: Mapping[str, object], milliseconds: int
+) -> dict[str, object]:
+    """The whole processor_config.json; a soft token of a sound stands for some `milliseconds`."""
+    image = image_processor_json(model, patch_size, pooling)
+    video = {key: image[key] for key in image if key not in _IMAGES_ALONE}
     return {
-        "audio_ms_per_token": 40,
+        "audio_ms_per_token": milliseconds,
         "audio_seq_length": 750,
         "feature_extractor": {
-            "feature_extractor_type": "Gemma4AudioFeatureExtractor",
-            "feature_size": mel_bands,
-            "sampling_rate": 16000,
+            "feature_extractor_type": f"{model}AudioFeatureExtractor",
+            "sampling_rate": SAMPLING_RATE,
+            **extractor,
         },
-        "image_processor": image_processor_json(patch_size, pooling),
+        "image_processor": image,
         "image_seq_length": SOFT_TOKENS,
-        "processor_class": "Gemma4Processor",
+        "processor_class": f"{model}Processor",
         "video_processor": video
         | {
             "do_sample_frames": True,
             "num_frames": 4,
-            "video_processor_type": "Gemma4VideoProcessor",
+            "video_processor_type": f"{model}VideoProcessor",
         },
     }
+
+
+_IMAGES_ALONE = ("image_processor_type", "image_seq_length")
 
 
 def _byte_level() -> dict[str, object]:

@@ -1,0 +1,214 @@
+"""A report as one HTML page that needs nothing else: no network, no script, no font."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+from html import escape
+from importlib.resources import files
+
+from gemma_convert.logits.html_plots import drift_plot, kl_plot
+from gemma_convert.logits.html_tokens import legend, prediction, strip
+from gemma_convert.logits.report import (
+    LogitReport,
+    arithmetic_line,
+    compared_line,
+    native_line,
+)
+from gemma_convert.logits.scale import LogRange, figure, log_range
+from gemma_convert.logits.tokens import CheckedSequence
+from gemma_convert.logits.visible import printable, visible
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
+"""The page is full of a model's text: whatever stands in it, the browser runs and loads nothing."""
+
+
+def html_report(report: LogitReport, written: datetime) -> str:
+    """The page: verdict, figures, drift by layer, worst tokens, every token, and how it was run."""
+    body = "".join(
+        (
+            _head(report),
+            "<main>",
+            _figures(report),
+            _drift(report),
+            _worst(report),
+            _tokens(report),
+            _run(report),
+            "</main>",
+            f"<footer><p>Written {written:%Y-%m-%d %H:%M} UTC by gemma-convert "
+            f"{_plain(report.versions.get('gemma-convert', ''))}.</p></footer>",
+        )
+    )
+    style = files("gemma_convert.logits").joinpath("html_report.css").read_text(encoding="utf-8")
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
+        f"<title>{escape(report.verdict)}: {_plain(report.layout)}, logit-check</title>"
+        f"<style>{style}</style></head>\n<body>{body}</body></html>\n"
+    )
+
+
+def _plain(text: str) -> str:
+    return escape(printable(text))
+
+
+def _outcome(report: LogitReport) -> tuple[str, str]:
+    """The class and the words of the badge above the verdict."""
+    if not report.passed:
+        return "fail", "Failed"
+    return ("pass", "Passed") if report.proof else ("hint", "Passed, an indication")
+
+
+def _head(report: LogitReport) -> str:
+    kind, word = _outcome(report)
+    sign = {"pass": "✓", "hint": "≈", "fail": "✗"}[kind]
+    worst = report.divergence.worst
+    token = f"id {worst.token}"
+    if worst.text is not None:
+        token = f'<bdi class="token">{escape(visible(worst.text))}</bdi> ({token})'
+    warnings = "".join(f"<li>{_plain(one)}</li>" for one in report.warnings)
+    return (
+        f'<header class="{kind}"><p class="kicker">gemma-convert logit-check</p>'
+        f'<p class="badge"><span aria-hidden="true">{sign}</span> {word}</p>'
+        f'<h1 id="verdict">{escape(report.verdict)}</h1>'
+        f'<p class="lead">The worst token has a KL of <b>{figure(worst.kl)}</b> nats; the limit is '
+        f"<b>{report.limit:.0e}</b> ({_plain(report.limit_reason)}). It is {token} at position "
+        f"{worst.position} of {_plain(worst.sequence)}.</p>"
+        + (f'<ul class="warnings">{warnings}</ul>' if warnings else "")
+        + "</header>"
+    )
+
+
+def _figures(report: LogitReport) -> str:
+    found = report.divergence
+    entries = (
+        ("KL, largest", figure(found.kl_max)),
+        ("KL, 99th percentile", figure(found.kl_p99)),
+        ("KL, mean", figure(found.kl_mean)),
+        ("top-1 the same", f"{found.top1_agreement:.2%}"),
+        ("top-10 the same", f"{found.topk_overlap:.2%}"),
+        ("largest difference of logits", figure(found.max_logit_difference)),
+        ("tokens compared", f"{found.tokens:,}"),
+    )
+    items = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in entries)
+    return (
+        f'<section aria-labelledby="figures"><h2 id="figures">Figures</h2><dl class="tiles">{items}'
+        '</dl><p class="note">KL(original ‖ converted) of the next token\'s distribution behind '
+        "each token, in nats.</p></section>"
+    )
+
+
+def _drift(report: LogitReport) -> str:
+    drift = report.drift
+    if drift is None:
+        return ""
+    if drift.tolerance is None:
+        verdict = "Values are rounded, so no layer is held to a tolerance."
+    elif drift.first is None:
+        verdict = f"Every layer is within {drift.tolerance:.0e}; float32 rounding is less."
+    else:
+        verdict = f"The first beyond {drift.tolerance:.0e} is <b>{escape(drift.first)}</b>."
+    return (
+        '<section aria-labelledby="drift"><h2 id="drift">Drift by layer</h2>'
+        f"<p>{verdict} Drift is the largest distance of a token's hidden states, relative to their "
+        f"length; {figure(drift.final_norm)} before the head.</p>"
+        f"{_scrolling(drift_plot(drift), 'Plot of the drift by layer')}</section>"
+    )
+
+
+def _scrolling(content: str, name: str) -> str:
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{name}">{content}</div>'
+
+
+def _worst(report: LogitReport) -> str:
+    if not report.worst:
+        return ""
+    by_name = {one.name: one for one in report.checked}
+    names = f"original, {report.reference}\nconverted, {report.layout}"
+    tables = "".join(
+        prediction(one, number, by_name.get(one.behind.sequence), names)
+        for number, one in enumerate(report.worst, 1)
+    )
+    return (
+        '<section aria-labelledby="worst"><h2 id="worst">Worst tokens</h2>'
+        "<p>What each side holds for the likeliest next token behind the marked one.</p>"
+        f'<div class="predictions">{tables}</div></section>'
+    )
+
+
+def _tokens(report: LogitReport) -> str:
+    if not report.checked:
+        return ""
+    span = log_range([kl for one in report.checked for kl in one.compared], report.limit)
+    rows = "".join(_sequence_row(number, one) for number, one in enumerate(report.checked))
+    table = (
+        '<table><thead><tr><th scope="col">sequence</th><th scope="col" class="number">tokens</th>'
+        '<th scope="col" class="number">largest KL</th><th scope="col" class="number">at</th>'
+        f'<th scope="col" class="number">mean KL</th></tr></thead><tbody>{rows}</tbody></table>'
+    )
+    texts = "".join(
+        _sequence(number, one, span, report.limit) for number, one in enumerate(report.checked)
+    )
+    return (
+        '<section aria-labelledby="tokens"><h2 id="tokens">Every token</h2>'
+        f"{_scrolling(table, 'Table of the sequences')}{legend(report.limit)}{texts}</section>"
+    )
+
+
+def _sequence_row(number: int, one: CheckedSequence) -> str:
+    at = "" if one.worst is None else str(one.worst)
+    return (
+        f'<tr><th scope="row"><a href="#sequence-{number}">{_plain(one.name)}</a></th>'
+        f'<td class="number">{len(one.ids):,}</td><td class="number">{figure(one.kl_max)}</td>'
+        f'<td class="number">{at}</td><td class="number">{figure(one.kl_mean)}</td></tr>'
+    )
+
+
+def _sequence(number: int, one: CheckedSequence, span: LogRange, limit: float) -> str:
+    plot = _scrolling(kl_plot(one, span, limit), f"Plot of the KL of sequence {number + 1}")
+    return (
+        f'<article class="sequence"><h3 id="sequence-{number}">{_plain(one.name)}</h3>'
+        f"{plot}{strip(one, limit)}</article>"
+    )
+
+
+def _run(report: LogitReport) -> str:
+    how = "both models whole" if report.whole_model else "layer by layer, both sides in step"
+    entries = (
+        ("original", report.original),
+        ("converted", report.checkpoint),
+        ("reference", f"{report.reference}, float32, {report.reference_device}"),
+        ("native", native_line(report)),
+        ("devices, processes", f"{report.native_devices}, {report.processes}"),
+        ("run", how),
+        ("limit", f"{report.limit:.0e} nats for the worst token: {report.limit_reason}"),
+        ("compared", compared_line(report)),
+        ("arithmetic", arithmetic_line(report)),
+        ("time", f"{report.seconds:.1f} s"),
+        ("memory", f"{report.peak_memory_bytes / 1e9:.1f} GB at most"),
+        *(("rounded", row) for row in report.lossy_rows),
+    )
+    settings = "".join(
+        f"<div><dt>{name}</dt><dd>{_plain(value)}</dd></div>" for name, value in entries
+    )
+    versions = _table(("package", "version"), report.versions.items())
+    prints = _table(
+        ("side", "file", "of it", "sha256"),
+        ((one.side, one.file, one.what, one.sha256) for one in report.fingerprints),
+    )
+    return (
+        '<section aria-labelledby="run"><h2 id="run">How it was run</h2>'
+        f'<dl class="settings">{settings}</dl><h3>Versions</h3>{_scrolling(versions, "Versions")}'
+        f'<h3>Files</h3>{_scrolling(prints, "Checksums of files")}<p class="note">Samples are 64 '
+        "pieces spread evenly over a file of weights.</p></section>"
+    )
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    columns = "".join(f'<th scope="col">{name}</th>' for name in head)
+    lines = "".join(
+        "<tr>" + "".join(f"<td>{_plain(value)}</td>" for value in row) + "</tr>" for row in rows
+    )
+    return f'<table class="plain"><thead><tr>{columns}</tr></thead><tbody>{lines}</tbody></table>'

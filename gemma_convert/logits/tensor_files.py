@@ -1,0 +1,77 @@
+"""The weights that transformers would load, read by its names for them and one by one.
+
+Names in the files are not always those of the modules (12B's are not): `conversion_mapping.py` of
+transformers says which become which.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemma_convert.errors import SourceError
+
+if TYPE_CHECKING:
+    import torch
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+class TensorFiles:
+    """The safetensors files of a checkpoint: shapes, and parts of tensors in float32.
+
+    Tensors go by their names in `model`. Raises SourceError for files that cannot be read.
+    """
+
+    def __init__(self, hf: Path, model: Any) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        file: Any
+        self._files: dict[str, tuple[Any, str]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        renamed = _renaming(model)
+        try:
+            for path in _listed(hf):
+                file = safe_open(hf / path, framework="pt")
+                for key in file.keys():  # noqa: SIM118
+                    name = renamed(key)
+                    self._files[name] = file, key
+                    self.shapes[name] = tuple(file.get_slice(key).get_shape())
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise SourceError(
+                "The original checkpoint cannot be read.", where=hf, found=str(error)[:500]
+            ) from error
+
+    def read(
+        self, name: str, rows: slice | torch.Tensor | None = None, device: Any = None
+    ) -> torch.Tensor:
+        """A tensor, or rows of it: the file is mapped into memory, so no other rows are read."""
+        import torch
+
+        file, key = self._files[name]
+        tensor: torch.Tensor = file.get_tensor(key)
+        part = tensor if rows is None else tensor[rows]
+        return part.to(device=device, dtype=torch.float32, copy=True)
+
+
+def _renaming(model: Any) -> Callable[[str], str]:
+    """Name in the files → name in `model`."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    renamings = get_model_conversion_mapping(model)
+
+    def renamed(name: str) -> str:
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        return name
+
+    return renamed
+
+
+def _listed(hf: Path) -> list[str]:
+    if (hf / _SINGLE).is_file() or not (hf / _INDEX).is_file():
+        return [_SINGLE]
+    index = json.loads((hf / _INDEX).read_text(encoding="utf-8"))
+    return sorted(set(index["weight_map"].values()))

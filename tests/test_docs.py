@@ -1,0 +1,276 @@
+"""What the documentation says is true: its commands run, its options exist, its pages fit."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from cases import SHALLOW
+from documents import PAGES, ROOT, SHELLS, Block, Command, blocks, code_spans, command, excuses
+from filelock import FileLock
+from test_cli import run
+
+from gemma_convert import inspect
+from gemma_convert.logits import check, prompts
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from commands_page import commands, page
+
+OPTIONS = {one.name: one.options | {"--help"} for one in commands()}
+
+FOLDERS = {
+    "gemma-4-E2B-it": "e2b",
+    "gemma-4-E4B-it": "e4b",
+    "gemma-4-12B": "12b",
+    "gemma-4-26B-A4B-it": "26b-a4b",
+    "gemma-4-31B-it": "31b",
+}
+"""Names of checkpoints in the documentation, and the tiny model that stands in for each."""
+
+OF_OTHERS = {
+    "--check": "scripts/commands_page.py",
+    "--constraint": "pip",
+    "--full": "scripts/benchmark.py",
+    "--gigabytes": "scripts/benchmark.py",
+    "--rounds": "scripts/benchmark.py",
+    "--strict": "mkdocs",
+    "--version": "gemma-convert itself",
+    "--install-completion": "gemma-convert itself",
+    "--show-completion": "gemma-convert itself",
+}
+"""Options that are mentioned and belong to no command."""
+
+REMOTE = re.compile(r"(?:s3|gs)://")
+REVISION = re.compile(r"(google/gemma-4-[\w-]+)@[\w.]+")
+
+runnable = [
+    pytest.param(one, id=one.stem if one.stem != "index" else f"{one.parent.name}-index")
+    for one in PAGES
+    if any(b.language in (*SHELLS, "python") and b.excuse is None for b in blocks(one))
+]
+every_page = pytest.mark.parametrize("document", PAGES, ids=lambda one: str(one.relative_to(ROOT)))
+
+
+@pytest.fixture
+def work(shallow, tmp_path, monkeypatch) -> Path:
+    """A folder with what the pages take for granted: checkpoints, a picture, a sound."""
+    for name, family in FOLDERS.items():
+        for folder in (tmp_path / name, tmp_path / "google" / name):
+            shutil.copytree(shallow(family), folder, copy_function=os.link)
+    generator = np.random.default_rng(0)
+    from PIL import Image
+
+    Image.fromarray(generator.integers(0, 256, (48, 64, 3), np.uint8)).save(tmp_path / "cat.png")
+    with wave.open(str(tmp_path / "speech.wav"), "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(16000)
+        sound.writeframes(generator.integers(-9999, 9999, 8000, np.int16).tobytes())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def checked_once(tmp_path_factory, monkeypatch) -> None:
+    """Logit checks of the same two sides with the same options are computed once in a session.
+
+    They run on one of the built-in prompts and on the one that is longer than the window.
+    """
+    real, root = check.logit_check, tmp_path_factory.getbasetemp()
+    root = root.parent if os.environ.get("PYTEST_XDIST_WORKER") else root
+
+    def once(hf, native, **options):
+        name = hashlib.sha256(repr(_same(Path(hf), Path(native), options)).encode()).hexdigest()
+        file = root / f"check-{name[:32]}"
+        with FileLock(f"{file}.lock"):
+            if not file.exists():
+                file.write_bytes(pickle.dumps(real(hf, native, **options)))
+            return pickle.loads(file.read_bytes())
+
+    monkeypatch.setattr(check, "logit_check", once)
+    monkeypatch.setattr(prompts, "PROMPTS", {"english": prompts.PROMPTS["english"]})
+
+
+def _same(hf: Path, native: Path, options: dict[str, object]) -> tuple[object, ...]:
+    """What decides a check: the config, the sizes and samples of both sides, and the options."""
+    found = inspect(native)
+    sides = [(found.layout, found.scanned, found.tensors, found.lossy_rows, found.dtypes)]
+    for folder in (hf, native):
+        for file in sorted(folder.rglob("*")):
+            if file.name in ("config.json", "model.safetensors", "model_0.safetensors"):
+                sides.append((file.name, hashlib.sha256(file.read_bytes()).hexdigest()))
+    return (sides, sorted(options.items()))
+
+
+@pytest.mark.parametrize("document", runnable)
+@pytest.mark.usefixtures("checked_once")
+def test_every_block_runs(document, work):
+    names: dict[str, object] = {}
+    for block in blocks(document):
+        for line in block.before:
+            _prepare(line, block)
+        if block.excuse is not None:
+            continue
+        if block.language == "toml" and block.text.startswith("# mappings/"):
+            file = Path(block.text.partition("\n")[0].removeprefix("# "))
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(block.text, encoding="utf-8")
+        elif block.language == "python":
+            exec(compile(block.text, block.where, "exec"), names)
+        elif block.language in SHELLS:
+            for one in block.commands:
+                _run(one, block)
+
+
+def _prepare(line: str, block: Block) -> None:
+    """A hidden line: a command, `remove OUT`, or `trained OUT FOLDER`, what a framework saves."""
+    words = line.split()
+    if words[0] == "remove":
+        shutil.rmtree(words[1])
+    elif words[0] == "trained":
+        step = Path(words[1]) / "0"
+        source = step if step.is_dir() else Path(words[1])
+        shutil.copytree(source, words[2], ignore=shutil.ignore_patterns("hf"))
+    else:
+        _run(command(line), block)
+
+
+def _run(one: Command, block: Block) -> None:
+    program, *arguments = one.words
+    if program == "gemma-convert":
+        _run_ours(one, arguments, block)
+    elif program == "pip":
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        known = extras["optional-dependencies"]
+        for package in arguments[1:]:
+            name, _, chosen = package.partition("[")
+            assert name == "gemma-convert", f"{block.where}: {one.text}"
+            assert set(chosen.strip("]").split(",")) - {""} <= known.keys(), one.text
+    else:
+        _exists(one, block)
+
+
+def _exists(one: Command, block: Block) -> None:
+    """A line that names a script or a test of this repository: all of them are there."""
+    program, *arguments = one.words
+    ours = [word for word in (program, *arguments) if word.startswith(("scripts/", "tests/"))]
+    assert ours, f"{block.where}: cannot be run: {one.text}"
+    assert program.startswith(("scripts/", ".venv/bin/")), f"{block.where}: {one.text}"
+    for word in ours:
+        assert (ROOT / word.partition("::")[0]).exists(), f"{block.where}: {one.text}"
+
+
+def _run_ours(one: Command, arguments: list[str], block: Block) -> None:
+    arguments, pipe, target = _split(arguments)
+    arguments = [REVISION.sub(r"\1", REMOTE.sub("remote/", word)) for word in arguments]
+    if arguments[0] == "tiny" and "--layers" not in arguments:
+        arguments += ["--layers", str(SHALLOW[arguments[1]])]
+    done = run(*arguments)
+    assert done.returncode == one.code, f"{block.where}: {one.text}\n{done.stderr}{done.stdout}"
+    if pipe:
+        done = subprocess.run(pipe, input=done.stdout, capture_output=True, text=True, check=True)
+        assert done.stdout, f"{block.where}: {one.text}"
+    if target:
+        Path(target).write_text(done.stdout)
+
+
+def _split(words: list[str]) -> tuple[list[str], list[str], str | None]:
+    """(our arguments, the command behind `|`, the file behind `>`)."""
+    words, target = (words[: words.index(">")], words[-1]) if ">" in words else (words, None)
+    at = words.index("|") if "|" in words else len(words)
+    return words[:at], words[at + 1 :], target
+
+
+@every_page
+def test_commands_and_options_exist(document):
+    for span in [*code_spans(document), *_lines(document)]:
+        words = span.split()
+        if words[:1] == ["gemma-convert"] and len(words) > 1 and words[1][0] not in "-C":
+            assert words[1] in OPTIONS, f"{document.name}: {span}"
+        named = words[1:2] if words[:1] == ["gemma-convert"] else words[:1]
+        known = OPTIONS.get(named[0]) if named else None
+        for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", span):
+            if option in OF_OTHERS and (known is None or named[0] not in OPTIONS):
+                continue
+            allowed = frozenset().union(*OPTIONS.values()) if known is None else known
+            assert option in allowed, f"{document.name}: {option} in {span}"
+
+
+def _lines(document: Path) -> list[str]:
+    shells = [b for b in blocks(document) if b.language in SHELLS and b.excuse is None]
+    return [shlex.join(one.words) for block in shells for one in block.commands]
+
+
+@every_page
+def test_what_is_not_run_is_not_ours(document):
+    """An excuse belongs to a block, and only other people's commands may have one."""
+    excused = [block for block in blocks(document) if block.excuse is not None]
+    assert len(excused) == len(excuses(document))
+    for block in excused:
+        assert block.excuse.startswith("needs "), block.where
+        assert not re.search(r"gemma[-_]convert", block.text), block.where
+
+
+def test_the_reference_of_the_commands_is_current():
+    text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    assert text == page(), "run scripts/commands_page.py"
+    for one in commands():
+        assert f"\n## {one.name}\n" in text
+        assert all(f"`{option}`" in text for option in one.options)
+
+
+def test_links_lead_to_pages_and_headings():
+    for document in PAGES:
+        for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
+            if target.startswith(("https://", "mailto:")):
+                continue
+            file, _, anchor = target.partition("#")
+            other = (document.parent / file).resolve() if file else document
+            assert other.exists(), f"{document.name}: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.+)$", other.read_text(encoding="utf-8"), re.MULTILINE)
+                assert anchor in map(_slug, headings), f"{document.name}: {target}"
+
+
+def _slug(heading: str) -> str:
+    """The anchor of a heading, as Python-Markdown makes it."""
+    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower())
+
+
+def test_every_page_is_in_the_navigation():
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    pages = {str(one.relative_to(ROOT / "docs")) for one in (ROOT / "docs").rglob("*.md")}
+    assert _leaves(settings["nav"]) == pages
+    assert settings["strict"] is True
+    assert settings["theme"]["font"] is False
+
+
+def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=quiet, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    loads = re.compile(r"<(?:script|img|iframe)[^>]+src=[\"']?https?:|<link[^>]+href=[\"']?https?:")
+    for built in tmp_path.rglob("*.html"):
+        assert not loads.search(built.read_text(encoding="utf-8")), built.name
+
+
+def _leaves(nav: object) -> set[str]:
+    if isinstance(nav, str):
+        return {nav}
+    parts = nav.values() if isinstance(nav, dict) else nav
+    return set().union(*map(_leaves, parts))

@@ -1,0 +1,175 @@
+"""What cannot be published: one message, no harm to what was there, nothing left."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gemma_convert import TargetError, processes
+from gemma_convert.dtypes import TensorSpec
+from gemma_convert.parts import leave_part, take_part
+from gemma_convert.stores.staging import StagedFolder
+from gemma_convert.transfer import Losses, TransferResult
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_has_taken_the_name_meanwhile_stays(tmp_path, kind):
+    target = tmp_path / "out"
+    with pytest.raises(TargetError) as caught, StagedFolder(target) as staged:
+        (staged.folder / "config.json").write_text("new")
+        if kind == "file":
+            target.write_text("theirs")
+        else:
+            target.mkdir()
+            (target / "theirs").write_text("theirs")
+        staged.publish()
+    assert caught.value.what == "The finished output cannot be renamed."
+    assert caught.value.where == str(target)
+    assert caught.value.found == os.strerror(errno.ENOTDIR if kind == "file" else errno.ENOTEMPTY)
+    assert caught.value.exit_code == 4
+    assert names(tmp_path) == ["out"]
+    assert (target if kind == "file" else target / "theirs").read_text() == "theirs"
+
+
+def test_what_an_earlier_run_put_aside_stays_where_it_is(tmp_path):
+    """It was killed while it replaced the target, and something else has the name now."""
+    target = tmp_path / "out"
+    old(tmp_path / ".out.replaced")
+    with pytest.raises(TargetError, match="cannot be renamed"), StagedFolder(target) as staged:
+        target.mkdir()
+        (target / "theirs").write_text("theirs")
+        staged.publish()
+    assert names(tmp_path) == [".out.replaced", "out"]
+    assert names(target) == ["theirs"]
+
+
+def test_a_rename_that_fails_with_nothing_to_put_back(tmp_path, monkeypatch):
+    def refuse(path, new):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(TargetError) as caught, StagedFolder(tmp_path / "out") as staged:
+        staged.publish()
+    assert caught.value.what == "The finished output cannot be renamed."
+    assert caught.value.found == os.strerror(errno.EIO)
+    assert names(tmp_path) == []
+
+
+def old(target: Path) -> Path:
+    target.mkdir()
+    (target / "config.json").write_text("old")
+    return target
+
+
+@pytest.mark.parametrize("fails", [".out.partial", "out"])
+def test_what_was_to_be_replaced_comes_back(tmp_path, monkeypatch, fails):
+    """A rename fails: of the new folder when the old is out of the way, or of the old itself."""
+    target, rename = old(tmp_path / "out"), Path.rename
+
+    def refuse(path, new):
+        if path.name == fails:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        return rename(path, new)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with (
+        pytest.raises(TargetError, match="cannot be renamed") as caught,
+        StagedFolder(target, overwrite=True) as staged,
+    ):
+        (staged.folder / "config.json").write_text("new")
+        staged.publish()
+    assert caught.value.found == os.strerror(errno.EBUSY)
+    assert names(tmp_path) == ["out"]
+    assert (target / "config.json").read_text() == "old"
+
+
+def test_remains_of_an_earlier_replacement_are_in_nobodys_way(tmp_path):
+    target = old(tmp_path / "out")
+    old(tmp_path / ".out.replaced")
+    with StagedFolder(target, overwrite=True) as staged:
+        (staged.folder / "config.json").write_text("new")
+        staged.publish()
+    assert names(tmp_path) == ["out"]
+    assert (target / "config.json").read_text() == "new"
+
+
+def test_a_file_system_that_has_no_locks(tmp_path, monkeypatch):
+    def refuse(descriptor, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(TargetError) as caught, StagedFolder(tmp_path / "out"):
+        pass
+    assert caught.value.what == "The target cannot be written."
+    assert caught.value.found == os.strerror(errno.ENOLCK)
+
+
+def test_a_process_by_itself_waits_for_nobody():
+    with processes.OneProcess() as alone:
+        alone.wait("made")
+        alone.check()
+        alone.fail(RuntimeError())
+    assert (alone.index, alone.count) == (0, 1)
+
+
+def test_what_a_process_left_before_is_not_taken_for_what_it_leaves_now(tmp_path):
+    """An interrupted job is continued by other processes than those that began it."""
+    places, originals = np.array([3, 5]), np.array([7, 9], np.uint16)
+    first = TransferResult({"a": "1"}, {"a": Losses(2, [places], [originals])})
+    leave_part(tmp_path, 1, first, {"x": {((0, 2),): "one"}})
+    second = TransferResult({"b": "2"}, {"a": Losses(9, whole=True)})
+    leave_part(tmp_path, 1, second, {"y": {((4, 2), (0, 3)): "two"}})
+    specs = {name: TensorSpec("bfloat16", (8,)) for name in "ab"}
+    result, regions = take_part(tmp_path, 1, specs)
+    assert result == second
+    assert regions == {"y": {((4, 2), (0, 3)): "two"}}
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_process_leaves_is_what_is_taken(tmp_path):
+    pieces = [np.array([3]), np.array([5])], [np.array([7], "u2"), np.array([9], "u2")]
+    losses = {"a": Losses(2, *pieces), "b": Losses(8, whole=True), "c": Losses(1)}
+    leave_part(tmp_path, 2, TransferResult({"a": "1"}, losses), {})
+    specs = {name: TensorSpec("bfloat16", (8,)) for name in "abc"}
+    result, regions = take_part(tmp_path, 2, specs)
+    assert (result.checksums, regions) == ({"a": "1"}, {})
+    taken = result.losses
+    assert [taken["a"].places[0].tolist(), taken["a"].originals[0].tolist()] == [[3, 5], [7, 9]]
+    assert taken["a"].originals[0].dtype == np.uint16
+    assert (taken["a"].count, taken["a"].whole) == (2, False)
+    assert (taken["b"], taken["c"]) == (losses["b"], losses["c"])
+
+
+def test_a_folder_that_cannot_be_cleared_does_not_lock_out_the_next_run(tmp_path, monkeypatch):
+    (tmp_path / ".out.partial" / "deep").mkdir(parents=True)
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", refused(errno.EACCES))
+        with pytest.raises(TargetError, match="cannot be written"), StagedFolder(tmp_path / "out"):
+            pass
+    assert names(tmp_path) == [".out.partial"]
+    with StagedFolder(tmp_path / "out") as staged:
+        staged.publish()
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_file_system_without_locks_is_left_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", refused(errno.ENOLCK))
+    with pytest.raises(TargetError, match="cannot be written"), StagedFolder(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == []
+
+
+def refused(code: int):
+    def refuse(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    return refuse
