@@ -66,7 +66,7 @@ def to_native(
         processes = stack.enter_context(processes or OneProcess())
         output = local_target(target, stack)
         check_remote_options(output, resume=resume, processes=processes.count)
-        folder = local(source, stack)
+        folder = local(source, stack, headers=dry_run)
         if is_native(folder):
             job = _from_native(
                 folder,

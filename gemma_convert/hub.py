@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Sequence
-from contextlib import ExitStack
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from gemma_convert.errors import SourceError, short
 from gemma_convert.places import named
-from gemma_convert.stores.remote import WEIGHT_SUFFIXES
+from gemma_convert.stores.object_store import ObjectURL
+from gemma_convert.stores.remote import WEIGHT_SUFFIXES, mirroring
 from gemma_convert.stores.safetensors import INDEX, SINGLE, read_index
 
 CONFIG = "config.json"
@@ -24,6 +28,8 @@ _REPOSITORY = re.compile(
 )
 _REFUSED = (401, 403)
 _CONVERTED = ("metadata.yaml", "hf/gemma-convert")
+_ORBAX = "_METADATA"
+_WEIGHTS = [f"*{suffix}" for suffix in sorted(WEIGHT_SUFFIXES)]
 _LIBRARIES = ("httpx", "httpcore", "huggingface_hub", "hf_xet")
 
 
@@ -54,9 +60,71 @@ def snapshot(wanted: Repository, stack: ExitStack, *, config_only: bool) -> Path
     """
     if config_only:
         return _download(wanted, wanted.revision, stack, allow=[CONFIG])
-    ignored = [f"*{suffix}" for suffix in sorted(WEIGHT_SUFFIXES)]
-    folder = _download(wanted, wanted.revision, stack, ignore=ignored)
+    folder = _download(wanted, wanted.revision, stack, ignore=_WEIGHTS)
     return _download(wanted, folder.name, stack, allow=_weights(folder))
+
+
+def headers_alone(wanted: Repository, stack: ExitStack) -> Path:
+    """A mirror of a repository: the small files, and weights that are read by ranges.
+
+    Where the cache has the weights already, or nothing may be asked for, it is the snapshot, and so
+    it is with Orbax's arrays. Raises SourceError where it cannot be had.
+    """
+    from huggingface_hub import HfFileSystem, constants
+
+    folder = _download(wanted, wanted.revision, stack, ignore=_WEIGHTS)
+    weights = _weights(folder)
+    cached = constants.HF_HUB_OFFLINE or all((folder / name).exists() for name in weights)
+    if cached or any(folder.rglob(_ORBAX)):
+        return _download(wanted, folder.name, stack, allow=weights)
+    owner, name = wanted.name.split("/")
+    place = ObjectURL("", owner, f"{name}@{folder.name}")
+    store = _Ranges(wanted, HfFileSystem(skip_instance_cache=True))
+    mirror = stack.enter_context(mirroring(place, store))
+    for alias in (Path(place.path), mirror.folder):
+        stack.enter_context(named(alias, str(wanted)))
+    mirror.entries = {
+        name: entry
+        for name, entry in mirror.listed().items()
+        if any(fnmatchcase(name, pattern) for pattern in weights)
+    }
+    ignored = shutil.ignore_patterns(*_WEIGHTS)
+    try:
+        shutil.copytree(folder, mirror.folder, ignore=ignored, dirs_exist_ok=True)
+        for name in mirror.entries:
+            (mirror.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (mirror.folder / name).touch()
+    except OSError as error:
+        raise SourceError(
+            "The repository's small files cannot be copied.",
+            where=wanted,
+            found=short(str(error)),
+            do="check free space in the folder for temporary files",
+        ) from None
+    return mirror.folder
+
+
+@dataclass(frozen=True)
+class _Ranges:
+    """What a mirror asks of its store, for a repository; `store` is huggingface_hub's."""
+
+    wanted: Repository
+    store: Any
+
+    def find(self, path: str, *, detail: bool) -> Mapping[str, Mapping[str, Any]]:
+        with _asking(self.wanted):
+            return dict(self.store.find(path, detail=detail))
+
+    def cat_ranges(
+        self, paths: Sequence[str], starts: Sequence[int], ends: Sequence[int], *, on_error: str
+    ) -> list[bytes]:
+        """The bytes of every range, and none beside them; always raises what goes wrong."""
+        del on_error
+        with _asking(self.wanted):
+            return [
+                self.store.cat_file(path, start, end, cache_type="none")
+                for path, start, end in zip(paths, starts, ends, strict=True)
+            ]
 
 
 def _weights(folder: Path) -> list[str]:
@@ -78,7 +146,7 @@ def _download(
     """The folder with the files that the patterns choose; `revision` may be the commit found."""
     from huggingface_hub import snapshot_download
 
-    try:
+    with _asking(wanted):
         folder = snapshot_download(
             wanted.name,
             revision=revision,
@@ -86,13 +154,20 @@ def _download(
             ignore_patterns=None if ignore is None else list(ignore),
             library_name="gemma-convert",
         )
+    stack.enter_context(named(Path(folder), str(wanted)))
+    return Path(folder)
+
+
+@contextmanager
+def _asking(wanted: Repository) -> Iterator[None]:
+    """Turns what huggingface_hub raises inside into one message."""
+    try:
+        yield
     except Exception as error:
         known = isinstance(error, (OSError, ValueError))
         if not known and not type(error).__module__.startswith(_LIBRARIES):
             raise
         raise _not_had(wanted, error) from None
-    stack.enter_context(named(Path(folder), str(wanted)))
-    return Path(folder)
 
 
 def _not_had(wanted: Repository, error: Exception) -> SourceError:

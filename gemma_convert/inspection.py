@@ -78,7 +78,7 @@ def inspect(path: str | Path) -> InspectReport:
     it is no checkpoint of a known kind, or is broken.
     """
     with ExitStack() as stack:
-        return _inspect(local(path, stack))
+        return _inspect(local(path, stack, headers=True))
 
 
 def _inspect(path: Path) -> InspectReport:

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from gemma_convert.errors import SourceError, TargetError, UsageError
-from gemma_convert.hub import repository, snapshot
+from gemma_convert.hub import headers_alone, repository, snapshot
 from gemma_convert.stores.object_store import is_url, parse_url
 from gemma_convert.stores.remote import find_mirror, mirror_source, mirroring
 
@@ -22,13 +22,19 @@ _URL_AS_PATH = re.compile(r"^(s3|gs):/(?=[^/])")
 
 
 def local(
-    source: str | Path, stack: ExitStack, *, config_only: bool = False, whole: bool = False
+    source: str | Path,
+    stack: ExitStack,
+    *,
+    config_only: bool = False,
+    headers: bool = False,
+    whole: bool = False,
 ) -> Path:
     """The folder or file that stands for `source` until `stack` ends.
 
     That is a local path itself, the hub's snapshot, or a mirror of an object store. With
-    `config_only` nothing but config.json is fetched; with `whole` every file must be here, which
-    those of an object store are not. Raises SourceError or UsageError where it cannot be had.
+    `config_only` nothing but config.json is fetched; with `headers` no tensor will be read, so
+    that the hub's weights need not come; with `whole` every file must be here, which those of an
+    object store are not. Raises SourceError or UsageError where it cannot be had.
     """
     text = _text(source)
     if is_url(text):
@@ -41,6 +47,8 @@ def local(
             )
         return mirror_source(place, stack, _is_config if config_only else None)
     named = None if os.path.lexists(source) else repository(text)
+    if named is not None and headers:
+        return headers_alone(named, stack)
     return Path(source) if named is None else snapshot(named, stack, config_only=config_only)
 
 

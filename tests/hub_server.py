@@ -20,13 +20,17 @@ COMMITS = {"main": "a" * 40, "v2": "b" * 40}
 class Hub:
     """Revision → folder of files; `asked` lists (method, path, range) of every request.
 
-    `cut` is the number of bytes after which the next body of a large file breaks off, once.
+    `cut` is the number of bytes after which the next body of a large file breaks off, once;
+    `refused` is the end of the names of files that are not given, `shortened` of
+    those whose ranges lack their last byte.
     """
 
     def __init__(self, revisions: dict[str, Path]) -> None:
         self.revisions = revisions
         self.asked: list[tuple[str, str, str | None]] = []
         self.cut: int | None = None
+        self.refused: str | None = None
+        self.shortened: str | None = None
         self.url = ""
 
     def folder(self, revision: str) -> tuple[str, Path] | None:
@@ -42,6 +46,15 @@ class Hub:
             re.fullmatch(r".*/resolve/[^/]+/(.+)", path) for m, path, _ in self.asked if m == method
         )
         return sorted(match[1] for match in found if match)
+
+    def spans(self) -> list[tuple[str, int, int]]:
+        """(file, start, end) of what was read of safetensors files; a whole one ends at -1."""
+        found = []
+        for method, path, span in self.asked:
+            if method == "GET" and path.endswith(".safetensors"):
+                first, _, last = (span or "bytes=0-").removeprefix("bytes=").partition("-")
+                found.append((path.rpartition("/")[2], int(first), int(last or -2) + 1))
+        return sorted(found)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -60,6 +73,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.asked.append((self.command, path, self.headers.get("Range")))
+        if self.hub.refused and path.endswith(self.hub.refused):
+            self._fail(403, "Forbidden", "Not for you.")
+            return
         if path.startswith((f"/api/models/{GATED}", f"/{GATED}/")):
             self._fail(401, "GatedRepo", "Access to model someone/gated is restricted.")
             return
@@ -99,18 +115,22 @@ class _Handler(BaseHTTPRequestHandler):
             self._fail(404, "EntryNotFound", "Entry not found")
             return
         data = file.read_bytes()
-        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
-        self.send_response(206 if start else 200)
+        span = self.headers.get("Range")
+        first, _, last = (span or "bytes=0-").removeprefix("bytes=").partition("-")
+        start, end = int(first), min(int(last) + 1 if last else len(data), len(data))
+        if last and self.hub.shortened and str(file).endswith(self.hub.shortened):
+            end -= 1
+        self.send_response(206 if span else 200)
         self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
         self.send_header("X-Repo-Commit", commit)
         self.send_header("X-Linked-Size", str(len(data)))
         self.send_header("Accept-Ranges", "bytes")
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        self.send_header("Content-Length", str(len(data) - start))
+        if span:
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
+        self.send_header("Content-Length", str(end - start))
         self.end_headers()
         if body:
-            self._send(data[start:])
+            self._send(data[start:end])
 
     def _send(self, data: bytes) -> None:
         cut, self.hub.cut = (self.hub.cut, None) if len(data) > 100_000 else (None, self.hub.cut)

@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from hub_server import COMMITS, GATED, REPOSITORY, serving
@@ -166,6 +168,88 @@ def test_a_local_folder_of_that_name_wins(hub, run, tiny, tmp_path):
     assert hub.asked == []
 
 
+def header_spans(folder: Path, *files: str) -> list[tuple[str, int, int]]:
+    """What has to be read of safetensors files to have their headers."""
+    lengths = {}
+    for file in files:
+        with (folder / file).open("rb") as reader:
+            lengths[file] = int.from_bytes(reader.read(8), "little")
+        assert lengths[file] < 20_000 < (folder / file).stat().st_size / 10
+    return [
+        span for file, length in lengths.items() for span in ((file, 0, 8), (file, 8, 8 + length))
+    ]
+
+
+def test_inspect_and_a_dry_run_read_headers_alone(hub, run, revisions, tmp_path):
+    main, v2 = revisions["main"], revisions["v2"]
+    there, here, plan, plan_here, again = run(
+        f"inspect {REPOSITORY} --json",
+        f"inspect {main} --json",
+        f"to-native {REPOSITORY} out --format maxtext --dry-run --json",
+        f"to-native {main} out --format maxtext --dry-run --json",
+        f"inspect {REPOSITORY}@v2 --json",
+    )
+    for done in (there, here, plan, plan_here, again):
+        assert done.code == 0, done.err
+    report, expected = json.loads(there.out), json.loads(here.out)
+    assert (report["path"], report["config"]) == (REPOSITORY, f"{REPOSITORY}/config.json")
+    assert report == expected | {key: report[key] for key in ("path", "config")}
+    assert report["complete"]
+    report, expected = json.loads(plan.out), json.loads(plan_here.out)
+    measured = {key: report[key] for key in ("seconds", "peak_memory_bytes")}
+    assert {*expected["not_carried"]} == {*NOT_NEEDED}
+    assert report == expected | measured | {"source": REPOSITORY, "not_carried": []}
+    assert json.loads(again.out)["path"] == f"{REPOSITORY}@v2"
+    once = header_spans(main, *SHARDS)
+    assert hub.spans() == sorted([*once, *once, *header_spans(v2, "model.safetensors")])
+    assert not {*NOT_NEEDED} & {*hub.files("GET")}
+    assert not (tmp_path / "out").exists()
+    for done in (there, plan, again):
+        assert tempfile.gettempdir() + "/gemma-convert" not in done.out + done.err
+
+
+def test_headers_of_what_is_in_the_cache_are_not_asked_for(hub, run, revisions, tmp_path):
+    (download,) = run(f"to-native {REPOSITORY} out --format maxtext")
+    assert download.code == 0, download.err
+    hub.asked.clear()
+    inspected, plan = run(
+        f"inspect {REPOSITORY} --json",
+        f"to-native {REPOSITORY} again --format maxtext --dry-run --json",
+    )
+    (offline,) = run(f"inspect {REPOSITORY} --json", HF_HUB_OFFLINE="1")
+    for done in (inspected, plan, offline):
+        assert done.code == 0, done.err
+    assert json.loads(inspected.out)["complete"]
+    assert offline.out == inspected.out
+    assert hub.spans() == []
+
+    (shard,) = (tmp_path / "home").rglob(SHARDS[1])
+    shard.unlink()
+    (without,) = run(f"inspect {REPOSITORY} --json")
+    assert without.out == inspected.out, without.err
+    assert hub.spans() == header_spans(revisions["main"], *SHARDS)
+    (offline,) = run(f"inspect {REPOSITORY}", HF_HUB_OFFLINE="1")
+    failed(offline, f"where: {REPOSITORY}")
+
+
+def test_native_repositories_are_inspected(hub, run, revisions, tmp_path):
+    """Of Fast-LLM's files the headers are read; Orbax's arrays are downloaded."""
+    made = run(
+        f"to-native {revisions['v2']} fast --format fast-llm",
+        f"to-native {revisions['v2']} orbax --format maxtext",
+    )
+    assert [done.code for done in made] == [0, 0]
+    hub.revisions = {"main": tmp_path / "fast", "v2": tmp_path / "orbax"}
+    for name, folder in ((REPOSITORY, "fast"), (f"{REPOSITORY}@v2", "orbax")):
+        there, here = run(f"inspect {name} --json", f"inspect {folder} --json")
+        assert (there.code, here.code) == (0, 0), there.err + here.err
+        report, expected = json.loads(there.out), json.loads(here.out)
+        assert report["complete"]
+        assert report == expected | {"path": name, "config": f"{name}/hf/config.json"}
+    assert hub.spans()
+    assert all(0 < end - start < 20_000 for _, start, end in hub.spans())
+
+
 def failed(done: Done, *words: str) -> None:
     assert done.code == 3, done.out + done.err
     assert done.out == ""
@@ -175,12 +259,24 @@ def failed(done: Done, *words: str) -> None:
 
 
 def test_what_the_hub_does_not_have_or_give_is_one_message(run):
-    missing, revision, gated = run(
-        "inspect someone/nothing", f"inspect {REPOSITORY}@v9", f"flops {GATED} --seq-len 9"
+    missing, revision, gated, refused = run(
+        "inspect someone/nothing",
+        f"inspect {REPOSITORY}@v9",
+        f"flops {GATED} --seq-len 9",
+        f"to-native {GATED} out --format maxtext --dry-run",
     )
     failed(missing, "no such folder here, and no such repository", "hf auth login")
     failed(revision, "no such revision", f"where: {REPOSITORY}@v9")
-    failed(gated, "does not give this repository to you", "accept the licence", "hf auth login")
+    for done in (gated, refused):
+        failed(done, "does not give this repository to you", "accept the licence", "hf auth login")
+        assert f"where: {GATED}\n" in done.err
+
+
+def test_a_range_that_does_not_come_is_one_message(hub, run):
+    hub.refused, hub.shortened = SHARDS[0], "/model.safetensors"
+    refused, shortened = run(f"inspect {REPOSITORY}@main", f"inspect {REPOSITORY}@v2")
+    failed(refused, "does not give this repository to you", f"where: {REPOSITORY}@main\n")
+    failed(shortened, "became shorter", f"where: {REPOSITORY}@v2/model.safetensors\n")
 
 
 def test_no_network_is_one_message(run):

@@ -35,14 +35,17 @@ _CREDENTIALS = {
 
 @dataclass(frozen=True)
 class ObjectURL:
-    """A place in a bucket; `key` has no slash at its ends, and is empty for the bucket itself."""
+    """A place in a bucket; `key` has no slash at its ends, and is empty for the bucket itself.
+
+    `scheme` is empty for a repository of the hub: its bucket is the owner, its key name@commit.
+    """
 
     scheme: str
     bucket: str
     key: str
 
     def __str__(self) -> str:
-        return f"{self.scheme}://{self.path}"
+        return f"{self.scheme}://{self.path}" if self.scheme else self.path
 
     @property
     def path(self) -> str:

@@ -180,15 +180,15 @@ def remote_fingerprint(folder: Path, *, now: bool) -> str | None:
 
 
 @contextmanager
-def mirroring(place: ObjectURL) -> Iterator[Mirror]:
-    """An empty mirror of a place; its folder goes away at the end.
+def mirroring(place: ObjectURL, store: Any = None) -> Iterator[Mirror]:
+    """An empty mirror of a place in `store`, its scheme's by default; its folder goes at the end.
 
     The folders around it are ours as well: readers look there for a sidecar.
     """
     with tempfile.TemporaryDirectory(prefix="gemma-convert-", ignore_cleanup_errors=True) as top:
         folder = Path(top).resolve() / "above" / "above" / "mirror"
         folder.mkdir(parents=True)
-        mirror = Mirror(folder, place, file_system(place.scheme))
+        mirror = Mirror(folder, place, file_system(place.scheme) if store is None else store)
         _MIRRORS[folder] = mirror
         try:
             with named(folder, str(place)):
