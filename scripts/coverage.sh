@@ -38,7 +38,7 @@ modules=(architecture plan table notation region placement inventory values conv
   processes cluster_processes inspection fast_llm fast_llm_metadata gemma_jax)
 modules=("${modules[@]/#/tests/test_}" tests/fuzz/test_{orbax,safetensors,sidecar}_fuzz)
 .venv/bin/python -m pytest --numprocesses "${PYTEST_WORKERS:-2}" \
-  --cov --cov-config="$folder/settings" --cov-report=json:"$folder/report" \
+  --every --cov --cov-config="$folder/settings" --cov-report=json:"$folder/report" \
   "${modules[@]/%/.py}"
 .venv/bin/python - "$folder/report" "$least" <<'END'
 import json, sys

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, strict types and the tests. Arguments go to pytest.
+# Lint, strict types and the tests. Arguments go to pytest; --every runs all cases of the large ones.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh
@@ -7,4 +7,4 @@ scripts/setup.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-.venv/bin/python -m pytest --numprocesses "${PYTEST_WORKERS:-2}" "$@"
+.venv/bin/python -m pytest --numprocesses "${PYTEST_WORKERS:-3}" "$@"

@@ -76,6 +76,7 @@ def equal(left: Path, right: Path) -> bool:
 # As if converted directly.
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(("family", "one", "two"), PAIRS)
 def test_one_layout_becomes_another(shallow, converted, tmp_path, family, one, two):
     source, out = shallow(family, scanned="scanned" in (one, two)), tmp_path / "out"

@@ -125,6 +125,7 @@ def copied(shallow, tmp_path) -> Callable[..., Path]:
 # Every file comes back.
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("family", "scanned", "shards", "kv_shared"),
     [
@@ -360,6 +361,7 @@ def test_a_value_changed_on_the_native_side_is_reported(shallow, tmp_path):
 # Checkpoints that MaxText wrote.
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     "name",
     [
@@ -512,6 +514,7 @@ def leftover_names(source: Path) -> set[str]:
     }
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(("family", "scanned"), [("e2b", False), ("26b-a4b", True), ("31b", False)])
 @pytest.mark.parametrize("like", ["huggingface", "converted"])
 def test_trained_values_are_rounded_as_numpy_rounds(trained, tmp_path, family, scanned, like):

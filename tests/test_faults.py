@@ -96,6 +96,7 @@ def limited():
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
+@pytest.mark.share(2)
 @every_writer
 def test_a_disk_that_fills_up(direction, source, small_disk, tmp_path):
     """The disk is almost full, and the check of free space has been deceived."""
@@ -227,6 +228,7 @@ def test_a_worker_that_fails(direction, source, tmp_path, monkeypatch):
     assert sums(source) == before
 
 
+@pytest.mark.share(2)
 @every_writer
 def test_a_target_that_may_not_be_written(direction, source, small_disk, tmp_path):
     before = sums(source)

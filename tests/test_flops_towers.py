@@ -163,6 +163,7 @@ FROZEN = [
 ]
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("frozen", FROZEN, ids="+".join)
 def test_a_training_step_with_frozen_parts_equals_the_counter(frozen, tiny, model_of):
     theirs, model = model_of("e2b"), read_model(tiny("e2b"))

@@ -173,6 +173,7 @@ def triangular_systems(model) -> int:
     )
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_family_equals_the_counter(name):
     values = {"num_hidden_layers": 13} | PUBLISHED[name]
@@ -255,6 +256,7 @@ SHORT_REACH = {
 """Windows and chunks shorter than the cache."""
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_decode_step_equals_the_counter(name):
     values = PUBLISHED[name] | {"num_hidden_layers": 7} | SHORT_REACH.get(name, {})
@@ -291,6 +293,7 @@ TRAINED = [name for name in PUBLISHED if "Next" not in name]
 """Not Qwen3-Next: torch has no FLOPs of its own for a triangular system's backward pass."""
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_training_step_equals_the_counter(name):
     values = PUBLISHED[name] | {"num_hidden_layers": 3}

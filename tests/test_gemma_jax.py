@@ -103,6 +103,7 @@ def test_tree_and_values_are_those_that_the_gemma_library_loaded(oracle, tmp_pat
     assert not differing(arrays_of(out, "gemma-jax"), wide)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_the_gemma_library_loaded_gives_back_the_original(oracle, tmp_path, family):
     original, native = oracle / "hf" / family, oracle / "gemma_jax" / family
@@ -218,6 +219,7 @@ ROUND_TRIPS = [
 ]
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(("family", "made", "options"), ROUND_TRIPS)
 def test_every_file_comes_back_and_is_verified(tiny, converted, tmp_path, family, made, options):
     source = tiny(family, **made)
@@ -496,6 +498,7 @@ def save_by_pytree(folder: Path, tree: dict) -> Path:
     return folder
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("family", "save", "form"),
     [

@@ -373,6 +373,7 @@ def test_text_of_every_layout(tiny, converted, layout, family):
     assert report.longest_sequence > report.sliding_window and report.warnings == ()
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(("layout", "family"), WITH_IMAGES)
 def test_images_of_every_layout_that_sees(tiny, converted, picture, layout, family):
     """The text that runs beside the image is held to the same limit."""

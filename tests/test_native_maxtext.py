@@ -404,6 +404,7 @@ ORACLE_TREES = (
 )
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("name", ORACLE_TREES)
 def test_maxtexts_own_trees_give_maxtexts_own_logits(oracle, name):
     from safetensors.numpy import load_file

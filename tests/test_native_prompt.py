@@ -88,6 +88,7 @@ def case(tiny):
     return cache(lambda family: Case(tiny(family)))
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("name", TREES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_images_are_seen_as_transformers_sees_them(case, family, name):

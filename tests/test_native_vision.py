@@ -159,6 +159,7 @@ def cases(tiny):
     return cache(lambda family: Case(tiny(family, dtype="float32", seed=3)))
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_features_are_those_of_transformers(cases, family, shape):

@@ -106,6 +106,7 @@ def test_the_numbers_are_odd():
         assert values[np.isfinite(values)].max() == float(ml_dtypes.finfo(kind).max)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("dtype", "form"), [(dtype, form) for dtype in DTYPES for form in forms_of(dtype)]
 )

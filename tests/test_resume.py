@@ -207,6 +207,7 @@ def test_resume_with_nothing_to_resume_is_a_plain_run(shallow, tmp_path):
 LEAN = {"layers": 10, "kv_shared": "omit", "text_only": True}
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("layout", "family", "made"), [("gemma-jax", "e2b", LEAN), ("fast-llm", "26b-a4b", {})]
 )
@@ -227,6 +228,7 @@ def test_killed_conversions_to_other_layouts_continue(
     assert sums(tmp_path / "back") == sums(source)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("one", "two"), [("gemma-jax", "fast-llm"), ("fast-llm", "maxtext"), ("maxtext", "gemma-jax")]
 )

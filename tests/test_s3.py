@@ -50,6 +50,7 @@ def stored(s3, hf):
     return "stored/maxtext"
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("layout", "options", "loaded_by"),
     [

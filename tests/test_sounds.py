@@ -607,6 +607,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_broken_tower_is_heard(fault, folders, converted, clips, tmp_path):
     items = tmp_path / "native"

@@ -30,6 +30,7 @@ def change(items: Path, array: str, edit) -> None:
     store.write(edit(np.array(store.read().result()))).result()
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("family", "scanned", "scaled"),
     [
