@@ -28,25 +28,35 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("shared machine", deadline=None, print_blob=True)
 settings.load_profile("shared machine")
 
+MANY, HALVED, HERE = 6, 2, Path(__file__).parent
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--every", action="store_true", help="every case of tests that run a share")
+    parser.addoption("--every", action="store_true", help="all cases, and the large tests")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """An ordinary run takes every n-th case of a test that is marked `share(n)`."""
+    """An ordinary run takes every n-th case of what is marked `share(n)`, and nothing `large`.
+
+    Of tests with many cases that are not marked it takes every second one, but for what
+    tests/fuzz and tests/mutations have, which choose their share themselves.
+    """
     if config.getoption("--every"):
         return
+    cases = Counter(item.nodeid.partition("[")[0] for item in items)
     seen: Counter[str] = Counter()
+    kept: list[pytest.Item] = []
     left: list[pytest.Item] = []
     for item in items:
         mark = item.get_closest_marker("share")
         name = item.nodeid.partition("[")[0]
-        if mark is not None and seen[name] % mark.args[0]:
-            left.append(item)
+        large = item.get_closest_marker("large") is not None
+        many = cases[name] >= MANY and item.path.parent == HERE
+        step = mark.args[0] if mark else HALVED if many else 1
+        (left if large or seen[name] % step else kept).append(item)
         seen[name] += 1
     config.hook.pytest_deselected(items=left)
-    items[:] = [item for item in items if item not in set(left)]
+    items[:] = kept
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -138,6 +138,7 @@ def test_towers_come_from_the_sidecar_where_there_is_a_place_for_them(
     assert not differing(arrays(tmp_path / "out", "gemma-jax"), arrays(direct, "gemma-jax"))
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("family", "one", "two"),
     [

@@ -201,6 +201,7 @@ def test_leftovers_of_kv_shared_layers_do_not_matter(shallow, tmp_path, kv_share
     assert report.arrays_written == len(restore(tmp_path / "out" / "0" / "items"))
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("dtype", ["keep", "float32", "bfloat16"])
 @pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
 def test_dtype_policy(shallow, tmp_path, stored, dtype):

@@ -85,6 +85,7 @@ def test_two_processes_give_one_report(tiny, converted, media):
     assert found["images"] == 1 and found["first_drift"] is None
 
 
+@pytest.mark.large
 def test_both_end_with_the_code_of_a_failed_check(tiny, converted, tmp_path):
     native = tmp_path / "broken"
     shutil.copytree(converted(tiny("31b", layers=6), "gemma-jax"), native)
@@ -96,6 +97,7 @@ def test_both_end_with_the_code_of_a_failed_check(tiny, converted, tmp_path):
     assert second[1] == ""
 
 
+@pytest.mark.large
 def test_a_process_that_cannot_start_ends_both(tiny, converted, tmp_path):
     native = converted(tiny("31b", layers=6), "gemma-jax")
     first, second = run_pair((tiny("31b", layers=6), native), (tiny("31b", layers=6), tmp_path))

@@ -43,6 +43,7 @@ FOLDERS = {
 OF_OTHERS = {
     "--check": "scripts/commands_page.py",
     "--constraint": "pip",
+    "--every": "scripts/test.sh",
     "--full": "scripts/benchmark.py",
     "--gigabytes": "scripts/benchmark.py",
     "--rounds": "scripts/benchmark.py",

@@ -147,6 +147,7 @@ def test_every_file_comes_back(shallow, tmp_path, family, scanned, shards, kv_sh
     assert len(report.shards) == shards
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(("family", "scanned"), CASES)
 def test_text_only_sources_come_back(shallow, tmp_path, family, scanned):
     comes_back(shallow(family, scanned, text_only=True, shards=2), tmp_path, scan_layers=scanned)
@@ -160,6 +161,7 @@ def test_towers_that_were_only_carried_come_back(shallow, tmp_path, family):
     assert report.tensors_from_original == len(towers) > 0
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize(("family", "scanned"), [("e2b", False), ("26b-a4b", True), ("31b", False)])
 def test_sources_of_other_dtypes_come_back(shallow, tmp_path, family, scanned, dtype):
@@ -169,6 +171,7 @@ def test_sources_of_other_dtypes_come_back(shallow, tmp_path, family, scanned, d
     assert whole == (dtype == "float32")
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(("family", "scanned"), [("e4b", False), ("26b-a4b", True)])
 @pytest.mark.parametrize(
     ("ocdbt", "compression"), [(True, "zstd"), (False, "none"), (False, "zstd")]
@@ -239,6 +242,7 @@ def test_few_float32_values_that_scaling_loses_come_back_one_by_one(copied, tmp_
     assert 0 < len(kept[f"{EMBEDDING}/index"]) <= len(fine)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("family", "scanned", "whole_chunks"),
     [
@@ -690,6 +694,7 @@ ocp.PyTreeCheckpointer().save(target, {"params": jax.tree.map(shard, tree)})
 """
 
 
+@pytest.mark.large
 def test_arrays_sharded_over_devices_come_back(shallow, tmp_path, monkeypatch):
     """Chunks as sixteen devices write them: along the first axis, or along the second."""
     source = shallow("31b", scanned=True)
@@ -805,6 +810,7 @@ def test_config_with_other_line_ends_keeps_them(copied, tmp_path):
     assert edited == text.replace(b'"dtype": "bfloat16"', b'"dtype": "float32"')
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_new_shards_are_right_and_transformers_loads_them(shallow, tmp_path, family):
     source, limit = shallow(family), 150_000
@@ -848,6 +854,7 @@ TEXT_ONLY = [
 """(family, scanned, whether the native tree has the text model alone)."""
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(("family", "scanned", "text_tree"), TEXT_ONLY)
 def test_text_model_alone(shallow, tmp_path, family, scanned, text_tree):
     source = shallow(family, scanned, shards=3)

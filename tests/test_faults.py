@@ -267,6 +267,7 @@ main()
 """
 
 
+@pytest.mark.share(2)
 @every_writer
 def test_a_second_run_and_an_interrupt(direction, source, tmp_path):
     """The second is sent away, the first is interrupted, what it left is no checkpoint."""

@@ -189,6 +189,7 @@ FROZEN_IN_12B = [
 ]
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("frozen", FROZEN_IN_12B, ids="+".join)
 def test_a_training_step_of_12b_equals_the_counter(frozen, tiny, model_of):
     """A norm with weights stands before the map of patches, so that its input has a gradient."""

@@ -194,6 +194,7 @@ TEXT_MODELS = [name for name in models.PUBLISHED if name != models.UNIFIED]
 """12B's text is counted beside its embedders, on a tiny model: test_flops_towers.py."""
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("name", TEXT_MODELS)
 def test_gemma4_text_equals_the_counter(name):
     found = count(read_model(models.FOLDER / name), replace(prefill(BATCH, TOKENS), rule="dense"))

@@ -70,6 +70,7 @@ def cases(tiny):
     return cache(lambda family: Case(tiny(family, dtype="float32", seed=4)))
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("frames", [1, 50, 203])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_features_are_those_of_transformers(cases, family, frames):

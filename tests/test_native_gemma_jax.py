@@ -71,6 +71,7 @@ def test_forward_is_that_of_transformers(case, kind):
     assert one.logits.std() > 0.5  # logits that are all alike would prove nothing
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_forward_over_a_stored_tree_is_that_of_transformers(tiny, family, tmp_path):
     import orbax.checkpoint as ocp

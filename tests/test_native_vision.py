@@ -326,6 +326,7 @@ def test_halves_of_a_head_turn_by_x_and_by_y():
 # On the checkpoints of the real frameworks
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_features_of_the_frameworks_own_trees(oracle, family):
     case = Case(oracle / "hf" / family)

@@ -72,6 +72,7 @@ def pages(tmp_path_factory):
     return folder
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1600])
 @pytest.mark.parametrize("name", REPORTS)

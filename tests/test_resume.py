@@ -87,6 +87,7 @@ def undisturbed(shallow, converted) -> Path:
     return converted(shallow("26b-a4b", scanned=True), "maxtext", scan_layers=True)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("seed", range(2))
 def test_killed_conversions_continue(shallow, tmp_path, undisturbed, seed):
     source, out = shallow("26b-a4b", scanned=True), tmp_path / "out"
@@ -106,6 +107,7 @@ def test_killed_conversions_continue(shallow, tmp_path, undisturbed, seed):
     assert not {name for name in names if "journal" in name or name.endswith(".lock")}
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("seed", range(2))
 def test_killed_exports_continue(shallow, tmp_path, undisturbed, seed):
     out = tmp_path / "back"

@@ -108,6 +108,7 @@ def test_a_damaged_array_is_found(s3, hf, place):
     assert not gemma_convert.verify(f"{URL}/{place}", against=hf).passed
 
 
+@pytest.mark.large
 def test_from_store_to_store(s3, hf, stored, place, tmp_path):
     exported = gemma_convert.to_hf(f"{URL}/{stored}/0/items", f"{URL}/{place}")
     assert exported.bit_for_bit

@@ -51,6 +51,7 @@ def checks(folder: Path) -> list[str]:
     return (folder / "checks").read_text().splitlines()
 
 
+@pytest.mark.large
 def test_convert_and_check(shallow, tmp_path):
     done = run("convert_31b.sh", shallow("31b"), tmp_path / "out", "fast-llm")
     assert done.returncode == 0, done.stderr

@@ -235,7 +235,7 @@ def found(jobs, tmp_path_factory):
     return SimpleNamespace(folder=folder, held=json.loads((folder / "found.json").read_text()))
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(3)
 @pytest.mark.parametrize("name", CASES)
 def test_logits_are_those_of_one_device(jobs, found, name):
     expected = logits_of(jobs[name], whole=False)

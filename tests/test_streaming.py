@@ -84,6 +84,7 @@ def hidden_of_layers(reference, sequence):
     return [state[0].numpy() for state in (*seen, final[None])]
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layer_by_layer_is_the_whole_model_bit_for_bit(family, tiny, prompts):
     whole, sequences = Reference(tiny(family, layers=SHALLOW[family])), prompts(family)
@@ -503,6 +504,7 @@ GEMMA_JAX_MISTAKES = (
 )
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(("array", "edit", "place"), GEMMA_JAX_MISTAKES)
 def test_a_mistake_is_named_by_its_layer(tiny, converted, tmp_path, array, edit, place):
     source = tiny("31b")

@@ -105,6 +105,7 @@ def test_a_rounded_embedding_may_be_off_by_one_rounding_and_no_more(shallow, tmp
     assert list(verify(out, against=source).different) == [embedding]
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("what", ["carried", "file", "header", "lost file", "lost carried"])
 @pytest.mark.parametrize("by", ["manifest", "source"])
 def test_the_sidecar_is_verified_too(shallow, tmp_path, what, by):
