@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import socket
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,10 @@ def s3_server() -> Iterator[str]:
     server.start()
     host, port = server.get_host_and_port()
     url = f"http://{host}:{port}"
+    empty = urllib.request.Request(
+        f"{url}/moto-api/reset", method="POST"
+    )  # moto's state outlives it
+    urllib.request.urlopen(empty).close()
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             patch.delenv(name)
