@@ -1,7 +1,7 @@
 """The errors that end in one clear message, and the exit code of each.
 
 Exit codes of the command line: 0 done, 1 a check failed, 2 usage, 3 bad source, 4 target problem,
-70 a fault of our own, 130 interrupted.
+70 a fault of our own, 74 the output cannot be printed, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -85,6 +85,12 @@ class TargetError(GemmaConvertError):
     """The target exists, is full, or cannot be written."""
 
     exit_code = 4
+
+
+class OutputError(GemmaConvertError):
+    """What was printed did not reach the standard output."""
+
+    exit_code = 74
 
 
 class MappingError(GemmaConvertError):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from gemma_convert.errors import SourceError, TargetError, UsageError
 from gemma_convert.hub import headers_alone, repository, snapshot
+from gemma_convert.stores.library_path import without_parents
 from gemma_convert.stores.object_store import is_url, parse_url
 from gemma_convert.stores.remote import find_mirror, mirror_source, mirroring
 
@@ -49,7 +50,9 @@ def local(
     named = None if os.path.lexists(source) else repository(text)
     if named is not None and headers:
         return headers_alone(named, stack)
-    return Path(source) if named is None else snapshot(named, stack, config_only=config_only)
+    if named is None:
+        return without_parents(Path(source))
+    return snapshot(named, stack, config_only=config_only)
 
 
 def local_target(target: str | Path, stack: ExitStack) -> Path:
@@ -59,7 +62,7 @@ def local_target(target: str | Path, stack: ExitStack) -> Path:
     """
     text = _text(target)
     if not is_url(text):
-        return Path(target)
+        return without_parents(Path(target))
     place = parse_url(text)
     if not place.key:
         raise TargetError(

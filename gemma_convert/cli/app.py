@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
@@ -19,6 +19,7 @@ from gemma_convert.cli import (
     to_native,
     verify,
 )
+from gemma_convert.cli.streams import standard_streams
 from gemma_convert.errors import GemmaConvertError, SourceError, UsageError
 from gemma_convert.places import shown
 from gemma_convert.version import __version__
@@ -40,7 +41,7 @@ app = typer.Typer(
     help=_HELP,
     rich_markup_mode="rich",
     epilog="Exit codes: 0 done, 1 a check failed, 2 usage, 3 bad source, 4 target problem, "
-    "70 a fault of gemma-convert, 130 interrupted.",
+    "70 a fault of gemma-convert, 74 the output cannot be printed, 130 interrupted.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -73,12 +74,12 @@ def _root(
     del version
 
 
-def _own_fault() -> NoReturn:
+def _own_fault() -> int:
     from gemma_convert.output import note
 
     note(traceback.format_exc())
     note("This is a fault of gemma-convert. Please report it with the lines above.")
-    sys.exit(INTERNAL)
+    return INTERNAL
 
 
 def _next_command() -> str:
@@ -91,6 +92,19 @@ def main() -> None:
     """Runs the command line and exits with the documented code."""
     from gemma_convert.output import note
 
+    with standard_streams() as failure:
+        code = _run()
+        lost = failure()
+        if lost is not None and not code:
+            note(f"error: {lost.message}")
+            code = lost.exit_code
+    sys.exit(code)
+
+
+def _run() -> int:  # noqa: PLR0911
+    """The exit code of the command, whose error, if any, is told."""
+    from gemma_convert.output import note
+
     try:
         app(prog_name="gemma-convert")
     except GemmaConvertError as error:
@@ -99,22 +113,23 @@ def main() -> None:
             note(f"  what to do: {_next_command()} lists the options")
         if error.exit_code == INTERNAL:
             note("This is a fault of gemma-convert. Please report it with the command you ran.")
-        sys.exit(error.exit_code)
+        return error.exit_code
     except (KeyboardInterrupt, SystemExit) as ending:
         if isinstance(ending, SystemExit) and ending.code != INTERRUPTED:  # typer's word for it
-            raise
+            return ending.code if isinstance(ending.code, int) else bool(ending.code)
         note("interrupted; --resume continues a conversion into a local folder")
-        sys.exit(INTERRUPTED)
+        return INTERRUPTED
     except ImportError as error:
         if (error.name or "").partition(".")[0] == "gemma_convert":
-            _own_fault()
+            return _own_fault()
         note(
             f"error: {error}\n"
             "  what to do: this command needs more packages: pip install 'gemma-convert[check]'"
         )
-        sys.exit(2)
+        return UsageError.exit_code
     except OSError as error:
         note(f"error: {error.strerror or error}\n  where: {shown(error.filename)}")
-        sys.exit(SourceError.exit_code)
+        return SourceError.exit_code
     except Exception:  # the last resort: a traceback here is our own fault
-        _own_fault()
+        return _own_fault()
+    return 0

@@ -29,6 +29,7 @@ from gemma_convert.locations import local
 from gemma_convert.logits.prompts import TokenSequence, token_sequences
 from gemma_convert.logits.reference import Reference
 from gemma_convert.stores.json_file import parse_json, read_regular
+from gemma_convert.stores.library_path import library_path
 
 FORMAT = "gemma-convert/golden/1"
 SLICE_BYTES = 64 << 20
@@ -78,7 +79,7 @@ class Golden:
         """Logits of one sequence, at most `rows` positions at a time, [positions vocab] each."""
         from safetensors import safe_open
 
-        with safe_open(str(self.path), framework="numpy") as file:
+        with safe_open(library_path(self.path), framework="numpy") as file:
             stored = file.get_slice(f"logits.{index}")
             length = len(self.sequences[index].ids)
             for start in range(0, length, rows):
@@ -164,7 +165,7 @@ def load_golden(path: Path) -> Golden:
     if path.exists() and not path.is_file():
         raise SourceError("The golden file is not a file.", where=path)
     try:
-        with safe_open(str(path), framework="numpy") as file:
+        with safe_open(library_path(path), framework="numpy") as file:
             facts = parse_json((file.metadata() or {}).get(_KEY, "null").encode())
             if not isinstance(facts, dict) or facts.get("format") != FORMAT:
                 raise SourceError(

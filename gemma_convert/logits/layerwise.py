@@ -32,6 +32,7 @@ from gemma_convert.logits.reference import (
     softcapped,
 )
 from gemma_convert.logits.tensor_files import TensorFiles
+from gemma_convert.stores.library_path import library_path
 
 if TYPE_CHECKING:
     import torch
@@ -193,7 +194,9 @@ def _empty_model(hf: Path, architecture: Architecture, device: torch.device) -> 
 
     model_type = model_class(architecture)
     try:
-        config = model_type.config_class.from_pretrained(str(hf.resolve()), local_files_only=True)
+        config = model_type.config_class.from_pretrained(
+            str(library_path(hf.resolve())), local_files_only=True
+        )
         with torch.device("meta"):
             model = model_type._from_config(
                 config,

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from gemma_convert.architecture import Architecture
 from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.stores.library_path import library_path
 
 BEYOND_WINDOW = 32
 SHORT_LENGTH = 24
@@ -182,7 +183,7 @@ def load_tokenizer(hf: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(
-            str(hf.resolve()), local_files_only=True, trust_remote_code=False
+            str(library_path(hf.resolve())), local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise SourceError(

@@ -26,6 +26,7 @@ from gemma_convert.errors import SourceError
 from gemma_convert.logits.images import ImageSequence
 from gemma_convert.logits.prompts import TokenSequence
 from gemma_convert.logits.soft import SoftSequence
+from gemma_convert.stores.library_path import library_path
 
 if TYPE_CHECKING:
     import torch
@@ -179,7 +180,7 @@ def _load(hf: Path, architecture: Architecture) -> tuple[Any, dict[str, Any]]:
     model = model_class(architecture)
     try:
         return model.from_pretrained(  # type: ignore[no-any-return]
-            str(hf.resolve()),
+            str(library_path(hf.resolve())),
             dtype=torch.float32,
             attn_implementation="eager",
             experts_implementation="eager",

@@ -69,7 +69,7 @@ def write_report_file(path: Path, text: str, *, overwrite: bool) -> None:
     try:
         descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".partial")
         partial = Path(name)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

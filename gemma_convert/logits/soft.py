@@ -26,6 +26,7 @@ from gemma_convert.logits.prompts import (
     refuse_placeholders,
     tokenized,
 )
+from gemma_convert.stores.library_path import library_path
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
@@ -104,7 +105,9 @@ def load_processor(hf: Path, medium: Medium, name: str) -> Any:
             do="add the processor's files",
         )
     try:
-        return getattr(transformers, name).from_pretrained(str(hf.resolve()), local_files_only=True)
+        return getattr(transformers, name).from_pretrained(
+            str(library_path(hf.resolve())), local_files_only=True
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise SourceError(
             f"transformers cannot load the {medium.processor}.",

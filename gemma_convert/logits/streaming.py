@@ -16,6 +16,7 @@ from gemma_convert.logits.drift import Drift, States, measure_drift
 from gemma_convert.logits.golden import Golden
 from gemma_convert.logits.prompts import TokenSequence
 from gemma_convert.logits.sliced import SlicedComparison
+from gemma_convert.stores.library_path import library_path
 
 LOGIT_BYTES = 32 << 20
 """Most bytes of one slice of logits in float32; a slice has `_LEAST_ROWS` at the least."""
@@ -59,7 +60,7 @@ class GoldenSlices:
         """Logits [positions width] of each slice, of all sequences' positions in order."""
         from safetensors import safe_open
 
-        with safe_open(str(self.golden.path), framework="numpy") as file:
+        with safe_open(library_path(self.golden.path), framework="numpy") as file:
             stored = [
                 file.get_slice(f"logits.{index}") for index in range(len(self.golden.sequences))
             ]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_convert.errors import SourceError
+from gemma_convert.stores.library_path import library_path
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,7 @@ class TensorFiles:
         renamed = _renaming(model)
         try:
             for path in _listed(hf):
-                file = safe_open(hf / path, framework="pt")
+                file = safe_open(library_path(hf) / path, framework="pt")
                 for key in file.keys():  # noqa: SIM118
                     name = renamed(key)
                     self._files[name] = file, key

@@ -31,6 +31,7 @@ from gemma_convert.native.fast_llm_config import (
     Routed,
     read_fast_llm_config,
 )
+from gemma_convert.stores.library_path import library_path
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -165,7 +166,7 @@ def _open(folder: Path, index: Mapping[str, str]) -> dict[str, Any]:
         if not path.is_file():
             raise SourceError("A file that state_index names is not there.", where=path)
         try:
-            files[name] = safe_open(path, framework="pt")
+            files[name] = safe_open(library_path(path), framework="pt")
         except (SafetensorError, OSError) as error:
             raise SourceError(
                 "This is not a safetensors file that can be read.", where=path, found=error

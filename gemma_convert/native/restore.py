@@ -8,6 +8,7 @@ MaxText's `load_parameters_path` and its training checkpoints (August 2026); wha
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -21,6 +22,7 @@ import numpy as np
 
 from gemma_convert.errors import SourceError
 from gemma_convert.native.stored import StoredArray, open_stored
+from gemma_convert.stores.library_path import library_path
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
@@ -146,7 +148,8 @@ def _restored(handler: ocp.PyTreeCheckpointHandler, items: Path, item: Tree) -> 
         **_only_these_leaves(ocp),
     )
     try:
-        return _numpy(handler.restore(items, args=arguments))
+        with _patient_loops():
+            return _numpy(handler.restore(library_path(items), args=arguments))
     except (OSError, ValueError, KeyError) as error:
         raise SourceError(
             "Orbax cannot read this checkpoint.", where=items, found=str(error)[:500]
@@ -171,9 +174,39 @@ def _orbax(items: Path) -> Iterator[ocp.PyTreeCheckpointHandler]:
         logger.setLevel(level)
 
 
+class _PatientLoop(asyncio.SelectorEventLoop):
+    """A loop that ends when all that was begun in it has ended."""
+
+    def close(self) -> None:
+        pending = [] if self.is_closed() else asyncio.all_tasks(self)
+        if pending:
+            self.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+        super().close()
+
+
+class _PatientPolicy(asyncio.DefaultEventLoopPolicy):
+    def new_event_loop(self) -> asyncio.AbstractEventLoop:
+        return _PatientLoop()
+
+
+@contextmanager
+def _patient_loops() -> Iterator[None]:
+    """Orbax opens all arrays at once and closes its loop when one is broken; others then complain.
+
+    Within it a loop waits for them, so that the one message is not lost among theirs.
+    """
+    before = asyncio.get_event_loop_policy()
+    asyncio.set_event_loop_policy(_PatientPolicy())
+    try:
+        yield
+    finally:
+        asyncio.set_event_loop_policy(before)
+
+
 def _metadata(handler: ocp.PyTreeCheckpointHandler, items: Path) -> Any:
     try:
-        metadata = handler.metadata(items)
+        with _patient_loops():
+            metadata = handler.metadata(library_path(items))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SourceError(
             "Orbax cannot read this checkpoint's metadata.", where=items, found=str(error)[:500]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemma_convert.errors import SourceError
+from gemma_convert.stores.library_path import library_path
 
 if TYPE_CHECKING:
     import tensorstore as ts
@@ -102,9 +103,10 @@ def open_stored(folder: Path, name: str, ocdbt: bool, zarr3: bool) -> StoredArra
     """
     import tensorstore as ts
 
-    kvstore: dict[str, Any] = {"driver": "file", "path": f"{folder}/{name}/"}
+    path = library_path(folder)
+    kvstore: dict[str, Any] = {"driver": "file", "path": f"{path}/{name}/"}
     if ocdbt:
-        base = {"driver": "file", "path": f"{folder}/"}
+        base = {"driver": "file", "path": f"{path}/"}
         kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
     spec = {"driver": "zarr3" if zarr3 else "zarr", "kvstore": kvstore}
     where = f"{folder}, array {name}"

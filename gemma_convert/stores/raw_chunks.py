@@ -19,6 +19,7 @@ from typing import Any
 
 from gemma_convert.errors import SourceError
 from gemma_convert.mapping.region import Box
+from gemma_convert.stores.library_path import library_path
 from gemma_convert.values import Array
 
 _VALUE = re.compile(r"value:([^:%]*):([^:%]+):(\d+):(\d+)")
@@ -157,7 +158,7 @@ def ocdbt_places(folder: Path) -> Places:
     places: dict[str, Place] = {}
     seen: set[str] = set()
     try:
-        base = ts.KvStore.open({"driver": "file", "path": f"{folder.absolute()}/"}).result()
+        base = ts.KvStore.open({"driver": "file", "path": f"{library_path(folder)}/"}).result()
         manifest = ts.ocdbt.dump(base).result()
         nodes = [(manifest["versions"][-1]["root"]["location"], b"")]
         while nodes:

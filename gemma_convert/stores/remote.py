@@ -19,6 +19,7 @@ from typing import Any
 
 from gemma_convert.errors import SourceError
 from gemma_convert.places import named
+from gemma_convert.stores.library_path import library_path
 from gemma_convert.stores.object_store import (
     ObjectURL,
     file_system,
@@ -154,10 +155,9 @@ def file_size(path: Path) -> int:
 
 def kvstore(folder: Path, below: str = "") -> dict[str, Any]:
     """tensorstore's spec of `folder`, here or in an object store, or of `below` (`name/`) in it."""
-    folder = folder.absolute()
-    found = find_mirror(folder)
+    found = find_mirror(folder.absolute())
     if found is None:
-        return {"driver": "file", "path": f"{folder}/{below}"}
+        return {"driver": "file", "path": f"{library_path(folder)}/{below}"}
     mirror, name = found
     return kvstore_spec(mirror.place.joined(name).joined(below.rstrip("/")))
 
