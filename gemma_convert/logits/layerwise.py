@@ -20,10 +20,11 @@ import numpy.typing as npt
 
 from gemma_convert.architecture import Architecture
 from gemma_convert.config import read_architecture
-from gemma_convert.errors import SourceError
+from gemma_convert.logits.libraries import told_by_library
 from gemma_convert.logits.prompts import TokenSequence
 from gemma_convert.logits.reference import (
     arguments,
+    cannot_run,
     check_loaded,
     model_class,
     name_device,
@@ -44,7 +45,7 @@ class LayerwiseReference:
     """Hidden states behind each layer, and logits, of `sequences`; SourceError as for Reference."""
 
     def __init__(self, hf: Path, sequences: Sequence[TokenSequence]) -> None:
-        self.architecture = read_architecture(hf)
+        self._hf, self.architecture = hf, read_architecture(hf)
         self._sequences, self._device = sequences, reference_device()
         with quiet():
             self._model = _empty_model(hf, self.architecture, self._device)
@@ -68,13 +69,13 @@ class LayerwiseReference:
         """The states of each sequence [length embed]: embedded, behind each layer, and the norm."""
         import torch
 
-        with torch.no_grad():
+        with torch.no_grad(), cannot_run(self._hf):
             calls = [self._noted(sequence) for sequence in self._sequences]
         states = [call.hidden for call in calls]
         yield _on_host(states)
         for index, layer in enumerate(self._text.layers):
             self._fill(layer, f"{self._prefix}layers.{index}.", deep=True)
-            with torch.no_grad():
+            with torch.no_grad(), cannot_run(self._hf):
                 states = [
                     layer(state, *call.layers[index][0], **call.layers[index][1])
                     for state, call in zip(states, calls, strict=True)
@@ -193,7 +194,7 @@ def _empty_model(hf: Path, architecture: Architecture, device: torch.device) -> 
     import torch
 
     model_type = model_class(architecture)
-    try:
+    with told_by_library("transformers cannot make the model of this config.json.", hf):
         config = model_type.config_class.from_pretrained(
             str(library_path(hf.resolve())), local_files_only=True
         )
@@ -204,17 +205,11 @@ def _empty_model(hf: Path, architecture: Architecture, device: torch.device) -> 
                 attn_implementation="eager",
                 experts_implementation="eager",
             )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise SourceError(
-            "transformers cannot make the model of this config.json.",
-            where=hf,
-            found=str(error)[:800],
-        ) from error
-    for module in model.modules():
-        module._is_hf_initialized = False
-        for name in module._non_persistent_buffers_set:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
-    model.initialize_weights()
+        for module in model.modules():
+            module._is_hf_initialized = False
+            for name in module._non_persistent_buffers_set:
+                module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
+        model.initialize_weights()
     return model.eval().requires_grad_(False)
 
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from gemma_convert.architecture import Architecture
 from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.logits.libraries import told_by_library
 from gemma_convert.stores.library_path import library_path
 
 BEYOND_WINDOW = 32
@@ -181,17 +182,12 @@ def load_tokenizer(hf: Path) -> Any:
     """transformers' tokenizer of the folder `hf`. Raises SourceError where it cannot be loaded."""
     from transformers import AutoTokenizer
 
-    try:
+    with told_by_library(
+        "transformers cannot load the tokenizer.", hf, "repair the tokenizer's files"
+    ):
         return AutoTokenizer.from_pretrained(
             str(library_path(hf.resolve())), local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise SourceError(
-            "transformers cannot load the tokenizer.",
-            where=hf,
-            found=str(error)[:500],
-            do="repair the tokenizer's files",
-        ) from error
 
 
 def tokenized(tokenizer: Any, name: str, text: str) -> TokenSequence:

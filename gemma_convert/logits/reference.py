@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from gemma_convert.architecture import Architecture
 from gemma_convert.config import read_architecture
 from gemma_convert.errors import SourceError
 from gemma_convert.logits.images import ImageSequence
+from gemma_convert.logits.libraries import told_by_library
 from gemma_convert.logits.prompts import TokenSequence
 from gemma_convert.logits.soft import SoftSequence
 from gemma_convert.stores.library_path import library_path
@@ -41,7 +42,7 @@ class Reference:
 
     def __init__(self, hf: Path) -> None:
         """Raises SourceError where the checkpoint does not fill the model exactly."""
-        self.architecture = read_architecture(hf)
+        self._hf, self.architecture = hf, read_architecture(hf)
         self.device = reference_device()
         with quiet():
             self._model, report = _load(hf, self.architecture)
@@ -57,7 +58,7 @@ class Reference:
         """What the head is given, [positions embed], on the model's device."""
         import torch
 
-        with torch.no_grad():
+        with torch.no_grad(), cannot_run(self._hf):
             output = self._model.model(**arguments(sequence, self.device), use_cache=False)
         state: torch.Tensor = output.last_hidden_state[0]
         return state
@@ -67,7 +68,7 @@ class Reference:
         import torch
 
         inputs = arguments(sequence, self.device)
-        with torch.no_grad():
+        with torch.no_grad(), cannot_run(self._hf):
             output = self._model.model.get_image_features(
                 inputs["pixel_values"], inputs["image_position_ids"], return_dict=True
             )
@@ -80,7 +81,7 @@ class Reference:
 
         sound = torch.from_numpy(features)[None].to(self.device)
         heard = torch.ones(sound.shape[:2], dtype=torch.bool, device=self.device)
-        with torch.no_grad():
+        with torch.no_grad(), cannot_run(self._hf):
             output = self._model.model.get_audio_features(sound, heard, return_dict=True)
         array: npt.NDArray[np.float32] = output.pooler_output[output.attention_mask].cpu().numpy()
         return array
@@ -124,6 +125,11 @@ class TransformersLogits:
         hidden = self._hidden[index]
         for start in range(0, len(hidden), rows):
             yield self._reference.head(hidden[start : start + rows])
+
+
+def cannot_run(hf: Path) -> AbstractContextManager[None]:
+    """Within it transformers runs the model of `hf`; what it cannot run is a SourceError."""
+    return told_by_library("transformers cannot run the original checkpoint.", hf)
 
 
 def reference_device() -> torch.device:
@@ -178,7 +184,7 @@ def _load(hf: Path, architecture: Architecture) -> tuple[Any, dict[str, Any]]:
     import torch
 
     model = model_class(architecture)
-    try:
+    with told_by_library("transformers cannot load the original checkpoint.", hf):
         return model.from_pretrained(  # type: ignore[no-any-return]
             str(library_path(hf.resolve())),
             dtype=torch.float32,
@@ -190,10 +196,6 @@ def _load(hf: Path, architecture: Architecture) -> tuple[Any, dict[str, Any]]:
             ignore_mismatched_sizes=True,  # they are reported below, by name
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise SourceError(
-            "transformers cannot load the original checkpoint.", where=hf, found=str(error)[:800]
-        ) from error
 
 
 def check_loaded(report: Mapping[str, Any], architecture: Architecture, hf: Path) -> None:

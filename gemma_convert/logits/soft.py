@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from gemma_convert.architecture import Architecture
 from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.logits.libraries import told_by_library
 from gemma_convert.logits.prompts import (
     TOKENIZER_FILES,
     TokenSequence,
@@ -104,17 +105,12 @@ def load_processor(hf: Path, medium: Medium, name: str) -> Any:
             expected=" or ".join(PROCESSOR_FILES),
             do="add the processor's files",
         )
-    try:
+    with told_by_library(
+        f"transformers cannot load the {medium.processor}.", hf, "repair the processor's files"
+    ):
         return getattr(transformers, name).from_pretrained(
             str(library_path(hf.resolve())), local_files_only=True
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
-        raise SourceError(
-            f"transformers cannot load the {medium.processor}.",
-            where=hf,
-            found=str(error)[:500],
-            do="repair the processor's files",
-        ) from error
 
 
 class SoftPrompts:

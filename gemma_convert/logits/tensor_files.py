@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma_convert.errors import SourceError
+from gemma_convert.logits.libraries import told_by_library
 from gemma_convert.stores.library_path import library_path
 
 if TYPE_CHECKING:
@@ -27,23 +27,19 @@ class TensorFiles:
     """
 
     def __init__(self, hf: Path, model: Any) -> None:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
         file: Any
         self._files: dict[str, tuple[Any, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         renamed = _renaming(model)
-        try:
+        with told_by_library("The original checkpoint cannot be read.", hf):
             for path in _listed(hf):
                 file = safe_open(library_path(hf) / path, framework="pt")
                 for key in file.keys():  # noqa: SIM118
                     name = renamed(key)
                     self._files[name] = file, key
                     self.shapes[name] = tuple(file.get_slice(key).get_shape())
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise SourceError(
-                "The original checkpoint cannot be read.", where=hf, found=str(error)[:500]
-            ) from error
 
     def read(
         self, name: str, rows: slice | torch.Tensor | None = None, device: Any = None
