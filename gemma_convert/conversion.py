@@ -34,6 +34,7 @@ from gemma_convert.reports import (
 )
 from gemma_convert.resumable import SPARE_BYTES, ResumableTransfer
 from gemma_convert.stores import sidecar
+from gemma_convert.stores.accounted import beside_native
 from gemma_convert.stores.orbax import OrbaxFormat
 from gemma_convert.stores.remote import file_size, find_mirror
 from gemma_convert.stores.safetensors import Shard
@@ -128,6 +129,7 @@ class Conversion:
             overwrite=overwrite,
             resume=resume,
             progress=progress,
+            strangers=beside_native,
             processes=self.processes,
         )
 

@@ -34,6 +34,7 @@ from gemma_convert.publishing import ProgressFactory, publish
 from gemma_convert.reports import peak_memory
 from gemma_convert.shards import Export, KVShared, plan_export
 from gemma_convert.stores import sidecar
+from gemma_convert.stores.accounted import beside_huggingface
 from gemma_convert.stores.journal import Journal, journal_key
 from gemma_convert.stores.original import Original, open_original
 from gemma_convert.stores.safetensors_writer import SafetensorsWriter
@@ -124,7 +125,7 @@ def to_hf(
         if not dry_run:
             check_apart(folder, output)
             check_apart(original.folder, output)
-            check_target(output, overwrite=overwrite)
+            check_target(output, overwrite=overwrite, strangers=job.strangers)
             check_space(output, export.nbytes + export.file_bytes(original.folder) + SPARE_BYTES)
             publish(
                 output,
@@ -135,6 +136,7 @@ def to_hf(
                 overwrite=overwrite,
                 resume=resume,
                 progress=progress,
+                strangers=job.strangers,
             )
         return job.report(folder, output, started, dry_run=dry_run)
 
@@ -184,6 +186,12 @@ class _Export:
             self.native.check_unchanged()
             self._apply_exceptions(writer)
             self._check(writer)
+
+    def strangers(self, folder: Path) -> list[str]:
+        """What an older export in `folder` holds beside the files that this one writes."""
+        shards = (shard.file for shard in self.export.shards)
+        names = (*map(str, self.export.files), *self.export.edited, *shards)
+        return beside_huggingface(folder, names)
 
     @property
     def key(self) -> str:

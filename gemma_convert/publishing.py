@@ -11,6 +11,7 @@ from gemma_convert.errors import TargetError
 from gemma_convert.output import NoProgress, Progress
 from gemma_convert.processes import OneProcess, Processes, Watched
 from gemma_convert.stores import sidecar
+from gemma_convert.stores.accounted import Strangers
 from gemma_convert.stores.journal import matches, remove_journals
 from gemma_convert.stores.orbax import sync_folder
 from gemma_convert.stores.remote import Mirror
@@ -32,13 +33,14 @@ def publish(
     overwrite: bool,
     resume: bool,
     progress: ProgressFactory | None,
+    strangers: Strangers,
     processes: Processes | None = None,
 ) -> T:
     """What `write(folder, progress)` returns, when that folder stands under the name `target`.
 
     With `resume` the folder is what an interrupted run with the same `key` left. Of several
     `processes` the one that leads makes and publishes the folder. Raises TargetError where it
-    cannot be written; then nothing is left behind.
+    cannot be written, or holds what `strangers` tells; then nothing is left behind.
     """
     mirror = target_mirror(target)
     if mirror is not None:
@@ -47,9 +49,9 @@ def publish(
         )
     processes = processes or OneProcess()
     if processes.index:
-        return _contribute(staged_folder(target), write, target, processes)
+        return _contribute(write, target, processes)
     with (
-        StagedFolder(target, overwrite=overwrite, resume=resume) as staged,
+        StagedFolder(target, overwrite=overwrite, resume=resume, strangers=strangers) as staged,
         progress(title, total) if progress else nullcontext(NoProgress()) as bar,
     ):
         with _told(target, processes):
@@ -87,11 +89,10 @@ def _publish_remotely(
     return result
 
 
-def _contribute(
-    folder: Path, write: Callable[[Path, Progress], T], target: Path, processes: Processes
-) -> T:
+def _contribute(write: Callable[[Path, Progress], T], target: Path, processes: Processes) -> T:
     """What `write` returns in a process that does not lead, when the target is published."""
     processes.wait("made")
+    folder = staged_folder(target)
     with _told(target, processes):
         if not folder.is_dir():
             raise TargetError(

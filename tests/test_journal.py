@@ -35,7 +35,7 @@ class Run:
 
     def __init__(self, source: Path, out: Path, **options):
         self.source, self.out, self.options = source, out, options
-        self.partial = out.with_name(f".{out.name}.partial")
+        self.partial = out.with_name(f".{out.name}.partial") / "new"
         with pytest.raises(KeyboardInterrupt):
             self._convert(STOP)
         self.key, *lines = self.journal.read_text().splitlines()

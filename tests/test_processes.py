@@ -261,7 +261,9 @@ def test_an_interrupted_job_is_continued(shallow, tmp_path, small_blocks):
         stop = True
         results = together(2, source, tmp_path / "two", ocdbt=False)
         assert any(isinstance(result, KeyboardInterrupt) for result in results)
-        journals = sorted(path.name for path in (tmp_path / ".two.partial").glob(".gemma*journal*"))
+        journals = sorted(
+            path.name for path in (tmp_path / ".two.partial/new").glob(".gemma*journal*")
+        )
         if not journals:
             pytest.fail("the leader failed for another reason than the interrupt")
         stop = False

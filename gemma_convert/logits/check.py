@@ -27,6 +27,7 @@ from gemma_convert.logits.fingerprint import fingerprints
 from gemma_convert.logits.golden import SLICE_BYTES, Golden, load_golden
 from gemma_convert.logits.images import image_sequences
 from gemma_convert.logits.layerwise import LayerwiseReference
+from gemma_convert.logits.libraries import told_by_library
 from gemma_convert.logits.limit import Dtype, choose_limit, find_lossy_rows
 from gemma_convert.logits.native import (
     LogitSource,
@@ -45,6 +46,7 @@ from gemma_convert.logits.prompts import (
 )
 from gemma_convert.logits.reference import TransformersLogits
 from gemma_convert.logits.report import LogitReport
+from gemma_convert.logits.sizes import check_sizes
 from gemma_convert.logits.sounds import sound_sequences
 from gemma_convert.logits.streaming import (
     GoldenSlices,
@@ -124,6 +126,8 @@ def _logit_check(
             do="leave out prompts, --tokens, --image and --audio",
         )
     architecture = read_architecture(hf)
+    if golden is None:
+        check_sizes(hf, architecture)
     model = open_model(native, architecture)
     if lossy_rows is None:
         lossy_rows = find_lossy_rows(model.folder, model.dtypes, model.scaled_dtype, architecture)
@@ -257,7 +261,10 @@ def _texts(hf: Path, ids: Sequence[int]) -> dict[int, str]:
         tokenizer = load_tokenizer(hf) if has_tokenizer(hf) else None
     except SourceError:
         return {}
-    return {} if tokenizer is None else {id: tokenizer.decode([id]) for id in ids}
+    if tokenizer is None:
+        return {}
+    with told_by_library("The tokenizer has no text for a token.", hf):
+        return {id: tokenizer.decode([id]) for id in ids}
 
 
 def _rows(vocab: int) -> int:

@@ -28,6 +28,7 @@ from gemma_convert.errors import SourceError, TargetError, short
 from gemma_convert.locations import local
 from gemma_convert.logits.prompts import TokenSequence, token_sequences
 from gemma_convert.logits.reference import Reference
+from gemma_convert.logits.sizes import check_sizes
 from gemma_convert.stores.json_file import parse_json, read_regular
 from gemma_convert.stores.library_path import library_path
 
@@ -132,7 +133,9 @@ def save_golden(
     _check_target(path, overwrite)
     with ExitStack() as stack:
         folder = local(hf, stack, whole=True)
-        sequences = token_sequences(folder, read_architecture(folder), prompts, tokens)
+        architecture = read_architecture(folder)
+        check_sizes(folder, architecture)
+        sequences = token_sequences(folder, architecture, prompts, tokens)
         facts = _facts(folder, sequences)
         reference = Reference(folder)
     try:

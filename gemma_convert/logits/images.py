@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from gemma_convert.architecture import Architecture, VisionArchitecture
 from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.logits.libraries import told_by_library
 from gemma_convert.logits.soft import Medium, SoftPrompts, SoftSequence, load_processor, no_tower
 
 IMAGE = Medium(
@@ -105,19 +106,16 @@ class _Patches:
 
 def _patches(processor: Any, path: Path, hf: Path) -> _Patches:
     image = _open(path)
-    try:
+    with told_by_library(
+        "transformers' image processor cannot cut the image into patches.",
+        f"{path}, with the processor of {hf}",
+    ):
         found = processor(image, return_tensors="np")
-    except (ValueError, TypeError) as error:
-        raise SourceError(
-            "transformers' image processor cannot cut the image into patches.",
-            where=f"{path}, with the processor of {hf}",
-            found=str(error)[:500],
-        ) from error
-    return _Patches(
-        pixels=found["pixel_values"][0],
-        positions=found["image_position_ids"][0],
-        soft_tokens=int(found["num_soft_tokens_per_image"][0]),
-    )
+        return _Patches(
+            pixels=found["pixel_values"][0],
+            positions=found["image_position_ids"][0],
+            soft_tokens=int(found["num_soft_tokens_per_image"][0]),
+        )
 
 
 def _open(path: Path) -> Any:

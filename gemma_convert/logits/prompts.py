@@ -7,7 +7,6 @@ positions of the rotary embedding.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from gemma_convert.architecture import Architecture
+from gemma_convert.config import MAX_CONFIG_BYTES
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.logits.libraries import told_by_library
+from gemma_convert.stores.json_file import read_object
 from gemma_convert.stores.library_path import library_path
 
 BEYOND_WINDOW = 32
+LONGEST_MADE = 8192
+"""Tokens of the longest prompt that is made; published windows are 512 and 1024."""
 SHORT_LENGTH = 24
 SHORT_COUNT = 3
 SEED = 20260401
@@ -33,6 +36,9 @@ PROMPTS = {
     "japanese": "港の灯台は、夜明け前に通り過ぎる船の数を数え、その名前を",
     "mixed": "Grüße aus Köln! Привет, мир. مرحبا بالعالم. 🙂 <b>bold</b>\t| a | b |",
 }
+
+_CANNOT_READ = "The tokenizer cannot read a prompt."
+_REPAIR = "repair the tokenizer's files"
 
 _PLACEHOLDERS = ("image_token_id", "video_token_id", "audio_token_id")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -67,7 +73,7 @@ def token_sequences(
             "--tokens takes a positive number and no prompts beside it.",
             found=f"{tokens} tokens and {len(prompts)} prompts",
         )
-    long = architecture.text.window + BEYOND_WINDOW
+    long = min(architecture.text.window + BEYOND_WINDOW, LONGEST_MADE)
     if tokens is not None or not has_tokenizer(hf):
         if prompts:
             raise UsageError(
@@ -162,8 +168,7 @@ def _integers(value: Any) -> Iterable[int]:
 
 
 def _config(hf: Path) -> Mapping[str, Any]:
-    config: Mapping[str, Any] = json.loads((hf / "config.json").read_text(encoding="utf-8"))
-    return config
+    return read_object(hf / "config.json", "config.json", MAX_CONFIG_BYTES)
 
 
 def _text_sequences(hf: Path, prompts: Sequence[str], long: int) -> list[TokenSequence]:
@@ -182,9 +187,7 @@ def load_tokenizer(hf: Path) -> Any:
     """transformers' tokenizer of the folder `hf`. Raises SourceError where it cannot be loaded."""
     from transformers import AutoTokenizer
 
-    with told_by_library(
-        "transformers cannot load the tokenizer.", hf, "repair the tokenizer's files"
-    ):
+    with told_by_library("transformers cannot load the tokenizer.", hf, _REPAIR):
         return AutoTokenizer.from_pretrained(
             str(library_path(hf.resolve())), local_files_only=True, trust_remote_code=False
         )
@@ -192,7 +195,8 @@ def load_tokenizer(hf: Path) -> Any:
 
 def tokenized(tokenizer: Any, name: str, text: str) -> TokenSequence:
     """The ids of `text` behind one begin token, where the tokenizer has one."""
-    return _begun(tokenizer, name, _ids(tokenizer, text))
+    with told_by_library(_CANNOT_READ, tokenizer.name_or_path, _REPAIR):
+        return _begun(tokenizer, name, _ids(tokenizer, text))
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
@@ -203,11 +207,14 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 def _long_sequence(tokenizer: Any, length: int) -> TokenSequence:
     """`length` tokens or more made of the built-in prompts, over and over."""
-    sentences = [_ids(tokenizer, text + "\n") for text in PROMPTS.values()]
-    if not any(sentences):
-        raise SourceError("The tokenizer makes no tokens of text.", where=tokenizer.name_or_path)
-    endless = itertools.chain.from_iterable(itertools.cycle(sentences))
-    return _begun(tokenizer, "longer-than-window", list(itertools.islice(endless, length)))
+    with told_by_library(_CANNOT_READ, tokenizer.name_or_path, _REPAIR):
+        sentences = [_ids(tokenizer, text + "\n") for text in PROMPTS.values()]
+        if not any(sentences):
+            raise SourceError(
+                "The tokenizer makes no tokens of text.", where=tokenizer.name_or_path
+            )
+        endless = itertools.chain.from_iterable(itertools.cycle(sentences))
+        return _begun(tokenizer, "longer-than-window", list(itertools.islice(endless, length)))
 
 
 def _begun(tokenizer: Any, name: str, ids: list[int]) -> TokenSequence:

@@ -7,7 +7,6 @@ that it makes of padding are dropped, since nothing else sees them. WAV files ar
 
 from __future__ import annotations
 
-import json
 import wave
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from gemma_convert.architecture import Architecture, AudioArchitecture
+from gemma_convert.config import MAX_CONFIG_BYTES
 from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.logits.libraries import told_by_library
 from gemma_convert.logits.soft import Medium, SoftPrompts, SoftSequence, load_processor, no_tower
+from gemma_convert.stores.json_file import read_object
 
 SOUND = Medium(
     one="sound",
@@ -99,11 +101,9 @@ def _halved(frames: int) -> int:
 def _config(path: Path, key: str) -> int | None:
     """A whole number in a JSON file, None where there is no file or no key."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8")).get(key)
+        value = read_object(path, path.name, MAX_CONFIG_BYTES).get(key)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, AttributeError) as error:
-        raise SourceError("The file is no JSON object.", where=path, found=error) from None
     if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
         raise SourceError(f"{key} is no whole number.", where=path, found=value)
     return value
@@ -124,16 +124,13 @@ def _check_fits(extractor: Any, audio: AudioArchitecture, hf: Path) -> None:
 def _features(extractor: Any, path: Path, hf: Path) -> npt.NDArray[np.float32]:
     """The real frames of a file [frames mel]."""
     samples = _samples(path, extractor.sampling_rate)
-    try:
+    with told_by_library(
+        "transformers' audio feature extractor cannot make frames of the sound.",
+        f"{path}, with the feature extractor of {hf}",
+    ):
         found = extractor([samples], return_tensors="np")
-    except (ValueError, TypeError, IndexError, ArithmeticError) as error:
-        raise SourceError(
-            "transformers' audio feature extractor cannot make frames of the sound.",
-            where=f"{path}, with the feature extractor of {hf}",
-            found=str(error)[:500],
-        ) from error
-    features: npt.NDArray[np.float32] = found["input_features"][0]
-    real: npt.NDArray[np.float32] = features[found["input_features_mask"][0]]
+        features: npt.NDArray[np.float32] = found["input_features"][0]
+        real: npt.NDArray[np.float32] = features[found["input_features_mask"][0]]
     if not len(real):
         raise UsageError(
             "The sound is too short for a single frame.",

@@ -6,13 +6,13 @@ transformers says which become which.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_convert.logits.libraries import told_by_library
 from gemma_convert.stores.library_path import library_path
+from gemma_convert.stores.safetensors import read_index
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +32,8 @@ class TensorFiles:
         file: Any
         self._files: dict[str, tuple[Any, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        renamed = _renaming(model)
         with told_by_library("The original checkpoint cannot be read.", hf):
+            renamed = _renaming(model)
             for path in _listed(hf):
                 file = safe_open(library_path(hf) / path, framework="pt")
                 for key in file.keys():  # noqa: SIM118
@@ -70,5 +70,4 @@ def _renaming(model: Any) -> Callable[[str], str]:
 def _listed(hf: Path) -> list[str]:
     if (hf / _SINGLE).is_file() or not (hf / _INDEX).is_file():
         return [_SINGLE]
-    index = json.loads((hf / _INDEX).read_text(encoding="utf-8"))
-    return sorted(set(index["weight_map"].values()))
+    return sorted(set(read_index(hf / _INDEX).values()))

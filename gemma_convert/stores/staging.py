@@ -1,64 +1,85 @@
 """Output that appears under its final name only when it is complete.
 
-Everything is written into a hidden sibling, `.NAME.partial`, which is renamed at the end. A lock
-keeps a second run away; an interrupted run leaves nothing under the final name.
+Everything is written into a hidden sibling, `.NAME.partial/new`, which takes the final name at the
+end. A lock file beside `new` says that the sibling is ours and keeps a second run away; a sibling
+without one belongs to somebody, and the next free name is taken. An interrupted run leaves nothing
+under the final name.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
+import itertools
 import os
 import shutil
 import stat
+from collections.abc import Iterator
 from pathlib import Path, PurePath, PurePosixPath
 from types import TracebackType
 
 from gemma_convert.errors import TargetError
+from gemma_convert.stores.accounted import SHOWN, Strangers, beside_native
+from gemma_convert.stores.exchange import exchange
 from gemma_convert.stores.remote import find_mirror
 from gemma_convert.stores.remote_target import check_remote_target, target_mirror
 from gemma_convert.stores.unfinished import LOCK
 
+_NEW, _OLD = "new", "old"
+_LONGEST_NAME = 200
+
 
 class StagedFolder:
-    """A folder that is built as a sibling of `target` and renamed into place by `publish`.
+    """A folder that is built beside `target` and takes its name by `publish`.
 
     Use as a context manager: leaving it without `publish` removes what was written, unless the run
-    was interrupted and may be resumed. `resume` keeps what an earlier run left. Raises TargetError
-    where `target` exists (unless `overwrite`), or another run builds it.
+    was interrupted and may be resumed. `resume` keeps what an earlier run left. `strangers` tells
+    what an old target holds that must not be replaced. Raises TargetError where `target` exists
+    (unless `overwrite`), or another run builds it.
     """
 
-    def __init__(self, target: Path, *, overwrite: bool = False, resume: bool = False) -> None:
+    def __init__(
+        self,
+        target: Path,
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        strangers: Strangers = beside_native,
+    ) -> None:
         self.target = target.absolute()
-        self.folder = staged_folder(self.target)
-        self.overwrite, self.resume = overwrite, resume
+        self.overwrite, self.resume, self.strangers = overwrite, resume, strangers
+        self._root = _own_or_free(self.target)
+        self.folder = self._root / _NEW
         self._lock: int | None = None
         self._published = False
 
     def __enter__(self) -> StagedFolder:
-        check_target(self.target, overwrite=self.overwrite)
-        made = not os.path.lexists(self.folder)
+        made = not os.path.lexists(self._root)
+        if made:
+            self._check_target()
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            if self.folder.is_symlink():
-                raise TargetError(
-                    "A link stands where the output is to be built.",
-                    where=self.folder,
-                    do="remove the link",
-                )
-            self.folder.mkdir(exist_ok=True)
+            self._root.mkdir(exist_ok=True)
             self._take_lock()
+            if not made:
+                self._put_back()
+                self._check_target()
             if self.resume:
                 self._refuse_links()
             else:
                 self.clear()
+            self.folder.mkdir(exist_ok=True)
         except OSError as error:
             self._unlock()
             if made:
-                shutil.rmtree(self.folder, ignore_errors=True)
+                shutil.rmtree(self._root, ignore_errors=True)
             raise TargetError(
-                "The target cannot be written.", where=self.folder, found=error.strerror
+                "The target cannot be written.", where=self._root, found=error.strerror
             ) from None
+        except TargetError:
+            self._unlock()
+            raise
         return self
 
     def __exit__(
@@ -68,45 +89,64 @@ class StagedFolder:
         trace: TracebackType | None,
     ) -> None:
         if not self._published and not (kind and issubclass(kind, KeyboardInterrupt)):
-            shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.rmtree(self._root, ignore_errors=True)
         self._unlock()
 
     def clear(self) -> None:
         """Removes what an earlier run left in the folder."""
-        for entry in self.folder.iterdir():
+        for entry in self._root.iterdir():
             if entry.name != LOCK:
                 _remove(entry)
+        self.folder.mkdir()
 
     def publish(self) -> None:
-        """Renames the finished folder to its final name; an old one is removed only afterwards.
+        """Gives the finished folder its final name; an old one is removed only afterwards.
 
-        Raises TargetError where it is not the folder that was begun.
+        At any moment the old one or the new one stands under the name, where the system can
+        exchange two names; elsewhere the next run puts the old one back. Raises TargetError where
+        it is not the folder that was begun, or where somebody has put something into the old one.
         """
         self._check_ours()
-        (self.folder / LOCK).unlink()
-        old = self.target.with_name(f".{self.target.name}.replaced")
         try:
             if self.overwrite and os.path.lexists(self.target):
-                _remove(old)
-                self.target.rename(old)
-            self.folder.rename(self.target)
+                self._check_target()
+                self._replace()
+            else:
+                self.folder.rename(self.target)
         except OSError as error:
-            if os.path.lexists(old) and not os.path.lexists(self.target):
-                old.rename(self.target)
             raise TargetError(
                 "The finished output cannot be renamed.", where=self.target, found=error.strerror
             ) from None
         self._published = True
         _sync(self.target.parent)
-        _remove(old)
+        shutil.rmtree(self._root, ignore_errors=True)
+
+    def _replace(self) -> None:
+        if exchange(self.folder, self.target):
+            return
+        old = self._root / _OLD
+        self.target.rename(old)
+        try:
+            self.folder.rename(self.target)
+        except OSError:
+            old.rename(self.target)
+            raise
+
+    def _put_back(self) -> None:
+        """An earlier run was killed between two renames: what it replaced gets its name again."""
+        old = self._root / _OLD
+        if old.is_dir() and not os.path.lexists(self.target):
+            old.rename(self.target)
+
+    def _check_target(self) -> None:
+        check_target(self.target, overwrite=self.overwrite, strangers=self.strangers)
 
     def _refuse_links(self) -> None:
         """What an interrupted run left has no links: through one we would write elsewhere."""
-        for root, folders, files in os.walk(self.folder):
+        for root, folders, files in os.walk(self._root):
             for path in (Path(root, name) for name in (*folders, *files)):
                 mode = path.lstat().st_mode
                 if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-                    self._unlock()
                     raise TargetError(
                         "A link or a pipe stands where the output is to be built.",
                         where=path,
@@ -115,13 +155,13 @@ class StagedFolder:
 
     def _check_ours(self) -> None:
         """A folder that was removed comes back when a file is written, without what was in it."""
-        lock = self.folder / LOCK
+        lock = self._root / LOCK
         if self._lock is None or not (
             lock.exists() and os.path.samestat(os.fstat(self._lock), lock.stat())
         ):
             raise TargetError(
                 "The target was removed while it was written.",
-                where=self.folder,
+                where=self._root,
                 do="leave the folder alone until the conversion ends, then start again",
             )
 
@@ -131,14 +171,13 @@ class StagedFolder:
         self._lock = None
 
     def _take_lock(self) -> None:
-        self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        self._lock = os.open(self._root / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in {errno.EAGAIN, errno.EACCES}:
                 raise
             self._published = True  # what lies there belongs to the other run
-            self._unlock()
             raise TargetError(
                 "Another run is writing this target.",
                 where=self.target,
@@ -147,11 +186,29 @@ class StagedFolder:
 
 
 def staged_folder(target: Path) -> Path:
-    """Where `target` is built."""
-    return target.absolute().with_name(f".{target.name}.partial")
+    """Where the process that leads builds `target`."""
+    return _own_or_free(target.absolute()) / _NEW
 
 
-def check_target(target: Path, *, overwrite: bool) -> None:
+def _own_or_free(target: Path) -> Path:
+    """The first sibling that a run of ours left, or that nobody has."""
+    for sibling in _siblings(target):
+        ours = not sibling.is_symlink() and (sibling / LOCK).is_file()
+        if ours or not os.path.lexists(sibling):
+            return sibling
+    raise AssertionError("names do not end")
+
+
+def _siblings(target: Path) -> Iterator[Path]:
+    name = target.name
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    yield target.with_name(f".{name}.partial")
+    for number in itertools.count(2):
+        yield target.with_name(f".{name}.partial-{number}")
+
+
+def check_target(target: Path, *, overwrite: bool, strangers: Strangers = beside_native) -> None:
     """Raises TargetError where `target` may not be written or replaced."""
     mirror = target_mirror(target)
     if mirror is not None:
@@ -166,11 +223,13 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         )
     if target.is_symlink() or not target.is_dir():
         raise TargetError("The target is not a folder, so it is not replaced.", where=target)
-    if any(target.iterdir()) and not _is_checkpoint(target):
+    others = strangers(target) if any(target.iterdir()) else []
+    if others:
         raise TargetError(
-            "The target is not a checkpoint, so it is not replaced.",
+            "The target holds what belongs to no checkpoint, so it is not replaced.",
             where=target,
-            do="choose another target, or remove it yourself",
+            found=", ".join(others[:SHOWN]) + (", …" if len(others) > SHOWN else ""),
+            do="move it away, or choose another target",
         )
 
 
@@ -207,19 +266,6 @@ def check_space(target: Path, needed: int) -> None:
             found=f"{free:,} bytes",
             do="free some space, or choose a target on another file system",
         )
-
-
-def _is_checkpoint(folder: Path) -> bool:
-    marks = (
-        "_METADATA",
-        "_CHECKPOINT_METADATA",
-        "config.json",
-        "metadata.yaml",
-        "hf/gemma-convert",
-    )
-    return any((folder / mark).exists() for mark in marks) or any(
-        (entry / "items" / "_METADATA").exists() for entry in folder.iterdir() if entry.is_dir()
-    )
 
 
 def _remove(path: Path) -> None:

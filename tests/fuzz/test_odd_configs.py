@@ -1,0 +1,73 @@
+"""Odd values in config.json: every command serves them or says one sentence, and soon."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from outcome import command
+
+ODD = (None, [], {}, "", "odd", True, 0, -1, 1.5, 2**31 - 2, 10**40, [1], {"a": 1}, 3)
+
+
+def places(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The path of every key."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            yield (*path, key)
+            yield from places(value, (*path, key))
+
+
+def put(config: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    changed = copy.deepcopy(config)
+    level = changed
+    for key in path[:-1]:
+        level = level[key]
+    level[path[-1]] = value
+    return changed
+
+
+class Bench:
+    """A checkpoint whose config.json is written anew for each case, and a conversion of it."""
+
+    def __init__(self, source: Path, native: Path, folder: Path) -> None:
+        self.folder, self.native, self.work = folder / "checkpoint", native, folder
+        self.folder.mkdir()
+        for path in source.iterdir():
+            if path.name != "config.json":
+                (self.folder / path.name).hardlink_to(path)
+        self.config = json.loads((source / "config.json").read_text())
+
+    def run(self, path: tuple[str, ...], value: Any) -> None:
+        text = json.dumps(put(self.config, path, value))
+        (self.folder / "config.json").write_text(text)
+        command("inspect", self.folder)
+        command("flops", self.folder, "--seq-len", 16, codes=(0, 2, 3))
+        out = self.work / "out"
+        command("to-native", self.folder, out, "--format", "maxtext", "--dry-run", codes=(0, 2, 3))
+        one = ("--tokens", 5)
+        command("golden", self.folder, self.work / "golden", *one, "--overwrite", codes=(0, 2, 3))
+        command("logit-check", self.folder, self.native, *one, codes=(0, 1, 2, 3))
+
+
+def cases(family: str) -> list[tuple[tuple[str, ...], Any]]:
+    from gemma_convert.tiny.config import config_json  # noqa: F401
+
+    return []
+
+
+@pytest.fixture(scope="module", params=["31b", "e2b", "26b-a4b"])
+def bench(request, shallow, converted, tmp_path_factory) -> Bench:
+    source = shallow(request.param)
+    return Bench(source, converted(source, "maxtext"), tmp_path_factory.mktemp("odd"))
+
+
+def test_every_key_with_odd_values(bench: Bench, request: pytest.FixtureRequest) -> None:
+    every = [(path, value) for path in places(bench.config) for value in ODD]
+    step = 1 if request.config.getoption("--every") else 61
+    for path, value in every[::step]:
+        bench.run(path, value)
