@@ -25,6 +25,7 @@ from gemma_convert.logits.prompts import TokenSequence
 from gemma_convert.logits.reference import (
     arguments,
     check_loaded,
+    eager_attention,
     model_class,
     name_device,
     quiet,
@@ -198,7 +199,7 @@ def _empty_model(hf: Path, architecture: Architecture, device: torch.device) -> 
             model = model_type._from_config(
                 config,
                 dtype=torch.float32,
-                attn_implementation="eager",
+                attn_implementation=eager_attention(),
                 experts_implementation="eager",
             )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
