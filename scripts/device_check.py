@@ -3,8 +3,9 @@
 
     scripts/device_check.sh [FOLDER] [--seconds 460] [--only TEXT]...
 
-Runs tiny checkpoints of all models, then one of E2B's widths: 5 GB, or 0.3 GB where there is no
-accelerator. Goes on after a failure; device_check_report.py has what is printed and written.
+Runs tiny checkpoints of all models, then one of E2B's widths, 5 GB. Where there is no accelerator,
+few tiny ones and 0.5 GB, unless others are chosen. Goes on after a failure;
+device_check_report.py has what is printed and written.
 """
 
 from __future__ import annotations
@@ -52,6 +53,9 @@ SENSES = {
 
 LAYERS = {"e2b": 10, "e4b": 12, "12b": 12, "26b-a4b": 12, "31b": 12}
 """The fewest layers that have every kind, and two blocks where they can be scanned."""
+
+FEW = ("tiny 31b maxtext scanned", "tiny 31b fast-llm", "real e2b")
+"""What is run without an accelerator where nothing is chosen: below a minute on two cores."""
 
 TINY_SECONDS, REAL_SECONDS = 20, 45
 """What a step is given at least: with less time left it is not begun."""
@@ -221,7 +225,7 @@ def main() -> None:
             accelerated = False
         report.add(Step("devices", "", "", "", "devices", 0, lambda: found), found, 0.0)
         steps = [*tiny_steps(Path(folder)), *real_steps(Path(folder), small=not accelerated)]
-        only = arguments.only or [""]
+        only = arguments.only or ([""] if accelerated else FEW)
         chosen = [step for step in steps if any(text in step.name for text in only)]
         if not chosen:
             sys.exit(f"no check has such a name: {', '.join(only)}")
@@ -241,7 +245,7 @@ def _arguments() -> argparse.Namespace:
     out = os.environ.get("OUT")
     parser.add_argument("folder", type=Path, nargs="?", default=Path(out) if out else None)
     parser.add_argument("--seconds", type=float, default=460, help="no check is begun after these")
-    parser.add_argument("--only", action="append", help="checks whose name holds this text")
+    parser.add_argument("--only", action="append", help='names that hold this: "tiny 31b"')
     arguments = parser.parse_args()
     if arguments.folder is None:
         parser.error("name a folder for device-check.json, or set OUT")

@@ -149,6 +149,20 @@ def test_each_sense_shows_its_own_figure(script, monkeypatch, tmp_path):
     assert {(one.state, one.device) for one in found} == {("failed", "cpu / TPU v5")}
 
 
+def test_without_an_accelerator_few_are_run(script, monkeypatch, tmp_path):
+    passed = script.Finding("passed", "same model", 1e-11, "cpu")
+    monkeypatch.setattr(script, "run", lambda step: passed)
+    _, few = run_here(script, monkeypatch, tmp_path)
+    assert {one["check"] for one in few["checks"]} == {
+        "devices",
+        *script.FEW[:2],
+        "real e2b maxtext",
+    }
+    monkeypatch.setattr(script, "devices", lambda: (passed, True))
+    _, all_of_them = run_here(script, monkeypatch, tmp_path)
+    assert len({one["check"] for one in all_of_them["checks"]}) == 1 + 16 + 1
+
+
 def test_nan_is_null_in_the_file(script, monkeypatch, tmp_path):
     bad = script.Finding("failed", "not the same model", math.nan, "cpu")
     monkeypatch.setattr(script, "run", lambda step: bad)
