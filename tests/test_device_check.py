@@ -102,12 +102,13 @@ def test_a_failure_is_told_and_the_rest_goes_on(script, monkeypatch, tmp_path, c
 
 
 def test_what_does_not_fit_is_not_run(script, monkeypatch, tmp_path):
-    code, written = run_here(
-        script, monkeypatch, tmp_path, "--seconds", "19", "--only", "tiny 31b fast-llm"
-    )
+    passed = script.Finding("passed", "same model", 1e-11, "cpu")
+    monkeypatch.setattr(script, "run", lambda step: passed)
+    only = ("--only", "tiny 31b fast-llm", "--only", "real")
+    code, written = run_here(script, monkeypatch, tmp_path, "--seconds", "40", *only)
     assert code == 1
-    assert written["checks"][1]["verdict"] == "not run: no time left"
-    assert states(written)["tiny 31b fast-llm text"] == "not run"
+    assert [one["state"] for one in written["checks"]] == ["passed"] * 2 + ["not run"] * 4
+    assert written["checks"][2]["verdict"] == "not run: no time left"
 
 
 def test_what_the_machine_lacks_is_no_failure(script, monkeypatch, tmp_path):
@@ -135,7 +136,7 @@ def test_what_the_machine_lacks_is_no_failure(script, monkeypatch, tmp_path):
 def test_each_sense_shows_its_own_figure(script, monkeypatch, tmp_path):
     def checked(source, native, *, dtype, images, audio):
         kl = {"english": 1.0, "code": 2.0}
-        kl |= {f"image-0 ({path.name})": 3.0 for path in images}
+        kl |= {f"image-0 ({path.name})": 0.5 for path in images}
         kl |= {f"sound-0 ({path.name})": math.nan for path in audio}
         assert all(path.is_file() for path in (*images, *audio))
         sequences = [SimpleNamespace(name=name, kl_max=value) for name, value in kl.items()]
@@ -144,7 +145,7 @@ def test_each_sense_shows_its_own_figure(script, monkeypatch, tmp_path):
 
     monkeypatch.setattr(gemma_convert, "logit_check", checked)
     found = [script.check(tmp_path, tmp_path, "float32", sense, tmp_path) for sense in SENSES]
-    assert [one.kl_max for one in found[:2]] == [2.0, 3.0]
+    assert [one.kl_max for one in found[:2]] == [2.0, 0.5]
     assert math.isnan(found[2].kl_max)
     assert {(one.state, one.device) for one in found} == {("failed", "cpu / TPU v5")}
 
