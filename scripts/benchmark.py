@@ -32,26 +32,17 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
+from real_widths import CONFIGS, published_config, slice_config, write_checkpoint
 
 from gemma_convert.config import read_architecture
 from gemma_convert.dtypes import DTypePolicy, TensorSpec, numpy_dtype
-from gemma_convert.mapping.inventory import huggingface_tensors
 from gemma_convert.mapping.plan import Plan, plan_to_native
 from gemma_convert.mapping.region import blocks
 from gemma_convert.mapping.table import load_table
-from gemma_convert.stores.safetensors import INDEX, SafetensorsFolder
-from gemma_convert.stores.safetensors_header import safetensors_header
+from gemma_convert.stores.safetensors import SafetensorsFolder
 from gemma_convert.transfer import WORKERS, selection
 from gemma_convert.values import convert
 
-CONFIGS = {
-    "e2b": "gemma-4-E2B-it",
-    "e4b": "gemma-4-E4B-it",
-    "26b-a4b": "gemma-4-26B-A4B-it",
-    "31b": "gemma-4-31B-it",
-}
-LAYER_BYTES = {"26b-a4b": 1.62e9, "31b": 0.98e9}
-SHARD_BYTES = 2 << 30
 RANDOM_BYTES = 64 << 20
 SPARE_BYTES = 1 << 30
 
@@ -114,50 +105,14 @@ def _arguments() -> argparse.Namespace:
 
 def make_checkpoint(model: str, folder: Path, size: int, full: bool) -> int:
     """Writes a checkpoint of about `size` bytes, real widths and fewer layers; its size."""
-    published = Path(__file__).parents[1] / "tests" / "data" / "models" / CONFIGS[model]
-    config = json.loads((published / "config.json").read_text(encoding="utf-8"))
-    if not full:
-        _shrink(config, model, size)
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    shapes = huggingface_tensors(read_architecture(folder), kv_leftovers=False)
-    specs = {name: TensorSpec("bfloat16", shape) for name, shape in shapes.items()}
-    shards: list[dict[str, TensorSpec]] = [{}]
-    for name, spec in specs.items():
-        if sum(one.nbytes for one in shards[-1].values()) > SHARD_BYTES:
-            shards.append({})
-        shards[-1][name] = spec
-    weight_map = {}
     values = _random_bytes()
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        weight_map |= dict.fromkeys(shard, file)
-        with (folder / file).open("wb") as writer:
-            writer.write(safetensors_header(shard))
-            for spec in shard.values():
-                for start in range(0, spec.nbytes, RANDOM_BYTES):
-                    writer.write(values[: min(RANDOM_BYTES, spec.nbytes - start)])
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return sum(spec.nbytes for spec in specs.values())
 
+    def pieces(_: str, spec: TensorSpec) -> Iterator[memoryview]:
+        for start in range(0, spec.nbytes, RANDOM_BYTES):
+            yield values[: min(RANDOM_BYTES, spec.nbytes - start)]
 
-def _shrink(config: dict[str, object], model: str, size: int) -> None:
-    """Fewer rows of the tables, no towers, and as many layers as fit."""
-    text = config["text_config"]
-    assert isinstance(text, dict)
-    for tower in ("vision_config", "audio_config"):
-        config[tower] = None
-    rows = 64 << 10
-    text["vocab_size"] = rows
-    if model in {"e2b", "e4b"}:
-        text["vocab_size_per_layer_input"] = rows
-        return
-    period = text["layer_types"].index("full_attention") + 1
-    table_bytes = rows * text["hidden_size"] * 2
-    layers = max(2, round((size - table_bytes) / LAYER_BYTES[model]))
-    block = ["sliding_attention"] * (min(layers, period) - 1) + ["full_attention"]
-    text["layer_types"] = block * max(1, layers // period)
-    text["num_hidden_layers"] = len(text["layer_types"])
+    config = published_config(model) if full else slice_config(model, size)
+    return write_checkpoint(folder, config, pieces)
 
 
 def _random_bytes() -> memoryview:

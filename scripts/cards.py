@@ -20,7 +20,6 @@ import os
 import shlex
 import sys
 import tempfile
-import wave
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -28,8 +27,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 from cards_page import page
+from media import write_picture, write_sound
 
 from gemma_convert import GemmaConvertError
 from gemma_convert.architecture import Family
@@ -231,10 +230,10 @@ def _kl(session: _Session) -> dict[str, float]:
     session.commands.pop()
     media = []
     if "vision" in towers:
-        _picture(Path(IMAGE))
+        write_picture(Path(IMAGE))
         media += ["--image", IMAGE]
     if "audio" in towers:
-        _sound(Path(SOUND))
+        write_sound(Path(SOUND))
         media += ["--audio", SOUND]
     report = session.run("logit-check", "hf", "out", *media)
     senses = {IMAGE: "image", SOUND: "sound"}
@@ -280,22 +279,6 @@ def _own_kl(folder: Path, family: str, label: str) -> float:
     own = load_file(folder / f"{label}.safetensors")["logits"]
     vocab = theirs.shape[-1]
     return float(compare(theirs.reshape(-1, vocab), own.reshape(-1, vocab)).kl.max())
-
-
-def _picture(path: Path) -> None:
-    from PIL import Image
-
-    pixels = np.random.default_rng(1).integers(0, 256, (48, 64, 3), np.uint8)
-    Image.fromarray(pixels).save(path)
-
-
-def _sound(path: Path) -> None:
-    samples = np.random.default_rng(2).integers(-9999, 9999, 16000, np.int16)
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(16000)
-        file.writeframes(samples.tobytes())
 
 
 def _name(family: str, layout: str, scanned: bool) -> str:

@@ -701,3 +701,20 @@ def test_exit_codes(folders, converted, clips, tmp_path, monkeypatch, capsys):
     without = copied(hf, tmp_path, tokenizer=None)
     assert command(monkeypatch, "logit-check", without, native, *two) == 3
     assert "Sounds need a tokenizer" in capsys.readouterr().err
+
+
+def test_attention_that_transformers_is_asked_for(monkeypatch):
+    """5.17 reads an eager mask of the audio tower the wrong way round; 5.23 has no other one."""
+    from transformers.models.gemma4.modeling_gemma4 import Gemma4AudioModel
+
+    from gemma_convert.logits.reference import eager_attention
+
+    monkeypatch.setattr(Gemma4AudioModel, "_supports_sdpa", False)
+    assert eager_attention() == "eager"
+    monkeypatch.setattr(Gemma4AudioModel, "_supports_sdpa", True)
+    assert eager_attention() == {
+        "": "eager",
+        "text_config": "eager",
+        "vision_config": "eager",
+        "audio_config": "sdpa",
+    }

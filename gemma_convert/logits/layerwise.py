@@ -26,6 +26,7 @@ from gemma_convert.logits.reference import (
     arguments,
     cannot_run,
     check_loaded,
+    eager_attention,
     model_class,
     name_device,
     quiet,
@@ -202,7 +203,7 @@ def _empty_model(hf: Path, architecture: Architecture, device: torch.device) -> 
             model = model_type._from_config(
                 config,
                 dtype=torch.float32,
-                attn_implementation="eager",
+                attn_implementation=eager_attention(),
                 experts_implementation="eager",
             )
         for module in model.modules():

@@ -176,8 +176,22 @@ def model_class(architecture: Architecture) -> Any:
         raise SourceError(
             "The installed transformers does not know this Gemma 4.",
             found=f"transformers {transformers.__version__}",
-            expected="transformers 5.23 or later",
+            expected="transformers 5.17 or later",
         ) from error
+
+
+def eager_attention() -> str | dict[str, str]:
+    """transformers' `attn_implementation` for attention in plain PyTorch.
+
+    The audio tower's is that in any case, but 5.17 reads the numbers of an eager mask, zero where
+    it attends, as truth values; the mask that goes with `sdpa` holds such. Later ones refuse it.
+    """
+    from transformers.models.gemma4.modeling_gemma4 import Gemma4AudioModel
+
+    if Gemma4AudioModel._supports_sdpa:
+        parts = dict.fromkeys(("", "text_config", "vision_config"), "eager")
+        return {**parts, "audio_config": "sdpa"}
+    return "eager"
 
 
 def _load(hf: Path, architecture: Architecture) -> tuple[Any, dict[str, Any]]:
@@ -188,7 +202,7 @@ def _load(hf: Path, architecture: Architecture) -> tuple[Any, dict[str, Any]]:
         return model.from_pretrained(  # type: ignore[no-any-return]
             str(library_path(hf.resolve())),
             dtype=torch.float32,
-            attn_implementation="eager",
+            attn_implementation=eager_attention(),
             experts_implementation="eager",
             local_files_only=True,
             use_safetensors=True,
