@@ -13,7 +13,10 @@ import pytest
 from gemma_convert import TargetError, processes
 from gemma_convert.dtypes import TensorSpec
 from gemma_convert.parts import leave_part, take_part
+from gemma_convert.stores import staging
+from gemma_convert.stores.accounted import beside_huggingface
 from gemma_convert.stores.staging import StagedFolder
+from gemma_convert.stores.unfinished import LOCK
 from gemma_convert.transfer import Losses, TransferResult
 
 
@@ -40,18 +43,6 @@ def test_what_has_taken_the_name_meanwhile_stays(tmp_path, kind):
     assert (target if kind == "file" else target / "theirs").read_text() == "theirs"
 
 
-def test_what_an_earlier_run_put_aside_stays_where_it_is(tmp_path):
-    """It was killed while it replaced the target, and something else has the name now."""
-    target = tmp_path / "out"
-    old(tmp_path / ".out.replaced")
-    with pytest.raises(TargetError, match="cannot be renamed"), StagedFolder(target) as staged:
-        target.mkdir()
-        (target / "theirs").write_text("theirs")
-        staged.publish()
-    assert names(tmp_path) == [".out.replaced", "out"]
-    assert names(target) == ["theirs"]
-
-
 def test_a_rename_that_fails_with_nothing_to_put_back(tmp_path, monkeypatch):
     def refuse(path, new):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -66,11 +57,12 @@ def test_a_rename_that_fails_with_nothing_to_put_back(tmp_path, monkeypatch):
 
 def old(target: Path) -> Path:
     target.mkdir()
-    (target / "config.json").write_text("old")
+    for name in ("config.json", "model.safetensors"):
+        (target / name).write_text("old")
     return target
 
 
-@pytest.mark.parametrize("fails", [".out.partial", "out"])
+@pytest.mark.parametrize("fails", ["new", "out"])
 def test_what_was_to_be_replaced_comes_back(tmp_path, monkeypatch, fails):
     """A rename fails: of the new folder when the old is out of the way, or of the old itself."""
     target, rename = old(tmp_path / "out"), Path.rename
@@ -80,26 +72,17 @@ def test_what_was_to_be_replaced_comes_back(tmp_path, monkeypatch, fails):
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
         return rename(path, new)
 
+    monkeypatch.setattr(staging, "exchange", lambda one, other: False)
     monkeypatch.setattr(Path, "rename", refuse)
     with (
         pytest.raises(TargetError, match="cannot be renamed") as caught,
-        StagedFolder(target, overwrite=True) as staged,
+        StagedFolder(target, overwrite=True, strangers=beside_huggingface) as staged,
     ):
         (staged.folder / "config.json").write_text("new")
         staged.publish()
     assert caught.value.found == os.strerror(errno.EBUSY)
     assert names(tmp_path) == ["out"]
     assert (target / "config.json").read_text() == "old"
-
-
-def test_remains_of_an_earlier_replacement_are_in_nobodys_way(tmp_path):
-    target = old(tmp_path / "out")
-    old(tmp_path / ".out.replaced")
-    with StagedFolder(target, overwrite=True) as staged:
-        (staged.folder / "config.json").write_text("new")
-        staged.publish()
-    assert names(tmp_path) == ["out"]
-    assert (target / "config.json").read_text() == "new"
 
 
 def test_a_file_system_that_has_no_locks(tmp_path, monkeypatch):
@@ -150,7 +133,9 @@ def test_what_a_process_leaves_is_what_is_taken(tmp_path):
 
 
 def test_a_folder_that_cannot_be_cleared_does_not_lock_out_the_next_run(tmp_path, monkeypatch):
-    (tmp_path / ".out.partial" / "deep").mkdir(parents=True)
+    left = tmp_path / ".out.partial"
+    (left / "new" / "deep").mkdir(parents=True)
+    (left / LOCK).touch()
     with monkeypatch.context() as patched:
         patched.setattr("shutil.rmtree", refused(errno.EACCES))
         with pytest.raises(TargetError, match="cannot be written"), StagedFolder(tmp_path / "out"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,15 @@ from pathlib import Path
 import pytest
 
 from gemma_convert.errors import TargetError
+from gemma_convert.stores import staging
+from gemma_convert.stores.accounted import beside_huggingface
 from gemma_convert.stores.staging import StagedFolder, check_apart, check_space
 
 
 def build(target: Path, text: str = "new", **options) -> None:
-    with StagedFolder(target, **options) as staged:
+    with StagedFolder(target, strangers=beside_huggingface, **options) as staged:
         (staged.folder / "config.json").write_text(text)
+        (staged.folder / "model.safetensors").write_text(text)
         staged.publish()
 
 
@@ -38,7 +42,8 @@ def test_failure_leaves_nothing(tmp_path):
 
 def test_failure_keeps_what_was_to_be_replaced(tmp_path):
     build(tmp_path / "out", "old")
-    with pytest.raises(RuntimeError), StagedFolder(tmp_path / "out", overwrite=True):
+    again = StagedFolder(tmp_path / "out", overwrite=True, strangers=beside_huggingface)
+    with pytest.raises(RuntimeError), again:
         raise RuntimeError
     assert (tmp_path / "out" / "config.json").read_text() == "old"
     build(tmp_path / "out", overwrite=True)
@@ -47,10 +52,111 @@ def test_failure_keeps_what_was_to_be_replaced(tmp_path):
 
 
 def test_remains_of_a_killed_run_are_replaced(tmp_path):
-    (tmp_path / ".out.partial" / "deep").mkdir(parents=True)
-    (tmp_path / ".out.partial" / "deep" / "old").write_text("x")
+    left = StagedFolder(tmp_path / "out")
+    left.__enter__()
+    (left.folder / "deep").mkdir()
+    (left.folder / "deep" / "old").write_text("x")
+    left._unlock()  # as the end of a process does
     build(tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not (tmp_path / "out" / "deep").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "empty folder", "file", "link"])
+def test_hidden_names_that_are_not_ours_are_left_alone(tmp_path, kind):
+    taken = tmp_path / ".out.partial"
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "precious").write_text("x")
+    if kind == "file":
+        taken.write_text("x")
+    elif kind == "link":
+        taken.symlink_to("victim")
+    else:
+        taken.mkdir()
+        if kind == "folder":
+            (taken / "precious").write_text("x")
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    for overwrite in (False, True):
+        build(tmp_path / "out", overwrite=overwrite)
+        shutil.rmtree(tmp_path / "out") if not overwrite else None
+        if not overwrite:
+            assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+    assert (tmp_path / "victim" / "precious").read_text() == "x"
+
+
+def test_a_name_as_long_as_the_system_takes(tmp_path):
+    build(tmp_path / ("x" * 255))
+    assert [path.name for path in tmp_path.iterdir()] == ["x" * 255]
+
+
+class Killed(BaseException):
+    """Nothing is done after it."""
+
+
+def killed_at(target: Path, place: int, can_exchange: bool) -> bool:
+    """Whether an overwriting run came to its end; it is killed before its `place`-th step."""
+    count = 0
+
+    def step(change):
+        def changed(*arguments, **named):
+            nonlocal count
+            if count == place:
+                raise Killed
+            count += 1
+            return change(*arguments, **named)
+
+        return changed
+
+    def gone(*_, **__):
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        exchanged = staging.exchange if can_exchange else lambda one, other: False
+        patch.setattr(staging, "exchange", step(exchanged))
+        patch.setattr(Path, "rename", step(Path.rename))
+        patch.setattr(shutil, "rmtree", step(shutil.rmtree))
+        staged = StagedFolder(target, overwrite=True, strangers=beside_huggingface)
+        try:
+            staged.__enter__()
+            for name in ("config.json", "model.safetensors"):
+                (staged.folder / name).write_text("new")
+            staged.publish()
+        except Killed:
+            return False
+        finally:
+            staged._unlock()
+    return True
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+@pytest.mark.parametrize("place", range(6))
+def test_a_run_that_is_killed_while_it_replaces(tmp_path, place, can_exchange):
+    """The old one or the new one stands under the name, at once or when the next run has begun."""
+    target = tmp_path / "out"
+    build(target, "old")
+    ended = killed_at(target, place, can_exchange)
+    if can_exchange:
+        assert target.is_dir()
+    with pytest.raises(TargetError, match="exists"):
+        build(target, "third")
+    texts = {path.read_text() for path in target.iterdir()}
+    assert len(texts) == 1
+    assert texts <= ({"new"} if ended else {"old", "new"})
+    build(target, "third", overwrite=True)
+    assert {path.read_text() for path in target.iterdir()} == {"third"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_comes_into_the_old_one_meanwhile_is_not_lost(tmp_path):
+    build(tmp_path / "out", "old")
+    with (
+        pytest.raises(TargetError, match="belongs to no checkpoint"),
+        StagedFolder(tmp_path / "out", overwrite=True, strangers=beside_huggingface) as staged,
+    ):
+        (tmp_path / "out" / "thesis.tex").write_text("x")
+        staged.publish()
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "x"
+    assert (tmp_path / "out" / "config.json").read_text() == "old"
 
 
 def test_second_run_is_locked_out_and_harms_nothing(tmp_path):
@@ -80,16 +186,6 @@ def test_links_and_files_are_not_replaced(tmp_path):
         with pytest.raises(TargetError, match="not a folder"):
             build(tmp_path / name, overwrite=True)
     assert (real / "config.json").exists()
-
-
-def test_a_planted_link_is_not_followed(tmp_path):
-    victim = tmp_path / "victim"
-    victim.mkdir()
-    (victim / "precious").write_text("x")
-    (tmp_path / ".out.partial").symlink_to(victim)
-    with pytest.raises(TargetError):
-        build(tmp_path / "out")
-    assert (victim / "precious").read_text() == "x"
 
 
 def test_unwritable_parent_is_a_target_error(tmp_path):
