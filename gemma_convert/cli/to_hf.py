@@ -84,6 +84,8 @@ def command(
         resume=resume,
         progress=ProgressBar,
     )
+    if report.already_complete:
+        note(f"{target} is complete already, and what this run would write: nothing is left to do")
     if report.rounded:
         note(f"warning: {sum(report.rounded.values()):,} values were rounded to the target's dtype")
     if as_json:

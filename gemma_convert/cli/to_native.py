@@ -146,6 +146,8 @@ def command(
     if together.index:
         return
     proof = _verified(source, target) if verify and not dry_run else None
+    if report.already_complete:
+        note(f"{target} is complete already, and what this run would write: nothing is left to do")
     for row in report.lossy_rows:
         note(f"warning: {row.tensor} is {row.reason}; {row.values} values will not come back")
     if as_json:
