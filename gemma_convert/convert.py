@@ -156,6 +156,7 @@ def _from_huggingface(
         form=form,
         identity={"source": shards, "headers": headers},
         inherited=Inherited(),
+        naming=reader.naming,
     )
 
 
@@ -197,4 +198,5 @@ def _from_native(
             exceptions={name: e for name, e in original.exceptions.items() if name in view.raw},
             rounded=view.rounded,
         ),
+        naming=original.naming,
     )
