@@ -35,6 +35,7 @@ from gemma_convert.reports import (
 from gemma_convert.resumable import SPARE_BYTES, ResumableTransfer
 from gemma_convert.stores import sidecar
 from gemma_convert.stores.accounted import beside_native
+from gemma_convert.stores.naming import Naming
 from gemma_convert.stores.orbax import OrbaxFormat
 from gemma_convert.stores.remote import file_size, find_mirror
 from gemma_convert.stores.safetensors import Shard
@@ -83,6 +84,7 @@ class Conversion:
     form: OrbaxFormat
     identity: Mapping[str, object]
     inherited: Inherited
+    naming: Naming
     processes: Processes = field(default_factory=OneProcess)
 
     def needed_bytes(self) -> int:
@@ -187,6 +189,7 @@ class Conversion:
             "family": plan.architecture.family,
             "dtype": plan.policy.dtype,
             "scaled_dtype": plan.policy.scaled,
+            "names": list(self.naming.wrappers),
             "mapping_sha256": _mapping_digests(plan.layout),
             "lossy_rows": [
                 *self.inherited.lossy_rows,

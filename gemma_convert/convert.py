@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from gemma_convert.budget import block_bytes
+from gemma_convert.completed import conversion_stands
 from gemma_convert.config import read_architecture
 from gemma_convert.conversion import Conversion, Inherited
 from gemma_convert.dtypes import Choice, DTypePolicy, ScaledChoice
@@ -103,6 +105,10 @@ def to_native(
         if dry_run:
             return job.report(TransferResult(), started, dry_run=True)
         check_apart(folder, output)
+        if resume and conversion_stands(job):
+            return replace(
+                job.report(TransferResult(), started, dry_run=False), already_complete=True
+            )
         if not processes.index:
             check_target(output, overwrite=overwrite)
             check_space(output, job.needed_bytes())
@@ -150,6 +156,7 @@ def _from_huggingface(
         form=form,
         identity={"source": shards, "headers": headers},
         inherited=Inherited(),
+        naming=reader.naming,
     )
 
 
@@ -191,4 +198,5 @@ def _from_native(
             exceptions={name: e for name, e in original.exceptions.items() if name in view.raw},
             rounded=view.rounded,
         ),
+        naming=original.naming,
     )

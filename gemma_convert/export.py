@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import xxhash
 
 from gemma_convert.budget import block_bytes
 from gemma_convert.buffers import ThreadBuffer
+from gemma_convert.completed import export_stands
 from gemma_convert.dtypes import Choice, numpy_dtype
 from gemma_convert.layouts.registry import open_native
 from gemma_convert.locations import check_remote_options, local, local_target
@@ -78,6 +79,8 @@ class ToHFReport:
     seconds: float
     bytes_per_second: float
     peak_memory_bytes: int
+    already_complete: bool = False
+    """With `resume`: the target was there, and is what this run would have written."""
 
     @property
     def bit_for_bit(self) -> bool:
@@ -125,6 +128,10 @@ def to_hf(
         if not dry_run:
             check_apart(folder, output)
             check_apart(original.folder, output)
+            if resume and export_stands(output, folder, original, export):
+                return replace(
+                    job.report(folder, output, started, dry_run=False), already_complete=True
+                )
             check_target(output, overwrite=overwrite, strangers=job.strangers)
             check_space(output, export.nbytes + export.file_bytes(original.folder) + SPARE_BYTES)
             publish(

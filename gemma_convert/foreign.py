@@ -2,7 +2,7 @@
 
 Recognised are PEFT adapters, drafters, other models of the family, single towers, and exports of
 other programs. Names: `adapter_config.json` and `lora_A` of PEFT, the `model_type`s of transformers
-5.23, `.gguf` of llama.cpp, `quantization` and `language_model.model.` of MLX.
+5.23, `.gguf` of llama.cpp, `quantization` of MLX.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _MAX_ADAPTER_BYTES = 16 << 20
 
-_ADAPTED = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+_ADAPTED = (
+    "base_layer",
+    "lora_A",
+    "lora_B",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+)
 _QUANTIZED = ("weight_scale", "weight_scale_inv", "scales", "biases", "weight_packed", "qweight")
 
 _ORIGINAL = "convert the original bfloat16 checkpoint"
@@ -110,7 +117,7 @@ def refuse_foreign_tensors(names: Iterable[str], where: str) -> None:
     """Nothing where tensors may be named as Gemma 4's. Raises SourceError for a known other."""
     for name in names:
         parts = name.split(".")
-        if not set(_ADAPTED).isdisjoint(parts) or name.startswith("base_model.model."):
+        if not set(_ADAPTED).isdisjoint(parts):
             raise SourceError(
                 "These are the weights of a PEFT model whose adapter is not merged.",
                 where=where,
@@ -123,13 +130,6 @@ def refuse_foreign_tensors(names: Iterable[str], where: str) -> None:
                 where=where,
                 found=name,
                 do=_ORIGINAL,
-            )
-        if parts[:2] == ["language_model", "model"]:
-            raise SourceError(
-                "This is an export of MLX, which names and lays out tensors in its own way.",
-                where=where,
-                found=name,
-                do="convert the original checkpoint",
             )
 
 

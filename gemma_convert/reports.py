@@ -52,6 +52,8 @@ class ToNativeReport:
     seconds: float
     bytes_per_second: float
     peak_memory_bytes: int
+    already_complete: bool = False
+    """With `resume`: the target was there, and is what this run would have written."""
     plan: Plan | None = None
 
     def as_json(self) -> dict[str, object]:

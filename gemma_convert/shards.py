@@ -75,13 +75,16 @@ def plan_export(
     unchanged = max_shard_size is None and all(
         origin == name and original.specs[origin] == specs[name] for origin, name in names.items()
     )
+    edited: dict[str, str] = {}
     whole = unchanged and len(names) == len(original.specs)
     if whole:
         shards = tuple(OutputShard(s.file, s.header, s.tensors) for s in original.shards)
     else:
-        shards = tuple(_new_shards(original, names, specs, max_shard_size))
+        renamed = {} if text_only else original.naming.stored
+        shards = tuple(_new_shards(original, names, specs, max_shard_size, renamed))
+        if len(shards) > 1:
+            edited = {INDEX: _index(original, shards, renamed)}
     files = [file for file in original.files if whole or str(file) != INDEX]
-    edited = {} if whole or len(shards) == 1 else {INDEX: _index(original, shards)}
     config = _config(original, dtype, text_only)
     if config is not None:
         files = [file for file in files if str(file) != CONFIG]
@@ -117,8 +120,12 @@ def _new_shards(
     names: Mapping[str, str],
     specs: Mapping[str, TensorSpec],
     max_shard_size: int | None,
+    stored: Mapping[str, str],
 ) -> Iterator[OutputShard]:
-    """Shards with headers of our own: the original's division, or one by size."""
+    """Shards with headers of our own: the original's division, or one by size.
+
+    `stored` has the names of the original's files, where they are others than those of the tables.
+    """
     if max_shard_size is None:
         groups = [
             [names[tensor.name] for tensor in shard.tensors if tensor.name in names]
@@ -131,7 +138,7 @@ def _new_shards(
     files = [shard.file for shard in original.shards] if kept else _file_names(len(groups))
     metadata = _metadata(original.shards[0])
     for file, group in zip(files, groups, strict=True):
-        yield output_shard(file, {name: specs[name] for name in group}, metadata)
+        yield output_shard(file, {name: specs[name] for name in group}, metadata, stored)
 
 
 def _by_size(specs: Mapping[str, TensorSpec], limit: int) -> Iterator[list[str]]:
@@ -158,12 +165,16 @@ def _metadata(shard: Shard) -> dict[str, str]:
     return metadata
 
 
-def _index(original: Original, shards: Sequence[OutputShard]) -> str:
+def _index(original: Original, shards: Sequence[OutputShard], stored: Mapping[str, str]) -> str:
     total = sum(tensor.spec.nbytes for shard in shards for tensor in shard.tensors)
     metadata: dict[str, Any] = {**index_metadata(original.folder), "total_size": total}
     if "total_parameters" in metadata:
         metadata["total_parameters"] = sum(t.spec.size for s in shards for t in s.tensors)
-    weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
+    weight_map = {
+        stored.get(tensor.name, tensor.name): shard.file
+        for shard in shards
+        for tensor in shard.tensors
+    }
     index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     return json.dumps(index, indent=2) + "\n"
 

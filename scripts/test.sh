@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh
+unset PYTHONDONTWRITEBYTECODE # a module is compiled by one process, not by each
 
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

@@ -192,7 +192,11 @@ def test_a_sidecar_above_the_folder_that_is_named(deep: str, folders: Folders, t
     for entry in ("hf", "hf/config.json", "hf/gemma-convert", "hf/gemma-convert/manifest.json"):
         (whole / entry).rename(outside)
         (whole / entry).symlink_to(outside)
-        for command in (("verify", whole / deep), ("to-hf", whole / deep, tmp_path / "out")):
+        for command in (
+            ("verify", whole / deep),
+            ("to-hf", whole / deep, tmp_path / "out"),
+            ("logit-check", folders["hf"], whole / deep, "--tokens", 5),
+        ):
             code, said = run(*command)
             assert code == 3, (command, said)
             assert str(outside) in said

@@ -193,7 +193,6 @@ def test_a_quantized_export_by_its_config(folder, tiny, key, what):
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("language_model.model.layers.0.self_attn.q_proj.weight", "This is an export of MLX"),
         ("model.language_model.layers.0.self_attn.q_proj.weight_scale", "a quantized export"),
         ("model.language_model.layers.0.mlp.up_proj.qweight", "a quantized export"),
         ("model.language_model.layers.0.mlp.up_proj.scales", "a quantized export"),

@@ -28,6 +28,7 @@ from gemma_convert.logits.images import ImageSequence
 from gemma_convert.logits.libraries import told_by_library
 from gemma_convert.logits.prompts import TokenSequence
 from gemma_convert.logits.soft import SoftSequence
+from gemma_convert.stores.safetensors import SafetensorsFolder
 
 if TYPE_CHECKING:
     import torch
@@ -198,6 +199,9 @@ def _load(hf: Path, architecture: Architecture) -> tuple[Any, dict[str, Any]]:
     import torch
 
     model, folder = model_class(architecture), handed(hf)
+    with SafetensorsFolder(hf) as files:
+        plain, stored = files.naming.plain, files.naming.stored.items()
+    names = {} if plain else {f"^{re.escape(key)}$": name for name, key in stored}
     with told_by_library("transformers cannot load the original checkpoint.", hf):
         return model.from_pretrained(  # type: ignore[no-any-return]
             folder,
@@ -208,6 +212,7 @@ def _load(hf: Path, architecture: Architecture) -> tuple[Any, dict[str, Any]]:
             use_safetensors=True,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # they are reported below, by name
+            key_mapping=names or None,
             output_loading_info=True,
         )
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_convert.logits.libraries import told_by_library
 from gemma_convert.stores.library_path import library_path
+from gemma_convert.stores.naming import find_naming
 from gemma_convert.stores.safetensors import read_index
 
 if TYPE_CHECKING:
@@ -34,12 +35,14 @@ class TensorFiles:
         self.shapes: dict[str, tuple[int, ...]] = {}
         with told_by_library("The original checkpoint cannot be read.", hf):
             renamed = _renaming(model)
+            stored: dict[str, Any] = {}
             for path in _listed(hf):
                 file = safe_open(library_path(hf) / path, framework="pt")
-                for key in file.keys():  # noqa: SIM118
-                    name = renamed(key)
-                    self._files[name] = file, key
-                    self.shapes[name] = tuple(file.get_slice(key).get_shape())
+                stored |= dict.fromkeys(file.keys(), file)
+            for name, key in find_naming(stored, hf).stored.items():
+                file, place = stored[key], renamed(name)
+                self._files[place] = file, key
+                self.shapes[place] = tuple(file.get_slice(key).get_shape())
 
     def read(
         self, name: str, rows: slice | torch.Tensor | None = None, device: Any = None

@@ -11,6 +11,7 @@ from gemma_convert.dtypes import TensorSpec
 from gemma_convert.errors import MappingError, SourceError
 from gemma_convert.foreign import refuse_foreign_tensors
 from gemma_convert.mapping.inventory import HFTensor
+from gemma_convert.mapping.prefix import difference
 from gemma_convert.mapping.region import Box, NotABoxError, RegionCopy
 
 SHOWN = 5
@@ -22,6 +23,16 @@ def check_source(
     """Raises SourceError where a source has not the tensors that its config.json asks for."""
     refuse_foreign_tensors(source, where)
     missing = [name for name, tensor in expected.items() if tensor.required and name not in source]
+    unexpected = [name for name in source if name not in expected]
+    named = difference(unexpected, expected, len(source)) if missing and unexpected else None
+    if named is not None:
+        raise SourceError(
+            "The tensors of the checkpoint have other names than a Gemma 4 checkpoint's.",
+            where=where,
+            expected=_some(missing),
+            found=f"{_some(unexpected)}; {named}",
+            do="rename the tensors, or save the checkpoint without what wraps the model",
+        )
     if missing:
         raise SourceError(
             f"The checkpoint lacks {_count(missing)}.",
@@ -29,7 +40,6 @@ def check_source(
             expected=_some(f"{name} {list(expected[name].shape)}" for name in missing),
             do="check that every shard is there and that config.json belongs to these weights",
         )
-    unexpected = [name for name in source if name not in expected]
     if unexpected:
         raise SourceError(
             f"The checkpoint has {_count(unexpected)} that config.json does not account for.",

@@ -19,12 +19,14 @@ from gemma_convert.dtypes import TensorSpec, numpy_dtype
 from gemma_convert.errors import SourceError
 from gemma_convert.stores import sidecar
 from gemma_convert.stores.json_file import read_object, read_regular
+from gemma_convert.stores.naming import Naming, find_naming
 from gemma_convert.stores.safetensors import (
     INDEX,
     MAX_INDEX_BYTES,
     SINGLE,
     SafetensorsFolder,
     Shard,
+    named_shards,
 )
 from gemma_convert.stores.safetensors_header import MAX_HEADER_BYTES, parse_header
 from gemma_convert.values import Array
@@ -40,6 +42,7 @@ class Original:
     folder: Path
     architecture: Architecture
     shards: tuple[Shard, ...]
+    naming: Naming
     files: list[Path]
     stored: SafetensorsFolder | None
     exceptions: Mapping[str, tuple[Array, Array]]
@@ -105,7 +108,7 @@ def _from_folder(folder: Path) -> Original:
     except BaseException:
         reader.close()
         raise
-    return Original(folder, architecture, reader.shards, files, reader, {}, {}, {})
+    return Original(folder, architecture, reader.shards, reader.naming, files, reader, {}, {}, {})
 
 
 def _from_sidecar(root: Path) -> Original:
@@ -114,7 +117,9 @@ def _from_sidecar(root: Path) -> Original:
     manifest = sidecar.read_manifest(root)
     if manifest is None:
         raise SourceError("The sidecar has no manifest.", where=own, expected=sidecar.MANIFEST)
-    shards = tuple(_shard(own, entry) for entry in manifest["shards"])
+    headers = tuple(_shard(own, entry) for entry in manifest["shards"])
+    naming = find_naming((tensor.name for shard in headers for tensor in shard.tensors), own)
+    shards = named_shards(headers, naming)
     checksums = {
         name: entry["xxh3_128"]
         for name, entry in manifest.get("tensors", {}).items()
@@ -132,7 +137,9 @@ def _from_sidecar(root: Path) -> Original:
         if stored is not None:
             stored.close()
         raise
-    return Original(folder, architecture, shards, files, stored, exceptions, checksums, manifest)
+    return Original(
+        folder, architecture, shards, naming, files, stored, exceptions, checksums, manifest
+    )
 
 
 def _shard(own: Path, entry: Mapping[str, Any]) -> Shard:

@@ -10,7 +10,7 @@ import stat
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from gemma_convert.dtypes import TensorSpec, numpy_dtype
 from gemma_convert.errors import SourceError, short
 from gemma_convert.stores.json_file import read_object
+from gemma_convert.stores.naming import Naming, find_naming, renamed
 from gemma_convert.stores.remote import RemoteFile, remote_file
 from gemma_convert.stores.safetensors_header import StoredTensor, parse_header, read_header
 from gemma_convert.stores.unfinished import refuse_unfinished
@@ -49,11 +50,19 @@ class Shard:
     """Nanoseconds of a file here, the store's own tag of an object."""
 
 
+def named_shards(shards: Sequence[Shard], naming: Naming) -> tuple[Shard, ...]:
+    """The shards with their tensors under the names that the tables have; headers stay verbatim."""
+    if naming.plain:
+        return tuple(shards)
+    return tuple(replace(shard, tensors=renamed(shard.tensors, naming)) for shard in shards)
+
+
 class SafetensorsFolder:
     """An open safetensors checkpoint: one file, or shards with an index; or just the named `files`.
 
-    Use as a context manager. `tensors` is in file order. Names in an index must be plain file
-    names; where links may lead is asked before (`stores.confined`).
+    Use as a context manager. `tensors` is in file order, of a whole checkpoint under the names that
+    the tables have (`stores.naming`). Names in an index must be plain file names; where links may
+    lead is asked before (`stores.confined`).
     """
 
     def __init__(self, folder: Path, files: Sequence[str] | None = None) -> None:
@@ -63,11 +72,14 @@ class SafetensorsFolder:
         self._remote: dict[str, RemoteFile] = {}
         self._fetched: dict[str, NDArray[Any]] = {}
         try:
-            weight_map = None
+            weight_map, whole = None, files is None
             if files is None:
                 files, weight_map = _weight_files(folder)
-            self.shards = tuple(self._open(file) for file in files)
-            self.tensors = _collect(self.shards, weight_map, folder)
+            shards = tuple(self._open(file) for file in files)
+            found = _collect(shards, weight_map, folder)
+            self.naming = find_naming(found, folder) if whole else Naming({}, ())
+            self.shards = named_shards(shards, self.naming)
+            self.tensors = {tensor.name: tensor for tensor in _all_tensors(self.shards)}
         except BaseException:
             self.close()
             raise

@@ -10,7 +10,7 @@ import contextlib
 import mmap
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,13 +41,21 @@ class OutputShard:
 
 
 def output_shard(
-    file: str, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None
+    file: str,
+    specs: Mapping[str, TensorSpec],
+    metadata: Mapping[str, str] | None = None,
+    stored: Mapping[str, str] | None = None,
 ) -> OutputShard:
-    """One file with its tensors in the order of the safetensors library."""
-    ordered = library_order(specs)
+    """One file with its tensors in the order of the safetensors library.
+
+    `stored` has the names that tensors have in the file, where they are not those of `specs`.
+    """
+    names = {(stored or {}).get(name, name): name for name in specs}
+    ordered = library_order({in_file: specs[name] for in_file, name in names.items()})
     header = safetensors_header(ordered, metadata)
     size = len(header) + sum(spec.nbytes for spec in ordered.values())
-    return OutputShard(file, header, parse_header(header, size, file, Path(file)))
+    tensors = parse_header(header, size, file, Path(file))
+    return OutputShard(file, header, tuple(replace(t, name=names[t.name]) for t in tensors))
 
 
 class SafetensorsWriter:

@@ -54,12 +54,6 @@ class Bench:
         command("logit-check", self.folder, self.native, *one, codes=(0, 1, 2, 3))
 
 
-def cases(family: str) -> list[tuple[tuple[str, ...], Any]]:
-    from gemma_convert.tiny.config import config_json  # noqa: F401
-
-    return []
-
-
 @pytest.fixture(scope="module", params=["31b", "e2b", "26b-a4b"])
 def bench(request, shallow, converted, tmp_path_factory) -> Bench:
     source = shallow(request.param)
@@ -71,3 +65,44 @@ def test_every_key_with_odd_values(bench: Bench, request: pytest.FixtureRequest)
     step = 1 if request.config.getoption("--every") else 61
     for path, value in every[::step]:
         bench.run(path, value)
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+ODD_FILES = (
+    "",
+    "[]",
+    "null",
+    "{",
+    "{}",
+    '"x"',
+    DEEP,
+    '{"model": []}',
+    '{"added_tokens": 3}',
+    "\ufeff{}",
+)
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "model.safetensors.index.json",
+    "chat_template.jinja",
+)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_odd_files_beside_the_weights(
+    name: str, shallow, converted, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    source = shallow("31b", shards=2)
+    bench = Bench(source, converted(source, "gemma-jax"), tmp_path)
+    (bench.folder / "config.json").write_text(json.dumps(bench.config))
+    step = 1 if request.config.getoption("--every") else 3
+    for text in ODD_FILES[FILES.index(name) % step :: step]:
+        (bench.folder / name).unlink(missing_ok=True)
+        (bench.folder / name).write_text(text)
+        command("golden", bench.folder, tmp_path / "golden", "--overwrite", codes=(0, 2, 3))
+        command("logit-check", bench.folder, bench.native, codes=(0, 1, 2, 3))
+        command("inspect", bench.folder)

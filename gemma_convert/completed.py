@@ -1,0 +1,90 @@
+"""Whether a run that is to be continued had come to its end: its target stands, and is the same.
+
+That is proved as `verify` proves it, by reading both sides, and not taken from a note.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from gemma_convert.conversion import Conversion
+from gemma_convert.errors import GemmaConvertError
+from gemma_convert.layouts.registry import is_native, open_native
+from gemma_convert.shards import Export
+from gemma_convert.stores import sidecar
+from gemma_convert.stores.json_file import read_regular
+from gemma_convert.stores.original import Original
+from gemma_convert.verification import verify
+
+
+def conversion_stands(job: Conversion) -> bool:
+    """Whether the target of `job` is what it would write; False where nothing, or another, is."""
+    if not _folder(job.target):
+        return False
+    try:
+        return _same_native(job)
+    except GemmaConvertError:
+        return False
+
+
+def export_stands(target: Path, native: Path, original: Original, export: Export) -> bool:
+    """Whether `target` is the export of `native` that is asked for."""
+    if not _folder(target):
+        return False
+    try:
+        files = all(
+            read_regular(target / file, "A file", 1 << 30)
+            == read_regular(original.folder / file, "A file", 1 << 30)
+            for file in export.files
+        )
+        edited = all(
+            (target / name).read_bytes() == text.encode() for name, text in export.edited.items()
+        )
+        headers = all(
+            (target / shard.file).stat().st_size == shard.size
+            and _starts_with(target / shard.file, shard.header)
+            for shard in export.shards
+        )
+        return files and edited and headers and verify(target, against=native).passed
+    except (GemmaConvertError, OSError):
+        return False
+
+
+def _folder(target: Path) -> bool:
+    return target.is_dir() and not target.is_symlink()
+
+
+def _starts_with(path: Path, header: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(header)) == header
+
+
+def _same_native(job: Conversion) -> bool:
+    manifest = sidecar.read_manifest(job.target)
+    if manifest is None:
+        return False
+    plan = job.plan
+    facts = {
+        "layout": plan.layout,
+        "scanned": plan.scanned,
+        "dtype": plan.policy.dtype,
+        "scaled_dtype": plan.policy.scaled,
+    }
+    if any(manifest.get(key) != value for key, value in facts.items()):
+        return False
+    with open_native(job.target) as native:
+        wanted = {name: target.spec for name, target in plan.targets.items()}
+        ocdbt = any(job.target.rglob("manifest.ocdbt")) if job.layout.streams else job.form.ocdbt
+        if dict(native.specs) != wanted or ocdbt != job.form.ocdbt:
+            return False
+    listed = {
+        str(file): hashlib.sha256((job.root / file).read_bytes()).hexdigest() for file in job.files
+    }
+    if manifest.get("files_sha256") != listed:
+        return False
+    if not is_native(job.source):
+        return verify(job.target, against=job.source).passed
+    known = {name: entry["xxh3_128"] for name, entry in manifest["tensors"].items()}
+    ours = dict(job.inherited.checksums)
+    return bool(ours) and known == ours and verify(job.target).passed and verify(job.source).passed
