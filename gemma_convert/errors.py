@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import reprlib
 
+from gemma_convert.output import printable
 from gemma_convert.places import shown
 
 MOST_CHARACTERS = 4000
@@ -28,7 +29,7 @@ class GemmaConvertError(Exception):
         found: object = None,
         do: str | None = None,
     ) -> None:
-        self.what = shown(what)
+        self.what = printable(shown(what))
         self.where = None if where is None else _plain(shown(where))
         self.expected = None if expected is None else _plain(shown(expected))
         self.found = None if found is None else _plain(shown(found))
@@ -53,14 +54,9 @@ def short(value: object) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that does nothing to a terminal: what cannot be printed is shown as an escape."""
+    """Text that does nothing to a terminal, and whose other lines cannot be taken for ours."""
     text = text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} …"
-    if text.isprintable():
-        return text
-    return "".join(
-        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode()
-        for char in text
-    )
+    return "\n    ".join(map(printable, text.split("\n")))
 
 
 class CheckFailedError(GemmaConvertError):

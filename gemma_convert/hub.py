@@ -17,6 +17,7 @@ from typing import Any
 
 from gemma_convert.errors import SourceError, short
 from gemma_convert.places import named
+from gemma_convert.stores.confined import check_confined
 from gemma_convert.stores.object_store import ObjectURL
 from gemma_convert.stores.remote import WEIGHT_SUFFIXES, mirroring
 from gemma_convert.stores.safetensors import INDEX, SINGLE, read_index
@@ -155,6 +156,7 @@ def _download(
             library_name="gemma-convert",
         )
     stack.enter_context(named(Path(folder), str(wanted)))
+    check_confined(Path(folder))
     return Path(folder)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from gemma_convert.errors import SourceError, TargetError, UsageError
 from gemma_convert.hub import headers_alone, repository, snapshot
+from gemma_convert.stores.confined import NEVER_READ, check_confined
 from gemma_convert.stores.library_path import without_parents
 from gemma_convert.stores.object_store import is_url, parse_url
 from gemma_convert.stores.remote import find_mirror, mirror_source, mirroring
@@ -35,7 +36,8 @@ def local(
     That is a local path itself, the hub's snapshot, or a mirror of an object store. With
     `config_only` nothing but config.json is fetched; with `headers` no tensor will be read, so
     that the hub's weights need not come; with `whole` every file must be here, which those of an
-    object store are not. Raises SourceError or UsageError where it cannot be had.
+    object store are not. Raises SourceError or UsageError where it cannot be had, and where
+    something in it would lead out of it (`stores.confined`).
     """
     text = _text(source)
     if is_url(text):
@@ -51,7 +53,10 @@ def local(
     if named is not None and headers:
         return headers_alone(named, stack)
     if named is None:
-        return without_parents(Path(source))
+        path = without_parents(Path(source))
+        if path.is_dir():
+            check_confined(path, passed_over=NEVER_READ)
+        return path
     return snapshot(named, stack, config_only=config_only)
 
 

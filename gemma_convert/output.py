@@ -1,4 +1,8 @@
-"""The only place that prints: results on stdout, progress and chatter on stderr."""
+"""The only place that prints: results on stdout, progress and chatter on stderr.
+
+What comes from a checkpoint is printed without doing anything to the terminal: of all text no
+characters but letters, signs and our own line ends and tabs get there as they are.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,15 @@ import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
 
 PLAIN_INTERVAL_S = 5.0
+
+_LAYOUT = "\n\t"
 
 
 class Progress(Protocol):
@@ -54,7 +64,7 @@ class ProgressBar:
                 DownloadColumn(binary_units=True),
                 TransferSpeedColumn(),
                 TimeRemainingColumn(),
-                TextColumn("[dim]{task.fields[tensor]}"),
+                TextColumn("{task.fields[tensor]}", style="dim", markup=False),
                 console=Console(stderr=True),
                 transient=True,
             )
@@ -74,10 +84,10 @@ class ProgressBar:
     def advance(self, count: int, name: str) -> None:
         self._done += count
         if self._bar is not None:
-            self._bar.update(self._task, advance=count, tensor=name[-48:])
+            self._bar.update(self._task, advance=count, tensor=printable(name)[-48:])
         elif time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + PLAIN_INTERVAL_S
-            print(self._line(name), file=sys.stderr, flush=True)
+            note(self._line(printable(name)))
 
     def _line(self, name: str) -> str:
         seconds = max(time.monotonic() - self._started, 1e-9)
@@ -90,6 +100,21 @@ class ProgressBar:
         )
 
 
+def printable(text: str, layout: str = "") -> str:
+    """`text` with escapes for controls, marks of direction, lone surrogates and the like.
+
+    The characters of `layout` stay; without any it is on one line.
+    """
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() or one in layout else _escaped(one) for one in text)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
+
+
 def human_bytes(count: float) -> str:
     """A number of bytes in binary units, such as `1.5 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -99,23 +124,46 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def show(renderable: object) -> None:
+class Facts:
+    """A table without lines: a label and what there is to say of it in each row, on one line."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[str, ...]] = []
+
+    def add_row(self, *cells: str) -> None:
+        self._rows.append(tuple(map(printable, cells)))
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        table = Table.grid(padding=(0, 2))
+        for row in self._rows:
+            table.add_row(*row)
+        return table
+
+
+def show(renderable: RenderableType) -> None:
     """Prints a rich renderable or a string on stdout."""
     if isinstance(renderable, str):
-        print(renderable)
+        print(printable(renderable, _LAYOUT))
     else:
         from rich.console import Console
+        from rich.segment import Segment, Segments
 
         if isinstance(sys.stdout, io.TextIOWrapper):  # the name of a file may be no text
             sys.stdout.reconfigure(errors="backslashreplace")
-        Console(highlight=False, markup=False).print(renderable)
+        console = Console(highlight=False, markup=False, emoji=False)
+        parts = (part for part in console.render(renderable) if not part.control)
+        console.print(
+            Segments(Segment(printable(text, _LAYOUT), style) for text, style, _ in parts), end=""
+        )
 
 
 def show_json(values: Mapping[str, object]) -> None:
     """Prints one JSON object on stdout; NaN is refused, since strict readers refuse it too."""
-    print(json.dumps(values, indent=2, allow_nan=False))
+    print(json.dumps(values, indent=2, allow_nan=False).replace("\x7f", "\\u007f"))
 
 
 def note(text: str) -> None:
-    """Prints one line of chatter on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """Prints a line of chatter, or several, on stderr."""
+    print(printable(text, _LAYOUT), file=sys.stderr, flush=True)

@@ -268,7 +268,8 @@ def test_hostile_texts_are_shown_and_do_nothing(text):
 
 
 def test_signs_of_what_cannot_be_seen():
-    from gemma_convert.logits.visible import printable, visible
+    from gemma_convert.logits.visible import visible
+    from gemma_convert.output import printable
 
     assert visible("a\n\tb\r") == "a↵⇥b␍" and visible("") == "∅" and visible(" ") == " "
     assert visible("\x1b[0m\u202e\ud800\U000e0001") == "\\u001b[0m\\u202e\\ud800\\U000e0001"

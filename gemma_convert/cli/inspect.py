@@ -9,9 +9,8 @@ import typer
 from gemma_convert.cli.options import AsJson
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from gemma_convert.inspection import Coverage, InspectReport
+    from gemma_convert.output import Facts
 
 SHOWN = 5
 
@@ -39,12 +38,10 @@ def command(
         show(_table(report))
 
 
-def _table(report: InspectReport) -> RenderableType:
-    from rich.table import Table
+def _table(report: InspectReport) -> Facts:
+    from gemma_convert.output import Facts, human_bytes
 
-    from gemma_convert.output import human_bytes
-
-    table = Table.grid(padding=(0, 2))
+    table = Facts()
     form = ", scanned" if report.scanned else ""
     table.add_row("layout", report.layout + form)
     table.add_row("model", f"{report.family or 'unknown'}, {report.layers or '?'} layers")

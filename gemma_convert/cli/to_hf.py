@@ -18,9 +18,8 @@ from gemma_convert.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from gemma_convert.export import ToHFReport
+    from gemma_convert.output import Facts
 
 SHOWN = 5
 
@@ -94,12 +93,10 @@ def command(
         show(_summary(report))
 
 
-def _summary(report: ToHFReport) -> RenderableType:
-    from rich.table import Table
+def _summary(report: ToHFReport) -> Facts:
+    from gemma_convert.output import Facts, human_bytes
 
-    from gemma_convert.output import human_bytes
-
-    table = Table.grid(padding=(0, 2))
+    table = Facts()
     form = ", scanned" if report.scanned else ""
     done = "would export" if report.dry_run else "exported"
     table.add_row(done, f"{report.family} from {report.layout}{form}")

@@ -25,8 +25,7 @@ from gemma_convert.cli.options import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from rich.console import RenderableType
-
+    from gemma_convert.output import Facts
     from gemma_convert.reports import ToNativeReport
     from gemma_convert.verification import VerifyReport
 
@@ -120,7 +119,7 @@ def command(
     """
     from gemma_convert.allocator import reuse_large_blocks
     from gemma_convert.convert import to_native
-    from gemma_convert.output import ProgressBar, note, show, show_json
+    from gemma_convert.output import ProgressBar, note, printable, show, show_json
     from gemma_convert.processes import join
 
     reuse_large_blocks()
@@ -149,7 +148,8 @@ def command(
     if report.already_complete:
         note(f"{target} is complete already, and what this run would write: nothing is left to do")
     for row in report.lossy_rows:
-        note(f"warning: {row.tensor} is {row.reason}; {row.values} values will not come back")
+        named = printable(f"{row.tensor} is {row.reason}")
+        note(f"warning: {named}; {row.values} values will not come back")
     if as_json:
         show_json(report.as_json())
         return
@@ -186,12 +186,10 @@ def _verified(source: str, target: str) -> VerifyReport:
     return report
 
 
-def _summary(report: ToNativeReport) -> RenderableType:
-    from rich.table import Table
+def _summary(report: ToNativeReport) -> Facts:
+    from gemma_convert.output import Facts, human_bytes
 
-    from gemma_convert.output import human_bytes
-
-    table = Table.grid(padding=(0, 2))
+    table = Facts()
     form = ", scanned" if report.scanned else ""
     done = "would convert" if report.dry_run else "converted"
     table.add_row(done, f"{report.family} to {report.layout}{form}")

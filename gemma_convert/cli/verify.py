@@ -9,8 +9,7 @@ import typer
 from gemma_convert.cli.options import AsJson
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
+    from gemma_convert.output import Facts
     from gemma_convert.verification import VerifyReport
 
 SHOWN = 20
@@ -49,12 +48,10 @@ def command(
         raise typer.Exit(1)
 
 
-def _table(report: VerifyReport) -> RenderableType:
-    from rich.table import Table
+def _table(report: VerifyReport) -> Facts:
+    from gemma_convert.output import Facts, human_bytes
 
-    from gemma_convert.output import human_bytes
-
-    table = Table.grid(padding=(0, 2))
+    table = Facts()
     table.add_row("verified" if report.passed else "DIFFERENT", f"{report.path}")
     table.add_row("against", report.against)
     table.add_row("read again", f"{report.checked} tensors, {human_bytes(report.bytes)}")

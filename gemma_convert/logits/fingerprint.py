@@ -10,7 +10,7 @@ from pathlib import Path
 from gemma_convert.errors import SourceError
 from gemma_convert.logits.golden import weight_files
 from gemma_convert.stores.json_file import parse_json, read_regular
-from gemma_convert.stores.sidecar import MAX_MANIFEST_BYTES
+from gemma_convert.stores.sidecar import MAX_MANIFEST_BYTES, sidecar_root
 
 _MANIFEST = "hf/gemma-convert/manifest.json"
 _NATIVE_FILES = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt", "metadata.yaml")
@@ -63,14 +63,13 @@ def _weights(side: str, folder: Path) -> Iterator[Fingerprint]:
 
 
 def _manifest(native: Path) -> Iterator[Fingerprint]:
-    for root in (native, *native.absolute().parents[:2]):
-        content = _content(root / _MANIFEST)
-        if content is None:
-            continue
-        yield Fingerprint("native", _MANIFEST, "whole file", hashlib.sha256(content).hexdigest())
-        for table, digest in _tables(content).items():
-            yield Fingerprint("native", str(table), "mapping table", str(digest))
+    root = sidecar_root(native)
+    content = None if root is None else _content(root / _MANIFEST)
+    if content is None:
         return
+    yield Fingerprint("native", _MANIFEST, "whole file", hashlib.sha256(content).hexdigest())
+    for table, digest in _tables(content).items():
+        yield Fingerprint("native", str(table), "mapping table", str(digest))
 
 
 def _tables(manifest: bytes) -> dict[object, object]:

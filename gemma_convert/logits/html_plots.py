@@ -10,7 +10,7 @@ from html import escape
 from gemma_convert.logits.drift import Drift
 from gemma_convert.logits.scale import LogRange, figure, largest_of_bins, log_range
 from gemma_convert.logits.tokens import CheckedSequence
-from gemma_convert.logits.visible import printable
+from gemma_convert.output import printable
 
 _WIDTH, _HEIGHT = 760, 204
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 38, 40

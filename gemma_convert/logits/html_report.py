@@ -17,7 +17,8 @@ from gemma_convert.logits.report import (
 )
 from gemma_convert.logits.scale import LogRange, figure, log_range
 from gemma_convert.logits.tokens import CheckedSequence
-from gemma_convert.logits.visible import printable, visible
+from gemma_convert.logits.visible import visible
+from gemma_convert.output import printable
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
 """The page is full of a model's text: whatever stands in it, the browser runs and loads nothing."""

@@ -8,7 +8,8 @@ from itertools import groupby
 
 from gemma_convert.logits.scale import NOT_A_NUMBER, figure, level, level_ends
 from gemma_convert.logits.tokens import Candidate, CheckedSequence, Prediction
-from gemma_convert.logits.visible import printable, visible
+from gemma_convert.logits.visible import visible
+from gemma_convert.output import printable
 
 MOST_TOKENS = 5000
 """Of one sequence that are shown, those around its worst."""

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 from gemma_convert.logits.report import LogitReport, compared_line, native_line
 from gemma_convert.logits.scale import figure
 from gemma_convert.logits.tokens import CheckedSequence
-from gemma_convert.logits.visible import printable
+from gemma_convert.output import printable
 
 SUITE = "gemma-convert.logit-check"
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from gemma_convert.architecture import Architecture
 from gemma_convert.config import read_architecture
+from gemma_convert.logits.handed import handed
 from gemma_convert.logits.libraries import told_by_library
 from gemma_convert.logits.prompts import TokenSequence
 from gemma_convert.logits.reference import (
@@ -34,7 +35,6 @@ from gemma_convert.logits.reference import (
     softcapped,
 )
 from gemma_convert.logits.tensor_files import TensorFiles
-from gemma_convert.stores.library_path import library_path
 
 if TYPE_CHECKING:
     import torch
@@ -194,11 +194,9 @@ def _empty_model(hf: Path, architecture: Architecture, device: torch.device) -> 
     """transformers' model without weights, with the buffers that it computes for itself."""
     import torch
 
-    model_type = model_class(architecture)
+    model_type, folder = model_class(architecture), handed(hf)
     with told_by_library("transformers cannot make the model of this config.json.", hf):
-        config = model_type.config_class.from_pretrained(
-            str(library_path(hf.resolve())), local_files_only=True
-        )
+        config = model_type.config_class.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
             model = model_type._from_config(
                 config,

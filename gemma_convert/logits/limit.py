@@ -10,8 +10,9 @@ from typing import Literal, TypeAlias
 
 from gemma_convert.architecture import Architecture
 from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.output import printable
 from gemma_convert.stores.json_file import read_object
-from gemma_convert.stores.sidecar import MAX_MANIFEST_BYTES
+from gemma_convert.stores.sidecar import MAX_MANIFEST_BYTES, sidecar_root
 
 Dtype: TypeAlias = Literal["float32", "bfloat16"]
 
@@ -68,7 +69,7 @@ def choose_limit(max_kl: float | None, dtype: Dtype, lossy_rows: Sequence[str]) 
 
 def _some(rows: Sequence[str]) -> str:
     more = f"; and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
-    return "; ".join(rows[:SHOWN]) + more
+    return "; ".join(map(printable, rows[:SHOWN])) + more
 
 
 def find_lossy_rows(
@@ -78,10 +79,10 @@ def find_lossy_rows(
 
     `scaled_dtype` is that of an embedding stored × √embed, None where it is stored as it is.
     """
-    for root in (folder, *folder.absolute().parents[:2]):
-        rows = _manifest_rows(root / _MANIFEST)
-        if rows is not None:
-            return rows
+    root = sidecar_root(folder)
+    rows = None if root is None else _manifest_rows(root / _MANIFEST)
+    if rows is not None:
+        return rows
     if architecture.dtype == "float32" and "bfloat16" in dtypes:
         return ("weights: float32 in the original, bfloat16 here",)
     embed = architecture.text.embed

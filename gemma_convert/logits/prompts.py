@@ -18,9 +18,9 @@ import numpy.typing as npt
 from gemma_convert.architecture import Architecture
 from gemma_convert.config import MAX_CONFIG_BYTES
 from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.logits.handed import handed
 from gemma_convert.logits.libraries import told_by_library
 from gemma_convert.stores.json_file import read_object
-from gemma_convert.stores.library_path import library_path
 
 BEYOND_WINDOW = 32
 LONGEST_MADE = 4096
@@ -187,10 +187,9 @@ def load_tokenizer(hf: Path) -> Any:
     """transformers' tokenizer of the folder `hf`. Raises SourceError where it cannot be loaded."""
     from transformers import AutoTokenizer
 
+    folder = handed(hf)
     with told_by_library("transformers cannot load the tokenizer.", hf, _REPAIR):
-        return AutoTokenizer.from_pretrained(
-            str(library_path(hf.resolve())), local_files_only=True, trust_remote_code=False
-        )
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def tokenized(tokenizer: Any, name: str, text: str) -> TokenSequence:

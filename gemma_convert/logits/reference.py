@@ -23,11 +23,11 @@ import numpy.typing as npt
 from gemma_convert.architecture import Architecture
 from gemma_convert.config import read_architecture
 from gemma_convert.errors import SourceError
+from gemma_convert.logits.handed import handed
 from gemma_convert.logits.images import ImageSequence
 from gemma_convert.logits.libraries import told_by_library
 from gemma_convert.logits.prompts import TokenSequence
 from gemma_convert.logits.soft import SoftSequence
-from gemma_convert.stores.library_path import library_path
 from gemma_convert.stores.safetensors import SafetensorsFolder
 
 if TYPE_CHECKING:
@@ -198,13 +198,13 @@ def eager_attention() -> str | dict[str, str]:
 def _load(hf: Path, architecture: Architecture) -> tuple[Any, dict[str, Any]]:
     import torch
 
-    model = model_class(architecture)
+    model, folder = model_class(architecture), handed(hf)
     with SafetensorsFolder(hf) as files:
         plain, stored = files.naming.plain, files.naming.stored.items()
     names = {} if plain else {f"^{re.escape(key)}$": name for name, key in stored}
     with told_by_library("transformers cannot load the original checkpoint.", hf):
         return model.from_pretrained(  # type: ignore[no-any-return]
-            str(library_path(hf.resolve())),
+            folder,
             dtype=torch.float32,
             attn_implementation=eager_attention(),
             experts_implementation="eager",

@@ -15,7 +15,7 @@ from gemma_convert.logits.fingerprint import Fingerprint
 from gemma_convert.logits.scale import figure, log_range
 from gemma_convert.logits.sparkline import Sparkline
 from gemma_convert.logits.tokens import Candidate, CheckedSequence, Prediction, worst_first
-from gemma_convert.logits.visible import printable
+from gemma_convert.output import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

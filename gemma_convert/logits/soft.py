@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from gemma_convert.architecture import Architecture
 from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.logits.handed import handed
 from gemma_convert.logits.libraries import told_by_library
 from gemma_convert.logits.prompts import (
     TOKENIZER_FILES,
@@ -27,7 +28,6 @@ from gemma_convert.logits.prompts import (
     refuse_placeholders,
     tokenized,
 )
-from gemma_convert.stores.library_path import library_path
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
@@ -105,12 +105,11 @@ def load_processor(hf: Path, medium: Medium, name: str) -> Any:
             expected=" or ".join(PROCESSOR_FILES),
             do="add the processor's files",
         )
+    folder = handed(hf)
     with told_by_library(
         f"transformers cannot load the {medium.processor}.", hf, "repair the processor's files"
     ):
-        return getattr(transformers, name).from_pretrained(
-            str(library_path(hf.resolve())), local_files_only=True
-        )
+        return getattr(transformers, name).from_pretrained(folder, local_files_only=True)
 
 
 class SoftPrompts:

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import unicodedata
 
+from gemma_convert.output import printable
+
 _SIGNS = {"\n": "↵", "\t": "⇥", "\r": "␍"}
 _CARRIER = "◌"
-
-
-def printable(text: str) -> str:
-    """`text` on one line: controls, marks of direction, lone surrogates and the like as escapes."""
-    if text.isprintable():
-        return text
-    return "".join(one if one.isprintable() else _escaped(one) for one in text)
 
 
 def visible(text: str) -> str:
@@ -24,8 +19,3 @@ def visible(text: str) -> str:
     if not shown:
         return "∅"
     return f"{_CARRIER}{shown}" if unicodedata.category(shown[0]).startswith("M") else shown
-
-
-def _escaped(character: str) -> str:
-    code = ord(character)
-    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"

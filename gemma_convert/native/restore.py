@@ -22,6 +22,7 @@ import numpy as np
 
 from gemma_convert.errors import SourceError
 from gemma_convert.native.stored import StoredArray, open_stored
+from gemma_convert.stores.confined import check_confined
 from gemma_convert.stores.library_path import library_path
 
 if TYPE_CHECKING:
@@ -163,6 +164,7 @@ def _orbax(items: Path) -> Iterator[ocp.PyTreeCheckpointHandler]:
 
     if not (items / _CONTENT).is_file():
         raise SourceError("There is no Orbax tree here.", where=items, expected=_CONTENT)
+    check_confined(items)
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -5,7 +5,6 @@ Works on what Orbax, MaxText and the gemma library write: OCDBT or one folder an
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from gemma_convert.dtypes import TensorSpec, numpy_dtype
 from gemma_convert.errors import SourceError, short
 from gemma_convert.mapping.notation import join_path, split_path
 from gemma_convert.mapping.region import Box
+from gemma_convert.stores.confined import check_confined
 from gemma_convert.stores.json_file import read_object
 from gemma_convert.stores.raw_chunks import Places, RawChunks, ocdbt_places, raw_chunks
 from gemma_convert.stores.remote import find_mirror, kvstore
@@ -101,7 +101,7 @@ def find_items(path: Path) -> Path:
 def read_orbax_tree(folder: Path) -> OrbaxTree:
     """The arrays of an Orbax item folder; raises SourceError where it is not one."""
     metadata = _load_metadata(folder / METADATA)
-    _refuse_pipes(folder)
+    check_confined(folder)
     ocdbt, zarr3 = bool(metadata.get("use_ocdbt")), bool(metadata.get("use_zarr3"))
     names: list[str] = []
     others: list[str] = []
@@ -141,25 +141,6 @@ def _checked(key: object) -> str:
     if {"", ".", ".."} & {*text.split("/")}:
         raise ValueError(key)
     return text
-
-
-def _refuse_pipes(folder: Path) -> None:
-    """Raises SourceError for anything below `folder` that is no file: a pipe would never end."""
-    waiting = [folder]
-    while waiting:
-        try:
-            with os.scandir(waiting.pop()) as entries:
-                for entry in entries:
-                    if entry.is_dir(follow_symlinks=False):
-                        waiting.append(Path(entry.path))
-                    elif not entry.is_file() and not entry.is_dir():
-                        raise SourceError(
-                            "An Orbax folder holds something that is not a file.", where=entry.path
-                        )
-        except OSError as error:
-            raise SourceError(
-                "The checkpoint cannot be read.", where=error.filename, found=error.strerror
-            ) from None
 
 
 @dataclass(frozen=True)

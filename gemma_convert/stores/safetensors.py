@@ -61,8 +61,8 @@ class SafetensorsFolder:
     """An open safetensors checkpoint: one file, or shards with an index; or just the named `files`.
 
     Use as a context manager. `tensors` is in file order, of a whole checkpoint under the names that
-    the tables have (`stores.naming`). Symbolic links to shards are followed, as
-    a snapshot in the hub's cache needs; names in an index must be plain file names.
+    the tables have (`stores.naming`). Names in an index must be plain file names; where links may
+    lead is asked before (`stores.confined`).
     """
 
     def __init__(self, folder: Path, files: Sequence[str] | None = None) -> None:

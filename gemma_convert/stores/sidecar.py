@@ -22,6 +22,7 @@ import xxhash
 from gemma_convert.dtypes import TensorSpec
 from gemma_convert.errors import SourceError, short
 from gemma_convert.output import Progress
+from gemma_convert.stores.confined import NEVER_READ, check_confined
 from gemma_convert.stores.json_file import read_object
 from gemma_convert.stores.manifest import check_manifest
 from gemma_convert.stores.remote import WEIGHT_SUFFIXES, remote_file
@@ -41,7 +42,7 @@ MAX_MANIFEST_BYTES = 64 << 20
 
 COPY_BYTES = 16 << 20
 
-_SKIPPED_FOLDERS = {".git", ".cache", "__pycache__", OWN}
+_SKIPPED_FOLDERS = {*NEVER_READ, OWN}
 
 
 def remove(checkpoint: Path) -> None:
@@ -53,40 +54,26 @@ def remove(checkpoint: Path) -> None:
 def other_files(folder: Path, shards: Sequence[str]) -> tuple[list[Path], list[str]]:
     """(files to carry, names that are listed and not carried), relative to `folder`.
 
-    Carried are regular files, and links at the top or into the hub's cache; not carried are weights
-    in other formats, caches, version control, and linked folders.
+    Carried are files, which links may lead to (`stores.confined` has looked where); not carried
+    are weights in other formats, caches, version control, and links to nothing.
     """
     carried: list[Path] = []
     listed: list[str] = []
     for root, folders, files in os.walk(folder):
         here = Path(root)
-        for name in sorted(folders):
-            path = here / name
-            if name in _SKIPPED_FOLDERS or path.is_symlink():
-                listed.append(f"{path.relative_to(folder)}/")
-        folders[:] = sorted(
-            name
-            for name in folders
-            if name not in _SKIPPED_FOLDERS and not (here / name).is_symlink()
-        )
+        skipped = [name for name in sorted(folders) if name in _SKIPPED_FOLDERS]
+        listed += [f"{(here / name).relative_to(folder)}/" for name in skipped]
+        folders[:] = sorted(set(folders).difference(skipped))
         for name in sorted(files):
             path = here / name
             relative = path.relative_to(folder)
             if relative.name in shards and relative.parent == Path():
                 continue
-            linked_below = path.is_symlink() and relative.parent != Path() and not _cached(path)
-            if path.suffix in WEIGHT_SUFFIXES or linked_below or not path.is_file():
+            if path.suffix in WEIGHT_SUFFIXES or not path.is_file():
                 listed.append(str(relative))
             else:
                 carried.append(relative)
     return carried, listed
-
-
-def _cached(link: Path) -> bool:
-    """Whether a link in a snapshot of the hub's cache leads to the files of that repository."""
-    place = link.absolute().parents
-    snapshots = next((folder for folder in place if folder.name == "snapshots"), None)
-    return snapshots is not None and link.resolve().parent == snapshots.resolve().parent / "blobs"
 
 
 def copy_files(source: Path, target: Path, files: Sequence[Path]) -> dict[str, str]:
@@ -176,10 +163,16 @@ def write_manifest(folder: Path, manifest: Mapping[str, object]) -> None:
 
 
 def sidecar_root(native: Path) -> Path | None:
-    """The folder of a converted checkpoint whose sidecar belongs to `native`, or None."""
+    """The folder of a converted checkpoint whose sidecar belongs to `native`, or None.
+
+    Raises SourceError where something in the sidecar leads out of it (`stores.confined`).
+    """
     native = native.absolute()
     roots = (native, native.parent, native.parent.parent)
-    return next((root for root in roots if (root / FOLDER / OWN).is_dir()), None)
+    root = next((root for root in roots if (root / FOLDER / OWN).is_dir()), None)
+    if root is not None:
+        check_confined(root, FOLDER)
+    return root
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
