@@ -308,10 +308,7 @@ def test_what_is_killed_while_it_publishes_is_whole_or_absent(tiny, tmp_path):
         time.sleep(took * part)
         running.kill()
         running.wait()
-        kept = out if out.exists() else tmp_path / ".out.replaced"
-        assert to_hf(kept, tmp_path / "back", overwrite=True).bit_for_bit
-        if not out.exists():
-            kept.rename(out)
+        assert to_hf(out, tmp_path / "back", overwrite=True).bit_for_bit
     assert sums(tmp_path / "back") == sums(source)
 
 
@@ -319,8 +316,8 @@ def test_nothing_writes_through_a_link_in_the_target(tiny, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (tmp_path / ".out.partial").symlink_to(elsewhere)
-    with pytest.raises(TargetError, match="link"):
-        to_native(tiny("31b"), tmp_path / "out")
+    to_native(tiny("31b"), tmp_path / "out")
+    assert (tmp_path / ".out.partial").is_symlink()
     (tmp_path / "link").symlink_to(elsewhere)
     with pytest.raises(TargetError):
         to_native(tiny("31b"), tmp_path / "link", overwrite=True)

@@ -65,7 +65,7 @@ def kill_and_resume(call: str, out: Path, seed: int, kills: int = 3) -> int:
         process.communicate()
         if out.exists():
             return 0
-        partial = out.with_name(f".{out.name}.partial")
+        partial = out.with_name(f".{out.name}.partial") / "new"
         if partial.exists():
             with pytest.raises(SourceError):
                 inspect(partial)
@@ -120,12 +120,12 @@ def test_damaged_parts_of_an_export_are_written_again(shallow, tmp_path, undistu
     out = tmp_path / "back"
     call = f"to_hf({str(undisturbed)!r}, {str(out)!r}, resume=True)"
     process = start(call)
-    journal = tmp_path / ".back.partial" / ".gemma-convert.journal"
+    journal = tmp_path / ".back.partial/new" / ".gemma-convert.journal"
     while not journal.exists() or journal.read_text().count("\n") < 20:
         time.sleep(0.01)
     process.kill()
     process.communicate()
-    weights = tmp_path / ".back.partial" / "model.safetensors"
+    weights = tmp_path / ".back.partial/new" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     begin = 8 + int.from_bytes(data[:8], "little")
     data[begin:] = bytes(len(data) - begin)
@@ -138,7 +138,7 @@ def test_what_is_complete_is_not_read_again(shallow, tmp_path):
     out = tmp_path / "out"
     call = f"to_native({str(shallow('26b-a4b'))!r}, {str(out)!r}, resume=True)"
     process = start(call)
-    journal = tmp_path / ".out.partial" / ".gemma-convert.journal"
+    journal = tmp_path / ".out.partial/new" / ".gemma-convert.journal"
     while not journal.exists() or journal.read_text().count("\n") < 60:
         time.sleep(0.01)
     process.kill()
@@ -162,7 +162,7 @@ def test_nothing_is_trusted_that_is_not_so(shallow, tmp_path, damage):
     shutil.copytree(shallow("26b-a4b"), source)
     call = f"to_native({str(source)!r}, {str(out)!r}, ocdbt=False, resume=True)"
     process = start(call)
-    journal = tmp_path / ".out.partial" / ".gemma-convert.journal"
+    journal = tmp_path / ".out.partial/new" / ".gemma-convert.journal"
     while not journal.exists() or journal.read_text().count("\n") < 40:
         time.sleep(0.01)
     process.kill()
@@ -170,7 +170,7 @@ def test_nothing_is_trusted_that_is_not_so(shallow, tmp_path, damage):
     if damage == "value":
         entry = json.loads(journal.read_text().splitlines()[3])
         array = next(iter(entry["regions"])).replace("/", ".")
-        for file in (tmp_path / ".out.partial" / "0" / "items" / array).iterdir():
+        for file in (tmp_path / ".out.partial/new" / "0" / "items" / array).iterdir():
             if file.name != ".zarray":
                 file.write_bytes(bytes(file.stat().st_size))
     elif damage == "journal":
@@ -189,7 +189,7 @@ def test_interrupted_run_may_be_resumed_and_a_plain_one_starts_anew(shallow, tmp
     out = tmp_path / "out"
     call = f"to_native({str(shallow('26b-a4b'))!r}, {str(out)!r})"
     process = start(call)
-    journal = tmp_path / ".out.partial" / ".gemma-convert.journal"
+    journal = tmp_path / ".out.partial/new" / ".gemma-convert.journal"
     while not journal.exists() or journal.read_text().count("\n") < 20:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -240,14 +240,14 @@ def test_killed_conversions_between_layouts_continue(tiny, converted, tmp_path, 
     native = converted(source, one)
     call = f"to_native({str(native)!r}, {str(out)!r}, layout={two!r}, resume=True)"
     process = start(call)
-    journal = tmp_path / ".out.partial" / ".gemma-convert.journal"
+    journal = tmp_path / ".out.partial/new" / ".gemma-convert.journal"
     while not journal.exists() or journal.read_text().count("\n") < 40:
         time.sleep(0.01)
     process.kill()
     process.communicate()
     assert not out.exists()
     with pytest.raises(SourceError):
-        inspect(tmp_path / ".out.partial")
+        inspect(tmp_path / ".out.partial/new")
     resumed = int(start(call).communicate(timeout=120)[0])
     whole = start(call.replace(str(out), str(tmp_path / "fresh")))
     assert resumed + 30 <= int(whole.communicate(timeout=120)[0])
@@ -263,12 +263,12 @@ def test_damaged_tensors_of_fast_llm_are_written_again(shallow, converted, tmp_p
     source, out = shallow("26b-a4b"), tmp_path / "out"
     call = f"to_native({str(source)!r}, {str(out)!r}, layout='fast-llm', resume=True)"
     process = start(call)
-    journal = tmp_path / ".out.partial" / ".gemma-convert.journal"
+    journal = tmp_path / ".out.partial/new" / ".gemma-convert.journal"
     while not journal.exists() or journal.read_text().count("\n") < 40:
         time.sleep(0.01)
     process.kill()
     process.communicate()
-    weights = tmp_path / ".out.partial" / "model_0.safetensors"
+    weights = tmp_path / ".out.partial/new" / "model_0.safetensors"
     data = bytearray(weights.read_bytes())
     begin = 8 + int.from_bytes(data[:8], "little")
     data[begin:] = bytes(len(data) - begin)

@@ -162,7 +162,7 @@ def test_existing_target(native, out):
     message = fails(4, "to-hf", native, out)
     assert "The target exists" in message
     assert "--overwrite" in message
-    assert "not a checkpoint" in fails(4, "to-hf", native, out, "--overwrite")
+    assert "not a Hugging Face checkpoint" in fails(4, "to-hf", native, out, "--overwrite")
     assert [path.name for path in out.parent.iterdir()] == ["back"]
     assert (out / "mine").exists()
 

@@ -101,7 +101,9 @@ def refused(read: Callable[[], object], code: int = 3) -> str:
     raise AssertionError("it was taken")
 
 
-def command(*arguments: object, codes: tuple[int, ...] = (0, 3)) -> tuple[int, str]:
+def command(
+    *arguments: object, codes: tuple[int, ...] = (0, 3), seconds: float = 4 * SECONDS
+) -> tuple[int, str]:
     """Exit code and standard output of a command, run in this process as the script runs it."""
     output, errors = (
         io.TextIOWrapper(io.BytesIO(), "utf-8", handling)
@@ -111,7 +113,7 @@ def command(*arguments: object, codes: tuple[int, ...] = (0, 3)) -> tuple[int, s
     code = 0
     try:
         with (
-            bounded(4 * SECONDS),
+            bounded(seconds),
             contextlib.redirect_stdout(output),
             contextlib.redirect_stderr(errors),
         ):

@@ -50,8 +50,9 @@ class Bench:
         out = self.work / "out"
         command("to-native", self.folder, out, "--format", "maxtext", "--dry-run", codes=(0, 2, 3))
         one = ("--tokens", 5)
-        command("golden", self.folder, self.work / "golden", *one, "--overwrite", codes=(0, 2, 3))
-        command("logit-check", self.folder, self.native, *one, codes=(0, 1, 2, 3))
+        golden = self.work / "golden"
+        command("golden", self.folder, golden, *one, "--overwrite", codes=(0, 2, 3), seconds=60)
+        command("logit-check", self.folder, self.native, *one, codes=(0, 1, 2, 3), seconds=60)
 
 
 @pytest.fixture(scope="module", params=["31b", "e2b", "26b-a4b"])
@@ -103,6 +104,8 @@ def test_odd_files_beside_the_weights(
     for text in ODD_FILES[FILES.index(name) % step :: step]:
         (bench.folder / name).unlink(missing_ok=True)
         (bench.folder / name).write_text(text)
-        command("golden", bench.folder, tmp_path / "golden", "--overwrite", codes=(0, 2, 3))
-        command("logit-check", bench.folder, bench.native, codes=(0, 1, 2, 3))
+        command(
+            "golden", bench.folder, tmp_path / "golden", "--overwrite", codes=(0, 2, 3), seconds=60
+        )
+        command("logit-check", bench.folder, bench.native, codes=(0, 1, 2, 3), seconds=60)
         command("inspect", bench.folder)
