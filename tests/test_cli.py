@@ -269,7 +269,7 @@ def test_existing_target(source, out):
     assert "The target exists" in message
     assert "--overwrite" in message
     assert [path.name for path in out.parent.iterdir()] == ["out"]
-    assert "not a checkpoint" in fails(
+    assert "not a native checkpoint" in fails(
         4, "to-native", source, out, "--format", "maxtext", "--overwrite"
     )
     assert (out / "mine").exists()

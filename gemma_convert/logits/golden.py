@@ -12,7 +12,6 @@ import json
 import math
 import os
 import struct
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -31,6 +30,7 @@ from gemma_convert.logits.reference import Reference
 from gemma_convert.logits.sizes import check_sizes
 from gemma_convert.stores.json_file import parse_json, read_regular
 from gemma_convert.stores.library_path import library_path
+from gemma_convert.stores.new_file import new_sibling
 
 FORMAT = "gemma-convert/golden/1"
 SLICE_BYTES = 64 << 20
@@ -258,8 +258,7 @@ def _write(
 ) -> None:
     vocab = reference.architecture.text.vocab
     rows = max(1, SLICE_BYTES // (4 * vocab))
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    partial = Path(name)
+    descriptor, partial = new_sibling(path)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(_header(facts, sequences, vocab))
@@ -271,7 +270,6 @@ def _write(
             file.flush()
             os.fsync(file.fileno())
         _check_target(path, overwrite)
-        partial.chmod(0o644)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gemma_convert.errors import TargetError, UsageError
 from gemma_convert.logits.report import LogitReport
+from gemma_convert.stores.new_file import new_sibling
 
 _BEGINNING_BYTES = 16 << 10
 
@@ -89,13 +90,11 @@ def write_report_file(path: Path, text: str, *, overwrite: bool) -> None:
     check_report_file(path, overwrite=overwrite)
     partial: Path | None = None
     try:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-        partial = Path(name)
+        descriptor, partial = new_sibling(path)
         with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        partial.chmod(0o644)
         partial.replace(path)
     except OSError as error:
         raise _cannot_write(path, error) from error

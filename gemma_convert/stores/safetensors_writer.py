@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from gemma_convert.dtypes import TensorSpec, numpy_dtype
+from gemma_convert.stores.new_file import MODE
 from gemma_convert.stores.safetensors_header import (
     StoredTensor,
     library_order,
@@ -81,7 +82,7 @@ class SafetensorsWriter:
 
     def _open(self, folder: Path, shard: OutputShard) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(folder / shard.file, flags, 0o644)
+        descriptor = os.open(folder / shard.file, flags, MODE)
         self._descriptors[shard.file] = descriptor
         os.pwrite(descriptor, shard.header, 0)
         os.ftruncate(descriptor, shard.size)
