@@ -20,7 +20,7 @@ from gemma_convert.stores.staging import StagedFolder
 def state(folder: Path) -> dict[str, bytes | str]:
     """Everything below a folder, by content."""
     return {
-        str(p.relative_to(folder)): os.readlink(p)
+        str(p.relative_to(folder)): str(p.readlink())
         if p.is_symlink()
         else p.read_bytes()
         if p.is_file()
@@ -107,12 +107,11 @@ def test_whatever_was_added_to_a_target_is_there_afterwards(
     name = st.sampled_from(["thesis.tex", ".git", "100", "model.bin", "0", "hf", "ocdbt", ".x"])
     kinds = st.sampled_from(["file", "folder", "empty", "link"])
     places = data.draw(st.lists(st.tuples(inside, name), min_size=1, max_size=3))
-    assume(any([add(old.joinpath(*place), data.draw(kinds)) for place in places]))
+    added = [add(old.joinpath(*place), data.draw(kinds)) for place in places]
+    assume(any(added))
     add(outer / ".out.partial", data.draw(kinds))
     before = state(outer)
-    options = data.draw(
-        st.fixed_dictionaries({"overwrite": st.booleans(), "resume": st.booleans()})
-    )
+    options = {name: data.draw(st.booleans()) for name in ("overwrite", "resume")}
     command = data.draw(st.sampled_from(["to_hf", "to_native", "relayout"]))
     try:
         if command == "to_hf":
