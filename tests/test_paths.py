@@ -116,7 +116,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, shallow, converted) -> tuple
     return tmp_path_factory.mktemp("spelled") / "w", converted(source, "maxtext", ocdbt=False)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(name=NAMES, spelling=SPELLINGS)
 def test_a_path_may_be_spelled_in_any_way(
     small: tuple[Path, Path], name: str, spelling: str
