@@ -102,7 +102,21 @@ SPELLINGS = st.sampled_from(
 )
 NAMES = st.one_of(
     st.sampled_from(
-        ["-O", "--json", "a b", "a\nb", "\x1b[31m", "~", "$HOME", "'\"", "a:b", "s3:", "%41"]
+        [
+            "-O",
+            "--json",
+            "a b",
+            "a\nb",
+            "\x1b[31m",
+            "~",
+            "$HOME",
+            "'\"",
+            "a:b",
+            "a\\b",
+            "\\",
+            "s3:",
+            "%41",
+        ]
     ),
     st.text(min_size=1, max_size=12),
     st.binary(min_size=1, max_size=12).map(os.fsdecode),
