@@ -246,6 +246,13 @@ def test_the_dtype_is_that_of_the_weights(tiny):
         assert one.native is None or one.native.dtype == "float32"
 
 
+def test_a_folder_reached_through_its_parent_says_itself_which_tensors_it_has(tiny):
+    folder = tiny("e2b", layers=10, kv_shared="omit")
+    below = folder / ".." / folder.name
+    assert listed("maxtext", str(below)) == listed("maxtext", str(folder))
+    assert listed("maxtext", str(below)) != listed("maxtext", str(folder / "config.json"))
+
+
 def test_a_table_as_it_stands():
     for layout in ("maxtext", "gemma-jax", "fast-llm"):
         table = load_table(layout)

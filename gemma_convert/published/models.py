@@ -15,6 +15,7 @@ from gemma_convert.locations import local
 from gemma_convert.mapping.inventory import huggingface_tensors
 from gemma_convert.published import FOLDER, published_names
 from gemma_convert.stores.json_file import read_object
+from gemma_convert.stores.library_path import without_parents
 from gemma_convert.stores.safetensors import INDEX, SINGLE, SafetensorsFolder
 
 USUAL_DTYPE = "bfloat16"
@@ -48,7 +49,9 @@ def named_model(name: str) -> tuple[Architecture, dict[str, TensorSpec]]:
             )
         config = load_config(path)
         architecture = parse_architecture(config.values, config.where)
-        if path == Path(name) and any((path / file).is_file() for file in (SINGLE, INDEX)):
+        if path == without_parents(Path(name)) and any(
+            (path / file).is_file() for file in (SINGLE, INDEX)
+        ):
             with SafetensorsFolder(path) as reader:
                 return architecture, dict(reader.specs)
     return architecture, usual_tensors(architecture)
