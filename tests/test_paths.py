@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+import tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -173,6 +174,25 @@ def test_names_that_are_no_text(tmp_path: Path, shallow) -> None:
             assert (folder / "back" / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize("layout", ["zarr", "ocdbt", "gemma-jax", "fast-llm"])
+def test_a_path_may_begin_with_two_slashes(layout: str, beside: Path) -> None:
+    run("to-native", f"/{beside}/t", f"/{beside}/O", *LAYOUTS[layout], "--verify")
+    run("verify", f"/{beside}/O", "--against", f"/{beside}/a/../t")
+    run("to-hf", f"/{beside}/O", f"/{beside}/back")
+    assert (beside / "back/config.json").read_bytes() == (beside / "t/config.json").read_bytes()
+    run("to-native", f"/{beside}/back", beside / "back/O", *LAYOUTS[layout], code=4)
+
+
+def test_the_folder_for_temporary_files_may_be_no_text(
+    tmp_path: Path, shallow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, temporary = (tmp_path / os.fsdecode(name) for name in (b"O\xff", b"tmp\xff"))
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    run("to-native", shallow("31b"), out, "--format", "maxtext", "--verify")
+    assert "verified" in run("verify", out, "--against", shallow("31b"))
+
+
 def shell(line: str) -> subprocess.CompletedProcess[bytes]:
     command = f"{sys.executable} -m gemma_convert"
     return subprocess.run(
@@ -197,6 +217,21 @@ def test_output_without_room_ends_with_74(command: str) -> None:
 def test_a_reader_that_leaves_is_no_failure(command: str) -> None:
     done = shell(command)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_output_waits_for_a_reader_of_a_pipe_that_does_not_block() -> None:
+    command = [sys.executable, "-m", "gemma_convert", "mappings", "--format", "maxtext"]
+    command += ["--model", "31b"]
+    whole = subprocess.run(command, capture_output=True, check=True).stdout
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with subprocess.Popen(command, stdout=writer, stderr=subprocess.PIPE) as started:
+        os.close(writer)
+        with pytest.raises(subprocess.TimeoutExpired):  # it waits, the pipe being full
+            started.wait(2)
+        with os.fdopen(reader, "rb") as file:
+            assert file.read() == whole
+        assert (started.wait(), started.communicate()[1]) == (0, b"")
 
 
 @pytest.mark.parametrize(

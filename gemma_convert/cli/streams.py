@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,12 +37,20 @@ class _Descriptor(io.RawIOBase):
     def write(self, data: object) -> int:
         view = memoryview(data).cast("B")  # type: ignore[arg-type]
         try:
-            return os.write(self._descriptor, view)
+            return self._write(view)
         except BrokenPipeError:
             return len(view)
         except OSError as error:
             self.failure = self.failure or error
             return len(view)
+
+    def _write(self, view: memoryview) -> int:
+        """How many bytes were taken; a pipe that somebody has made non-blocking is waited for."""
+        while True:
+            try:
+                return os.write(self._descriptor, view)
+            except BlockingIOError:
+                select.select([], [self._descriptor], [])
 
 
 @contextmanager

@@ -25,18 +25,23 @@ def without_parents(path: Path) -> Path:
 def library_path(folder: Path) -> Path:
     """A path of a folder or file, which exists, that the libraries take.
 
-    They know nothing but UTF-8, and tensorstore refuses a backslash; what could mean something else
-    to one of them goes by a link.
+    They know nothing but UTF-8, and tensorstore refuses a backslash, and two slashes that a path
+    begins with; what could mean something else to one of them goes by a link.
     """
     folder = without_parents(folder.absolute())
-    text = str(folder)
-    return folder if text.isprintable() and "\\" not in text else _link(folder)
+    folder = Path("/", *folder.parts[1:])
+    return folder if _taken(folder) else _link(folder)
+
+
+def _taken(path: Path) -> bool:
+    return str(path).isprintable() and "\\" not in str(path)
 
 
 @cache
 def _link(folder: Path) -> Path:
     """A link to a folder or file in a temporary folder of this process."""
-    links = tempfile.mkdtemp(prefix="gemma-convert-")
+    usual = Path(tempfile.gettempdir())
+    links = tempfile.mkdtemp(prefix="gemma-convert-", dir=usual if _taken(usual) else "/tmp")
     atexit.register(shutil.rmtree, links, ignore_errors=True)
     link = Path(links, "checkpoint")
     link.symlink_to(folder)
