@@ -80,7 +80,8 @@ def plan_export(
     if whole:
         shards = tuple(OutputShard(s.file, s.header, s.tensors) for s in original.shards)
     else:
-        renamed = {} if text_only else original.naming.stored
+        cut = text_only and not plan.architecture.text_only
+        renamed = {} if cut else original.naming.stored
         shards = tuple(_new_shards(original, names, specs, max_shard_size, renamed))
         if len(shards) > 1:
             edited = {INDEX: _index(original, shards, renamed)}

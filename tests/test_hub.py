@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hub_server import COMMITS, GATED, REPOSITORY, serving
 from object_stores import sums
+from test_naming import rename
 
 from gemma_convert.hub import Repository, repository
 
@@ -50,7 +51,10 @@ class Done:
 
 @pytest.fixture(scope="module")
 def revisions(tiny, tmp_path_factory):
-    """main: a tiny checkpoint in shards among files that nobody needs; v2: another."""
+    """main: a tiny checkpoint in shards among files that nobody needs.
+
+    v2: another, under names that programs gave.
+    """
     root = tmp_path_factory.mktemp("repository")
     main = shutil.copytree(tiny("31b", layers=6, text_only=True, shards=2), root / "main")
     for name in NOT_NEEDED:
@@ -59,7 +63,8 @@ def revisions(tiny, tmp_path_factory):
     (main / "README.md").write_text("# tiny\n")
     (main / "assets").mkdir()
     (main / "assets" / "note.txt").write_text("deeper down\n")
-    v2 = shutil.copytree(tiny("31b", layers=6, text_only=True, seed=7), root / "v2")
+    other = tiny("31b", layers=6, text_only=True, seed=7)
+    v2 = rename(other, root / "v2", "module._orig_mod.{}".format)
     return {"main": main, "v2": v2}
 
 
@@ -199,7 +204,8 @@ def test_inspect_and_a_dry_run_read_headers_alone(hub, run, revisions, tmp_path)
     measured = {key: report[key] for key in ("seconds", "peak_memory_bytes")}
     assert {*expected["not_carried"]} == {*NOT_NEEDED}
     assert report == expected | measured | {"source": REPOSITORY, "not_carried": []}
-    assert json.loads(again.out)["path"] == f"{REPOSITORY}@v2"
+    report = json.loads(again.out)
+    assert (report["path"], report["complete"]) == (f"{REPOSITORY}@v2", True)
     once = header_spans(main, *SHARDS)
     assert hub.spans() == sorted([*once, *once, *header_spans(v2, "model.safetensors")])
     assert not {*NOT_NEEDED} & {*hub.files("GET")}

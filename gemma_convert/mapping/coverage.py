@@ -24,7 +24,8 @@ def check_source(
     refuse_foreign_tensors(source, where)
     missing = [name for name, tensor in expected.items() if tensor.required and name not in source]
     unexpected = [name for name in source if name not in expected]
-    named = difference(unexpected, expected, len(source)) if missing and unexpected else None
+    absent = [name for name in expected if name not in source]
+    named = difference(unexpected, absent, len(source)) if missing and unexpected else None
     if named is not None:
         raise SourceError(
             "The tensors of the checkpoint have other names than a Gemma 4 checkpoint's.",

@@ -2,21 +2,26 @@
 
 torch.compile puts `_orig_mod.` into names, DataParallel and its kind `module.` before them, PEFT
 `base_model.model.`; `Gemma4Model.save_pretrained` leaves `model.` out, and older checkpoints have
-`language_model.model.` where newer ones have `model.language_model.`. The values are the same, so
-they are read under the names of google/gemma-4-*, and written under their own.
+`language_model.model.` where newer ones have `model.language_model.`; the modules of 12B in
+transformers have other names than its files (`gemma4_unified` in `conversion_mapping.py`, 5.23).
+The values are the same, so they are read under the names of google/gemma-4-*, and written under
+their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gemma_convert.errors import SourceError
 from gemma_convert.stores.safetensors_header import StoredTensor
 
-WRAPPERS = ("module.", "base_model.model.")
-_COMPILED = "_orig_mod."
+_WRAPPER = re.compile(r"_orig_mod\.|module\.|base_model\.model\.")
+_WRAPPERS = re.compile(f"(?:{_WRAPPER.pattern})*")
+_INSIDE = re.compile(r"(?<=\.)(?:_orig_mod\.)+")
 _BASE, _HEAD = "model.", "lm_head."
 _IN_BASE = {
     *("language_model", "vision_tower", "audio_tower", "embed_vision", "embed_audio"),
@@ -26,6 +31,10 @@ _IN_BASE = {
 """What the base models of transformers consist of, the whole one and the text model alone."""
 
 _OLD_TEXT, _OLD_HEAD = "language_model.model.", "language_model.lm_head."
+_NEW_TEXT = "model.language_model."
+
+_EMBEDDER, _PROJECTION = "model.vision_embedder.", "embed_vision.multimodal_embedder."
+_EMBEDDER_MODULES = re.compile(r"^model\.embed_vision\.(?=patch_|pos_)")
 
 
 @dataclass(frozen=True)
@@ -49,19 +58,14 @@ class Naming:
 def find_naming(names: Iterable[str], where: Path) -> Naming:
     """How all of `names` are to be read; raises SourceError where two of them become one."""
     listed = list(names)
-    read, wrappers = list(listed), []
-    if any(_COMPILED in name for name in read):
-        read = [name.replace(_COMPILED, "") for name in read]
-        wrappers.append(_COMPILED)
-    while wrapper := next((w for w in WRAPPERS if read and _all_begin(read, w)), None):
-        read = [name.removeprefix(wrapper) for name in read]
-        wrappers.append(wrapper)
-    if any(name.startswith(_OLD_TEXT) for name in read):
-        read = [_newer(name) for name in read]
-        wrappers.append(_OLD_TEXT)
-    elif read and all(name.partition(".")[0] in _IN_BASE for name in read):
-        read = [_BASE + name for name in read]
-        wrappers.append(f"without {_BASE}")
+    head = _shared_head(listed)
+    wrappers = _WRAPPER.findall(head)
+    read = [name.removeprefix(head) for name in listed]
+    for words, reading in _READINGS.items():
+        names_read = reading(read)
+        if names_read != read:
+            read = names_read
+            wrappers.append(words)
     stored: dict[str, str] = {}
     for name, file_name in zip(read, listed, strict=True):
         if name in stored:
@@ -81,13 +85,59 @@ def renamed(tensors: Iterable[StoredTensor], naming: Naming) -> tuple[StoredTens
     return tuple(replace(tensor, name=names[tensor.name]) for tensor in tensors)
 
 
-def _all_begin(names: list[str], prefix: str) -> bool:
-    return all(name.startswith(prefix) for name in names)
+def _shared_head(names: list[str]) -> str:
+    """The wrappers that stand before every one of `names`: those that the extremes share."""
+    heads = [match[0] for name in names if (match := _WRAPPERS.match(name))]
+    first, last = (_WRAPPER.findall(pick(heads, default="")) for pick in (min, max))
+    both = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    return "".join(wrapper for wrapper, _ in both)
 
 
-def _newer(name: str) -> str:
+def _without_inner(names: list[str]) -> list[str]:
+    return [_INSIDE.sub("", name) for name in names]
+
+
+def _of_whole_model(names: list[str]) -> list[str]:
+    if all(name.partition(".")[0] in _IN_BASE for name in names) and not _are_older(names):
+        return [_BASE + name for name in names]
+    return names
+
+
+def _newer(names: list[str]) -> list[str]:
+    return [_newer_name(name) for name in names] if _are_older(names) else names
+
+
+def _are_older(names: list[str]) -> bool:
+    """Whether the text model is named in the older way, and none of it in the newer one."""
+    return any(name.startswith(_OLD_TEXT) for name in names) and not any(
+        name.startswith(_NEW_TEXT) for name in names
+    )
+
+
+def _newer_name(name: str) -> str:
     if name.startswith(_OLD_TEXT):
-        return f"{_BASE}language_model.{name.removeprefix(_OLD_TEXT)}"
+        return _NEW_TEXT + name.removeprefix(_OLD_TEXT)
     if name.startswith(_OLD_HEAD):
         return _HEAD + name.removeprefix(_OLD_HEAD)
     return name if name.startswith((_BASE, _HEAD)) else _BASE + name
+
+
+def _of_files(names: list[str]) -> list[str]:
+    """12B's names in the published files, for those that its modules have in transformers."""
+    if any(name.startswith(_EMBEDDER) for name in names):
+        return names
+    return [
+        name.replace(_PROJECTION, "embed_vision.", 1)
+        if name.startswith(_BASE + _PROJECTION)
+        else _EMBEDDER_MODULES.sub(_EMBEDDER, name)
+        for name in names
+    ]
+
+
+_READINGS: dict[str, Callable[[list[str]], list[str]]] = {
+    "inner _orig_mod.": _without_inner,
+    f"without {_BASE}": _of_whole_model,
+    _OLD_TEXT: _newer,
+    _PROJECTION: _of_files,
+}
+"""Word for the manifest → names read so, which are the same where it does not apply."""
