@@ -328,3 +328,18 @@ def test_names_of_any_length_are_looked_at_in_no_time():
     for name in ("module." * 300_000, "_orig_mod." * 300_000, "a._orig_mod." * 300_000):
         assert list(find_naming([name], HERE).stored.values()) == [name]
     assert difference(["a." * 1_000_000 + "x"], ["model.x"], 1) is None
+
+
+def test_mlx_is_not_taken_for_an_older_checkpoint(shallow, tmp_path):
+    """Its names are the same, and what it lays out otherwise may have the same shape."""
+    source = rename(shallow("31b"), tmp_path / "t", NAMINGS["older"])
+    path = source / "model.safetensors"
+    data = path.read_bytes()
+    assert data.count(b'"format": "pt"') == 1
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].replace(b'"format": "pt"', b'"format":"mlx"')
+    path.write_bytes(data[:8] + header + data[8 + length :])
+    with pytest.raises(SourceError, match="an export of MLX"):
+        to_native(source, tmp_path / "n", layout="maxtext")
+    with pytest.raises(SourceError, match="an export of MLX"):
+        inspect(source)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from gemma_convert.dtypes import TensorSpec, numpy_dtype
 from gemma_convert.errors import SourceError, short
-from gemma_convert.stores.json_file import read_object
+from gemma_convert.stores.json_file import parse_json, read_object
 from gemma_convert.stores.naming import Naming, find_naming, renamed
 from gemma_convert.stores.remote import RemoteFile, remote_file
 from gemma_convert.stores.safetensors_header import StoredTensor, parse_header, read_header
@@ -78,6 +78,8 @@ class SafetensorsFolder:
             shards = tuple(self._open(file) for file in files)
             found = _collect(shards, weight_map, folder)
             self.naming = find_naming(found, folder) if whole else Naming({}, ())
+            if not self.naming.plain:
+                _refuse_mlx(shards, folder)
             self.shards = named_shards(shards, self.naming)
             self.tensors = {tensor.name: tensor for tensor in _all_tensors(self.shards)}
         except BaseException:
@@ -307,6 +309,23 @@ def _collect(
                 do="download the checkpoint again; index and shards do not belong together",
             )
     return tensors
+
+
+def _refuse_mlx(shards: Sequence[Shard], folder: Path) -> None:
+    """Raises SourceError for MLX's files, whose names are like those of older checkpoints.
+
+    MLX lays out some tensors in its own way, in shapes that may be the same; its files say
+    `"format": "mlx"` in their metadata.
+    """
+    for shard in shards:
+        metadata = parse_json(shard.header[8:]).get("__metadata__") or {}
+        if metadata.get("format") == "mlx":
+            raise SourceError(
+                "This is an export of MLX, which names and lays out tensors in its own way.",
+                where=folder / shard.file,
+                found='"format": "mlx" in the metadata',
+                do="convert the original checkpoint",
+            )
 
 
 def _all_tensors(shards: tuple[Shard, ...]) -> Iterator[StoredTensor]:
