@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from gemma_convert.architecture import Architecture, AudioArchitecture
 from gemma_convert.config import MAX_CONFIG_BYTES
-from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.errors import SourceError, UsageError, short
 from gemma_convert.logits.libraries import told_by_library
 from gemma_convert.logits.soft import Medium, SoftPrompts, SoftSequence, load_processor, no_tower
 from gemma_convert.stores.json_file import read_object
@@ -105,20 +105,26 @@ def _config(path: Path, key: str) -> int | None:
     except FileNotFoundError:
         return None
     if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-        raise SourceError(f"{key} is no whole number.", where=path, found=value)
+        raise SourceError(f"{key} is no whole number.", where=path, found=short(value))
     return value
 
 
 def _check_fits(extractor: Any, audio: AudioArchitecture, hf: Path) -> None:
-    bands = extractor.feature_size
-    if _halved(_halved(bands)) != audio.frequencies:
-        raise SourceError(
-            "The audio feature extractor does not fit the audio tower.",
-            where=hf,
-            expected=f"feature_size {4 * audio.frequencies}",
-            found=bands,
-            do="use the feature extractor that belongs to this checkpoint",
-        )
+    bands, rate = extractor.feature_size, extractor.sampling_rate
+    if not isinstance(rate, int) or rate < 1:
+        raise _unfit(hf, "a whole number as sampling_rate", rate)
+    if not isinstance(bands, int) or _halved(_halved(bands)) != audio.frequencies:
+        raise _unfit(hf, f"feature_size {4 * audio.frequencies}", bands)
+
+
+def _unfit(hf: Path, expected: str, found: object) -> SourceError:
+    return SourceError(
+        "The audio feature extractor does not fit the audio tower.",
+        where=hf,
+        expected=expected,
+        found=short(found),
+        do="use the feature extractor that belongs to this checkpoint",
+    )
 
 
 def _features(extractor: Any, path: Path, hf: Path) -> npt.NDArray[np.float32]:
