@@ -5,7 +5,6 @@ That is proved as `verify` proves it, by reading both sides, and not taken from 
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from gemma_convert.conversion import Conversion
@@ -13,7 +12,6 @@ from gemma_convert.errors import GemmaConvertError
 from gemma_convert.layouts.registry import is_native, open_native
 from gemma_convert.shards import Export
 from gemma_convert.stores import sidecar
-from gemma_convert.stores.json_file import read_regular
 from gemma_convert.stores.original import Original
 from gemma_convert.verification import verify
 
@@ -24,7 +22,7 @@ def conversion_stands(job: Conversion) -> bool:
         return False
     try:
         return _same_native(job)
-    except GemmaConvertError:
+    except (GemmaConvertError, OSError):
         return False
 
 
@@ -34,8 +32,8 @@ def export_stands(target: Path, native: Path, original: Original, export: Export
         return False
     try:
         files = all(
-            read_regular(target / file, "A file", 1 << 30)
-            == read_regular(original.folder / file, "A file", 1 << 30)
+            (target / file).is_file()
+            and sidecar.sha256(target / file) == sidecar.sha256(original.folder / file)
             for file in export.files
         )
         edited = all(
@@ -70,6 +68,7 @@ def _same_native(job: Conversion) -> bool:
         "scanned": plan.scanned,
         "dtype": plan.policy.dtype,
         "scaled_dtype": plan.policy.scaled,
+        "compression": job.form.compression,
     }
     if any(manifest.get(key) != value for key, value in facts.items()):
         return False
@@ -78,9 +77,7 @@ def _same_native(job: Conversion) -> bool:
         ocdbt = any(job.target.rglob("manifest.ocdbt")) if job.layout.streams else job.form.ocdbt
         if dict(native.specs) != wanted or ocdbt != job.form.ocdbt:
             return False
-    listed = {
-        str(file): hashlib.sha256((job.root / file).read_bytes()).hexdigest() for file in job.files
-    }
+    listed = {str(file): sidecar.sha256(job.root / file) for file in job.files}
     if manifest.get("files_sha256") != listed:
         return False
     if not is_native(job.source):

@@ -189,6 +189,7 @@ class Conversion:
             "family": plan.architecture.family,
             "dtype": plan.policy.dtype,
             "scaled_dtype": plan.policy.scaled,
+            "compression": self.form.compression,
             "names": list(self.naming.wrappers),
             "mapping_sha256": _mapping_digests(plan.layout),
             "lossy_rows": [

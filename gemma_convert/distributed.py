@@ -92,7 +92,7 @@ class _Group:
             word = self.hear(f"ready/{other}")
             if word != _GO:
                 code, _, message = word.partition(" ")
-                failure = GemmaConvertError(f"Process {other} failed. {message}")
+                failure = GemmaConvertError(f"Process {other} failed.", found=message)
                 failure.exit_code = int(code)
                 raise failure
 

@@ -14,6 +14,7 @@ from gemma_convert.stores import sidecar
 from gemma_convert.stores.accounted import Strangers
 from gemma_convert.stores.journal import matches, remove_journals
 from gemma_convert.stores.orbax import sync_folder
+from gemma_convert.stores.receipt import leave_receipt
 from gemma_convert.stores.remote import Mirror
 from gemma_convert.stores.remote_target import staged_objects, target_mirror, upload, upload_bytes
 from gemma_convert.stores.staging import StagedFolder, staged_folder
@@ -34,12 +35,14 @@ def publish(
     resume: bool,
     progress: ProgressFactory | None,
     strangers: Strangers,
+    receipt: bool = False,
     processes: Processes | None = None,
 ) -> T:
     """What `write(folder, progress)` returns, when that folder stands under the name `target`.
 
     With `resume` the folder is what an interrupted run with the same `key` left. Of several
-    `processes` the one that leads makes and publishes the folder. Raises TargetError where it
+    `processes` the one that leads makes and publishes the folder. With `receipt` the folder itself
+    says what was written into it (`stores.receipt`). Raises TargetError where it
     cannot be written, or holds what `strangers` tells; then nothing is left behind.
     """
     mirror = target_mirror(target)
@@ -62,6 +65,8 @@ def publish(
             result = write(staged.folder, Watched(bar, processes))
             sync_folder(staged.folder)
         remove_journals(staged.folder, processes.count)
+        if receipt:
+            leave_receipt(staged.folder)
         staged.publish()
     processes.wait("published")
     return result

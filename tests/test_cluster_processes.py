@@ -102,7 +102,7 @@ def test_a_failure_is_told_to_the_others(two, monkeypatch, failed):
     assert caught.value.what == "Another process of this conversion failed."
     assert caught.value.where == f"process {failed}"
     assert caught.value.found == (
-        "SourceError: The source cannot be read.\n  found: Input/output error"
+        "SourceError: The source cannot be read.\n      found: Input/output error"
     )
     assert caught.value.exit_code == 4
     with pytest.raises(TargetError, match=f"process {failed}"):

@@ -370,7 +370,7 @@ def test_overwrite_replaces_a_checkpoint_and_nothing_else(shallow, tmp_path):
     papers = tmp_path / "papers"
     papers.mkdir()
     (papers / "thesis.txt").write_text("years of work")
-    with pytest.raises(TargetError, match="not a checkpoint"):
+    with pytest.raises(TargetError, match="not a native checkpoint"):
         to_native(shallow("31b"), papers, overwrite=True)
     assert (papers / "thesis.txt").exists()
 

@@ -245,7 +245,7 @@ def test_a_failure_before_the_first_step_is_reported_by_process_0(group, capsys)
     with pytest.raises(distributed.GemmaConvertError) as failed, together:
         next(in_step("ab"))
     assert failed.value.exit_code == 2 and said(store, "step/0") == "2"
-    assert failed.value.message == "Process 1 failed. two words\n  found: x"
+    assert failed.value.message == "Process 1 failed.\n  found: two words\n      found: x"
 
 
 def test_a_failure_in_a_step_ends_a_follower_at_once(group, capsys):

@@ -1081,7 +1081,7 @@ def test_target_that_exists_is_replaced_on_request_alone(shallow, native, tmp_pa
     papers = tmp_path / "papers"
     papers.mkdir()
     (papers / "thesis.txt").write_text("years of work")
-    refused(tmp_path, TargetError, "not a checkpoint", native, papers, overwrite=True)
+    refused(tmp_path, TargetError, "not a Hugging Face checkpoint", native, papers, overwrite=True)
     assert (papers / "thesis.txt").exists()
 
 

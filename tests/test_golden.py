@@ -95,12 +95,21 @@ def test_other_file_names_are_refused(saved, copy):
         load_golden(saved).check_belongs(copy)
 
 
-def test_an_existing_file_is_kept_unless_told_otherwise(hf, tmp_path):
+def test_an_existing_file_is_kept_unless_told_otherwise(hf, saved, tmp_path):
     path = tmp_path / "golden.safetensors"
-    path.write_bytes(b"mine")
-    with pytest.raises(TargetError, match="exists already"):
-        save_golden(hf, path, tokens=3)
-    assert path.read_bytes() == b"mine"
+    for mine in (b"mine", (hf / "model.safetensors").read_bytes(), b"", saved.read_bytes()):
+        path.write_bytes(mine)
+        with pytest.raises(TargetError, match="exists already"):
+            save_golden(hf, path, tokens=3)
+        assert path.read_bytes() == mine
+        if mine and mine != saved.read_bytes():
+            with pytest.raises(TargetError, match="no golden file"):
+                save_golden(hf, path, tokens=3, overwrite=True)
+            assert path.read_bytes() == mine
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(TargetError, match="no golden file"):
+        save_golden(hf, tmp_path / "link", tokens=3, overwrite=True)
+    (tmp_path / "link").unlink()
     golden = save_golden(hf, path, tokens=3, overwrite=True)
     assert len(golden.sequences[0].ids) == 3
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]

@@ -499,10 +499,15 @@ def test_files_are_checked_before_and_appear_at_once(tmp_path, monkeypatch):
     assert caught.value.do == "add --overwrite"
     with pytest.raises(TargetError, match="exists already"):
         write_report_file(path, "new", overwrite=False)
-    (tmp_path / "same").hardlink_to(path)
-    write_report_file(path, "new", overwrite=True)
-    assert path.read_text() == "new" and (tmp_path / "same").read_bytes() == "é\n".encode()
-    (tmp_path / "same").unlink()
+    with pytest.raises(TargetError, match="no report"):
+        write_report_file(path, "new", overwrite=True)
+    for make in (html_report, junit):
+        report = make(sample_reports.report(), WHEN)
+        path.write_text(report)
+        (tmp_path / "same").hardlink_to(path)
+        write_report_file(path, "new", overwrite=True)
+        assert path.read_text() == "new" and (tmp_path / "same").read_text() == report
+        (tmp_path / "same").unlink()
     assert list(tmp_path.iterdir()) == [path]
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(path)
@@ -518,11 +523,12 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     path = tmp_path / "report.html"
-    path.write_text("old")
+    old = junit(sample_reports.report(), WHEN)
+    path.write_text(old)
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(TargetError, match="No space left"):
         write_report_file(path, "new", overwrite=True)
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    assert path.read_text() == old and list(tmp_path.iterdir()) == [path]
     monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: full(0))
     with pytest.raises(TargetError, match="cannot be written"):
         check_report_file(tmp_path / "other.html", overwrite=False)

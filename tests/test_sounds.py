@@ -462,8 +462,8 @@ def test_broken_json_is_a_message(folders, tmp_path, clips):
         {
             '{"audio_seq_length": "long"}': "audio_seq_length is no whole number",
             '{"audio_seq_length": true}': "audio_seq_length is no whole number",
-            "[]": "transformers cannot load|no JSON object",
-            "{": "transformers cannot load|no JSON object",
+            "[]": "not a JSON object",
+            "{": "not valid JSON|transformers cannot load",
         }.items()
     ):
         (tmp_path / str(number)).mkdir()

@@ -35,7 +35,7 @@ Overwrite = Annotated[
     bool,
     typer.Option(
         "--overwrite",
-        help="Replace what is there, once the new one is complete.",
+        help="Replace what an earlier run wrote there, once the new one is complete.",
         rich_help_panel=RUNNING,
     ),
 ]

@@ -36,6 +36,7 @@ FORMAT = "gemma-convert/golden/1"
 SLICE_BYTES = 64 << 20
 
 _KEY = "gemma-convert"
+_FORMATS = "gemma-convert/golden/"
 _SAMPLES = 64
 _SAMPLE_BYTES = 64 << 10
 _MAX_HEADER = 100 << 20
@@ -221,10 +222,31 @@ def _shape(file: Any, name: str, dtype: str) -> list[int]:
 
 
 def _check_target(path: Path, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
-        raise TargetError("The golden file exists already.", where=path, do="add --overwrite")
+    if os.path.lexists(path):
+        if not overwrite:
+            raise TargetError("The golden file exists already.", where=path, do="add --overwrite")
+        if path.is_symlink() or not path.is_file() or not _is_golden(path):
+            raise TargetError(
+                "What stands there is no golden file, so it is not replaced.",
+                where=path,
+                do="choose another name, or remove it yourself",
+            )
     if not path.parent.is_dir():
         raise TargetError("The folder of the golden file does not exist.", where=path.parent)
+
+
+def _is_golden(path: Path) -> bool:
+    """Whether a file is empty, or one of golden logits of whatever version."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.stat().st_size:
+        return True
+    try:
+        with safe_open(library_path(path), framework="numpy") as file:
+            facts = parse_json((file.metadata() or {}).get(_KEY, "null").encode())
+    except (OSError, SafetensorError, *_MALFORMED):
+        return False
+    return isinstance(facts, dict) and str(facts.get("format")).startswith(_FORMATS)
 
 
 def _write(

@@ -20,6 +20,9 @@ from gemma_convert.logits.tokens import CheckedSequence
 from gemma_convert.logits.visible import visible
 from gemma_convert.output import printable
 
+BEGINNING = '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+"""How every report begins."""
+
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
 """The page is full of a model's text: whatever stands in it, the browser runs and loads nothing."""
 
@@ -42,8 +45,7 @@ def html_report(report: LogitReport, written: datetime) -> str:
     )
     style = files("gemma_convert.logits").joinpath("html_report.css").read_text(encoding="utf-8")
     return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f'{BEGINNING}<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
         f"<title>{escape(report.verdict)}: {_plain(report.layout)}, logit-check</title>"

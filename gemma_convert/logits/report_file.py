@@ -12,6 +12,8 @@ from gemma_convert.errors import TargetError, UsageError
 from gemma_convert.logits.report import LogitReport
 from gemma_convert.stores.new_file import new_sibling
 
+_BEGINNING_BYTES = 16 << 10
+
 
 @dataclass(frozen=True)
 class ReportFiles:
@@ -51,6 +53,12 @@ def check_report_file(path: Path, *, overwrite: bool) -> None:
             raise TargetError("The report exists already.", where=path, do="add --overwrite")
         if path.is_symlink() or not path.is_file():
             raise TargetError("What stands there is no file, so it is not replaced.", where=path)
+        if not _is_report(path):
+            raise TargetError(
+                "What stands there is no report of logit-check, so it is not replaced.",
+                where=path,
+                do="choose another name, or remove it yourself",
+            )
     if not path.parent.is_dir():
         raise TargetError("The folder of the report does not exist.", where=path.parent)
     try:
@@ -58,6 +66,20 @@ def check_report_file(path: Path, *, overwrite: bool) -> None:
             pass
     except OSError as error:
         raise _cannot_write(path, error) from error
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file is empty, or begins as one of our reports does."""
+    from gemma_convert.logits.html_report import BEGINNING
+    from gemma_convert.logits.junit import SUITE
+
+    try:
+        with path.open("rb") as file:
+            found = file.read(_BEGINNING_BYTES).decode("utf-8", "replace")
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    page = found.startswith(BEGINNING) and ", logit-check</title>" in found
+    return not found or page or found.startswith(f'<testsuite name="{SUITE}"')
 
 
 def write_report_file(path: Path, text: str, *, overwrite: bool) -> None:

@@ -8,29 +8,28 @@ from __future__ import annotations
 from pathlib import Path
 
 from gemma_convert.architecture import Architecture
-from gemma_convert.errors import SourceError
+from gemma_convert.logits.reference import check_loaded
 from gemma_convert.mapping.inventory import hf_tensors
-from gemma_convert.stores.safetensors import SafetensorsFolder
+from gemma_convert.stores.safetensors import INDEX, SINGLE, SafetensorsFolder
 
 
 def check_sizes(hf: Path, architecture: Architecture) -> None:
-    """Nothing where the tensors in `hf` are those of the model. Raises SourceError else."""
+    """Nothing where the tensors in `hf` are those of the model, or where there are no weights yet.
+
+    Raises SourceError that names those that are missing or of another shape.
+    """
+    if not any((hf / name).exists() for name in (SINGLE, INDEX)):
+        return
     with SafetensorsFolder(hf) as reader:
-        specs = reader.specs
-    for tensor in hf_tensors(architecture):
-        spec = specs.get(tensor.name)
-        if spec is None and tensor.required:
-            raise SourceError(
-                "The checkpoint lacks a tensor that config.json asks for.",
-                where=hf,
-                expected=f"{tensor.name} {list(tensor.shape)}",
-                do="download the whole checkpoint, config.json included",
-            )
-        if spec is not None and spec.shape != tensor.shape:
-            raise SourceError(
-                "config.json does not have the sizes of the checkpoint's tensors.",
-                where=f"{hf}, tensor {tensor.name}",
-                expected=f"{list(tensor.shape)}, as config.json has it",
-                found=list(spec.shape),
-                do="use the config.json that belongs to these weights",
-            )
+        found = {name: spec.shape for name, spec in reader.specs.items()}
+    wanted = {tensor.name: tensor for tensor in hf_tensors(architecture)}
+    report = {
+        "missing_keys": [n for n, tensor in wanted.items() if tensor.required and n not in found],
+        "unexpected_keys": [],
+        "mismatched_keys": [
+            (name, shape, wanted[name].shape)
+            for name, shape in found.items()
+            if name in wanted and shape != wanted[name].shape
+        ],
+    }
+    check_loaded(report, architecture, hf)

@@ -23,13 +23,14 @@ def without_parents(path: Path) -> Path:
 
 
 def library_path(folder: Path) -> Path:
-    """A path of a folder or file, which exists, for libraries that know nothing but UTF-8."""
+    """A path of a folder or file, which exists, that the libraries take.
+
+    They know nothing but UTF-8, and tensorstore refuses a backslash; what could mean something else
+    to one of them goes by a link.
+    """
     folder = without_parents(folder.absolute())
-    try:
-        str(folder).encode()
-    except UnicodeEncodeError:
-        return _link(folder)
-    return folder
+    text = str(folder)
+    return folder if text.isprintable() and "\\" not in text else _link(folder)
 
 
 @cache

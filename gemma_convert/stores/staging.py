@@ -8,6 +8,7 @@ under the final name.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -89,7 +90,9 @@ class StagedFolder:
         trace: TracebackType | None,
     ) -> None:
         if not self._published and not (kind and issubclass(kind, KeyboardInterrupt)):
-            shutil.rmtree(self._root, ignore_errors=True)
+            with contextlib.suppress(OSError, TargetError):  # else the old one stays where it is
+                self._put_back()
+                shutil.rmtree(self._root, ignore_errors=True)
         self._unlock()
 
     def clear(self) -> None:
@@ -123,20 +126,49 @@ class StagedFolder:
 
     def _replace(self) -> None:
         if exchange(self.folder, self.target):
+            try:
+                self._check_old(self.folder)
+            except TargetError:
+                exchange(self.folder, self.target)
+                raise
             return
         old = self._root / _OLD
         self.target.rename(old)
         try:
+            self._check_old(old)
             self.folder.rename(self.target)
-        except OSError:
-            old.rename(self.target)
+        except (OSError, TargetError):
+            self._put_back()
             raise
 
+    def _check_old(self, old: Path) -> None:
+        """Raises TargetError for what came into the old one just before it lost its name."""
+        try:
+            check_target(old, overwrite=True, strangers=self.strangers)
+        except TargetError as error:
+            raise TargetError(
+                error.what, where=self.target, found=error.found, do=error.do
+            ) from None
+
     def _put_back(self) -> None:
-        """An earlier run was killed between two renames: what it replaced gets its name again."""
+        """Gives what was to be replaced its name again, after a run that ended between two renames.
+
+        Raises TargetError where something else has taken the name meanwhile.
+        """
         old = self._root / _OLD
-        if old.is_dir() and not os.path.lexists(self.target):
+        if not old.is_dir():
+            return
+        if not os.path.lexists(self.target):
             old.rename(self.target)
+        elif self.folder.is_dir():
+            raise TargetError(
+                "What was to be replaced cannot be put back: something else has its name.",
+                where=self.target,
+                found=f"the old checkpoint in {old}",
+                do="move one of them away",
+            )
+        else:
+            _remove(old)
 
     def _check_target(self) -> None:
         check_target(self.target, overwrite=self.overwrite, strangers=self.strangers)
@@ -223,7 +255,15 @@ def check_target(target: Path, *, overwrite: bool, strangers: Strangers = beside
         )
     if target.is_symlink() or not target.is_dir():
         raise TargetError("The target is not a folder, so it is not replaced.", where=target)
-    others = strangers(target) if any(target.iterdir()) else []
+    try:
+        others = strangers(target) if any(target.iterdir()) else []
+    except OSError as error:
+        raise TargetError(
+            "The target cannot be read, so it is not replaced.",
+            where=target,
+            found=error.strerror,
+            do="choose another target",
+        ) from None
     if others:
         raise TargetError(
             "The target holds what belongs to no checkpoint, so it is not replaced.",

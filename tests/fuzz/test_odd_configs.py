@@ -63,7 +63,7 @@ def bench(request, shallow, converted, tmp_path_factory) -> Bench:
 
 def test_every_key_with_odd_values(bench: Bench, request: pytest.FixtureRequest) -> None:
     every = [(path, value) for path in places(bench.config) for value in ODD]
-    step = 1 if request.config.getoption("--every") else 61
+    step = 1 if request.config.getoption("--every") else 181
     for path, value in every[::step]:
         bench.run(path, value)
 

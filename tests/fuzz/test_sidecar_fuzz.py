@@ -25,6 +25,7 @@ from gemma_convert.stores.journal import NAME, Journal
 from gemma_convert.stores.original import read_exceptions
 from gemma_convert.stores.safetensors_header import write_safetensors
 from gemma_convert.stores.staging import StagedFolder, staged_folder
+from gemma_convert.stores.unfinished import LOCK
 
 OWN = Path("hf", "gemma-convert")
 SPECS = {"a": TensorSpec("float32", (40,)), "b": TensorSpec("bfloat16", (3, 4))}
@@ -212,8 +213,10 @@ def test_a_planted_journal_is_not_written_through(tmp_path, kind):
 def test_links_in_an_unfinished_output_are_refused(tmp_path, kind, place):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "file").write_bytes(b"mine")
-    planted = staged_folder(tmp_path / "out") / place
+    folder = staged_folder(tmp_path / "out")
+    planted = folder / place
     planted.parent.mkdir(parents=True)
+    (folder.parent / LOCK).touch()
     if "link" in kind and kind != "dangling link":
         planted.symlink_to(tmp_path / "elsewhere" / ("file" if kind == "link" else ""))
     else:
