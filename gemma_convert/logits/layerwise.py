@@ -141,7 +141,8 @@ class LayerwiseReference:
         """
         import torch
 
-        padding = self._files.read(name, slice(table.padding_idx, table.padding_idx + 1))
+        row = table.padding_idx or 0  # without padding none is read
+        padding = self._files.read(name, slice(row, row + 1))
         between = torch.nn.Parameter(padding.to(self._device).expand(table.weight.shape), False)
         table.weight, table.padding_idx = between, None
 
