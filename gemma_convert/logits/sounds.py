@@ -110,21 +110,15 @@ def _config(path: Path, key: str) -> int | None:
 
 
 def _check_fits(extractor: Any, audio: AudioArchitecture, hf: Path) -> None:
-    bands, rate = extractor.feature_size, extractor.sampling_rate
-    if not isinstance(rate, int) or rate < 1:
-        raise _unfit(hf, "a whole number as sampling_rate", rate)
-    if not isinstance(bands, int) or _halved(_halved(bands)) != audio.frequencies:
-        raise _unfit(hf, f"feature_size {4 * audio.frequencies}", bands)
-
-
-def _unfit(hf: Path, expected: str, found: object) -> SourceError:
-    return SourceError(
-        "The audio feature extractor does not fit the audio tower.",
-        where=hf,
-        expected=expected,
-        found=short(found),
-        do="use the feature extractor that belongs to this checkpoint",
-    )
+    bands = extractor.feature_size
+    if _halved(_halved(bands)) != audio.frequencies:
+        raise SourceError(
+            "The audio feature extractor does not fit the audio tower.",
+            where=hf,
+            expected=f"feature_size {4 * audio.frequencies}",
+            found=bands,
+            do="use the feature extractor that belongs to this checkpoint",
+        )
 
 
 def _features(extractor: Any, path: Path, hf: Path) -> npt.NDArray[np.float32]:
