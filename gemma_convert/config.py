@@ -143,7 +143,7 @@ def _text(config: Section, unified: bool) -> TextArchitecture:
         kv_shared_layers=shared,
         bidirectional_images=_bidirectional(config, unified) == "vision",
         tied=config.boolean("tie_word_embeddings", True),
-        pad_token=config.integer("pad_token_id", 0, least=0),
+        pad_token=config.optional_integer("pad_token_id") or 0,
     )
 
 
@@ -157,7 +157,7 @@ def _refuse_unknown_arithmetic(config: Section, unified: bool) -> None:
     """Refuses what no published Gemma 4 has and what the native forward passes do not compute."""
     if config.boolean("attention_bias", False):
         raise config.error("attention_bias", "false: no layout has a place for biases", True)
-    activation = config.optional_text("hidden_activation") or "gelu_pytorch_tanh"
+    activation = config.values.get("hidden_activation", "gelu_pytorch_tanh")
     if activation != "gelu_pytorch_tanh":
         raise config.error("hidden_activation", "gelu_pytorch_tanh", activation)
     bidirectional = _bidirectional(config, unified)
@@ -172,8 +172,9 @@ def _refuse_unknown_arithmetic(config: Section, unified: bool) -> None:
 
 
 def _expert_mlp(config: Section) -> int:
-    old = config.optional_integer("expert_intermediate_size")
-    return config.integer("moe_intermediate_size", old)
+    keys = ("moe_intermediate_size", "expert_intermediate_size")
+    given = [key for key in keys if config.values.get(key) is not None]
+    return config.integer(given[0] if given else keys[0])
 
 
 def _rope(config: Section, kind: str, default: Rope) -> Rope:
@@ -181,7 +182,7 @@ def _rope(config: Section, kind: str, default: Rope) -> Rope:
     section = None if parameters is None else parameters.section(kind)
     if section is None:
         return default
-    rope_type = section.optional_text("rope_type") or "default"
+    rope_type = section.values.get("rope_type", "default")
     if rope_type not in ("default", "proportional"):
         raise section.error("rope_type", "default or proportional", rope_type)
     if section.number("factor", 1.0) != 1.0:

@@ -32,8 +32,8 @@ _AUDIO_ARITHMETIC = {
 
 def _refuse_other_arithmetic(config: Section, published: Mapping[str, object]) -> None:
     for key, value in published.items():
-        found = config.values.get(key)
-        if found is not None and found != value:
+        found = config.values.get(key, value)
+        if found != value and not (found is None and value is False):
             raise config.error(key, f"{value}, which the frameworks build in", found)
 
 

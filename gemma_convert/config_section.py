@@ -13,7 +13,10 @@ MAX_SIZE = 1 << 31
 
 
 class Section:
-    """One JSON object of config.json with typed access; errors name the file and the key."""
+    """One JSON object of config.json with typed access; errors name the file and the key.
+
+    A default stands for a key that is left out, and not for null, which transformers refuses too.
+    """
 
     def __init__(self, values: Mapping[str, Any], where: Path, prefix: str = "") -> None:
         self.values, self.where, self.prefix = values, where, prefix
@@ -27,9 +30,7 @@ class Section:
         return Section(value, self.where, f"{self.prefix}{key}.")
 
     def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
-        value = self.values.get(key)
-        if value is None:
-            value = default
+        value = self.values.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value < MAX_SIZE:
             raise self.error(key, f"a whole number from {least} to {MAX_SIZE - 1}", value)
         return value
@@ -44,17 +45,13 @@ class Section:
         return None if self.values.get(key) is None else self.integer(key, least=0)
 
     def number(self, key: str, default: float) -> float:
-        value = self.values.get(key)
-        if value is None:
-            value = default
+        value = self.values.get(key, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
             raise self.error(key, "a positive number", value)
         return float(value)
 
     def boolean(self, key: str, default: bool) -> bool:
-        value = self.values.get(key)
-        if value is None:
-            value = default
+        value = self.values.get(key, default)
         if not isinstance(value, bool):
             raise self.error(key, "true or false", value)
         return value
@@ -69,9 +66,10 @@ class Section:
         return next((self.text(key) for key in keys if self.values.get(key) is not None), None)
 
     def error(self, key: str, expected: str, found: object) -> SourceError:
+        nothing = "null" if key in self.values else "nothing"
         return SourceError(
             "config.json does not describe a model.",
             where=f"{self.where}, key {self.prefix}{key}",
             expected=expected,
-            found="nothing" if found is None else short(found),
+            found=nothing if found is None else short(found),
         )

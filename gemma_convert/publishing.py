@@ -116,9 +116,9 @@ def _told(target: Path, processes: Processes) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        processes.fail(error)
         if processes.index:
-            processes.check()
+            processes.check()  # the other's failure, if it came first, may be why this one fails
+        processes.fail(error)
         if not isinstance(error, OSError):
             raise
         raise TargetError(

@@ -9,7 +9,7 @@ from typing import Any
 
 from gemma_convert.config import MAX_CONFIG_BYTES
 from gemma_convert.config_section import MAX_LAYERS, MAX_SIZE
-from gemma_convert.errors import SourceError
+from gemma_convert.errors import SourceError, short
 from gemma_convert.stores.json_file import read_object
 from gemma_convert.stores.sidecar import FOLDER, sidecar_root
 
@@ -54,13 +54,21 @@ class ConfigFile:
             raise self.error(key, "a list", value)
         return value
 
+    def layers(self, key: str) -> list[int] | None:
+        """The numbers of layers that are listed at `key`, None where there is no list."""
+        found = self.items(key)
+        for one in found or ():
+            if not isinstance(one, int) or isinstance(one, bool) or one < 0:
+                raise self.error(key, "numbers of layers", one)
+        return found
+
     def error(self, key: str, expected: str, found: object) -> SourceError:
         """The message about one key."""
         return SourceError(
             "config.json does not describe a model.",
             where=f"{self.where}, key {self.prefix}{key}",
             expected=expected,
-            found="nothing" if found is None else str(found)[:200],
+            found="nothing" if found is None else short(found),
         )
 
 

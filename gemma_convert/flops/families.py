@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_convert.config import MODEL_TYPES
-from gemma_convert.errors import SourceError
+from gemma_convert.errors import SourceError, short
 from gemma_convert.flops.attention import Kind, Reach
 from gemma_convert.flops.config_file import ConfigFile
 from gemma_convert.flops.model import (
@@ -121,6 +121,9 @@ def _kinds(sizes: _Sizes, attention: Mapping[str, Any], layers: int) -> list[str
     if flags:
         if len(flags) != layers:
             raise config.error(attention["flags"], f"a list of {layers} entries", len(flags))
+        for flag in flags:
+            if flag not in (0, 1):
+                raise config.error(attention["flags"], "0 or 1 for each layer", flag)
         return [other if flag else "full" for flag in flags]
     if other in ("sliding", "chunked") and sizes.optional("reach") is None:
         return ["full"] * layers
@@ -187,8 +190,8 @@ def _feed_forward(sizes: _Sizes, experts: Mapping[str, Any] | None) -> Callable[
     config = sizes.config
     first = sizes.number("dense_layers", 0) if "dense_layers" in sizes.rows else 0
     step = sizes.number("expert_step") if "expert_step" in sizes.rows else 1
-    listed = config.items(experts["list"]) if "list" in experts else None
-    left_out = config.items(experts["left_out"]) if "left_out" in experts else None
+    listed = config.layers(experts["list"]) if "list" in experts else None
+    left_out = config.layers(experts["left_out"]) if "left_out" in experts else None
 
     def block(index: int) -> FeedForward:
         chosen = index in listed if listed is not None else not (index + 1) % step
@@ -219,5 +222,5 @@ def unknown_family(config: ConfigFile, found: object) -> SourceError:
         "The FLOPs of this kind of model are not known.",
         where=f"{config.where}, key model_type",
         expected=", ".join(known),
-        found="nothing" if found is None else str(found)[:200],
+        found="nothing" if found is None else short(found),
     )

@@ -44,7 +44,7 @@ from gemma_convert.logits.prompts import (
     load_tokenizer,
     token_sequences,
 )
-from gemma_convert.logits.reference import TransformersLogits
+from gemma_convert.logits.reference import TransformersLogits, reference_config
 from gemma_convert.logits.report import LogitReport
 from gemma_convert.logits.sizes import check_sizes
 from gemma_convert.logits.sounds import sound_sequences
@@ -134,6 +134,7 @@ def _logit_check(
     limit = choose_limit(max_kl, dtype, lossy_rows)
     stored = None if golden is None else _matching_golden(golden, hf, architecture)
     if stored is None:
+        reference_config(hf, architecture)  # before the tokenizer, which would be blamed for it
         sequences = token_sequences(hf, architecture, prompts, tokens)
         sequences += image_sequences(hf, architecture, images) if images else []
         sequences += sound_sequences(hf, architecture, audio) if audio else []

@@ -26,7 +26,7 @@ from gemma_convert.config import MAX_CONFIG_BYTES, read_architecture
 from gemma_convert.errors import SourceError, TargetError, short
 from gemma_convert.locations import local
 from gemma_convert.logits.prompts import TokenSequence, token_sequences
-from gemma_convert.logits.reference import Reference
+from gemma_convert.logits.reference import Reference, reference_config
 from gemma_convert.logits.sizes import check_sizes
 from gemma_convert.stores.json_file import parse_json, read_regular
 from gemma_convert.stores.library_path import library_path
@@ -136,6 +136,7 @@ def save_golden(
         folder = local(hf, stack, whole=True)
         architecture = read_architecture(folder)
         check_sizes(folder, architecture)
+        reference_config(folder, architecture)
         sequences = token_sequences(folder, architecture, prompts, tokens)
         facts = _facts(folder, sequences)
         reference = Reference(folder)

@@ -6,6 +6,7 @@ torchvision resizes a little differently, and a check should not depend on what 
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,11 +70,12 @@ def image_sequences(
         raise no_tower(IMAGE, hf)
     _require_pillow()
     processor = load_processor(hf, IMAGE, "Gemma4ImageProcessorPil")
+    _check_fits(processor, architecture.vision, hf)
     texts = SoftPrompts(hf, architecture, IMAGE, architecture.image_token, prompts)
     sequences = []
     for number, path in enumerate(images):
         patches = _patches(processor, path, hf)
-        _check_fits(patches, processor, architecture.vision, hf)
+        _check_positions(patches, architecture.vision, hf)
         for text, places in texts.around(f"image-{number} ({path.name})", patches.soft_tokens):
             sequences.append(
                 ImageSequence(
@@ -141,16 +143,30 @@ def _open(path: Path) -> Any:
         ) from error
 
 
-def _check_fits(patches: _Patches, processor: Any, vision: VisionArchitecture, hf: Path) -> None:
-    found = (patches.pixels.shape[1], processor.pooling_kernel_size)
-    if found == (vision.patch, vision.pooling) and patches.positions.max() < vision.positions:
-        return
-    raise SourceError(
+def _check_fits(processor: Any, vision: VisionArchitecture, hf: Path) -> None:
+    """Raises SourceError for other sizes than the tower's, which might ask for any memory."""
+    expected = {"patch_size": vision.patch_size, "pooling_kernel_size": vision.pooling}
+    for key, size in expected.items():
+        found = getattr(processor, key)
+        if found != size:
+            raise _unfit(hf, f"{key} {size}", f"{key} {reprlib.repr(found)}")
+
+
+def _check_positions(patches: _Patches, vision: VisionArchitecture, hf: Path) -> None:
+    width, highest = patches.pixels.shape[-1], int(patches.positions.max(initial=-1))
+    if width != vision.patch or not 0 <= highest < vision.positions:
+        raise _unfit(
+            hf,
+            f"patches of {vision.patch} values at positions below {vision.positions}",
+            f"{width} values, positions to {highest}",
+        )
+
+
+def _unfit(hf: Path, expected: str, found: str) -> SourceError:
+    return SourceError(
         "The image processor does not fit the vision tower.",
         where=hf,
-        expected=f"patches of {vision.patch} values, {vision.pooling} by {vision.pooling} of them "
-        f"for a soft token, at positions below {vision.positions}",
-        found=f"{found[0]} values, {found[1]} by {found[1]}, positions to "
-        f"{patches.positions.max()}",
+        expected=expected,
+        found=found,
         do="use the processor that belongs to this checkpoint",
     )

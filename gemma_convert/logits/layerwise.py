@@ -20,7 +20,6 @@ import numpy.typing as npt
 
 from gemma_convert.architecture import Architecture
 from gemma_convert.config import read_architecture
-from gemma_convert.logits.handed import handed
 from gemma_convert.logits.libraries import told_by_library
 from gemma_convert.logits.prompts import TokenSequence
 from gemma_convert.logits.reference import (
@@ -31,6 +30,7 @@ from gemma_convert.logits.reference import (
     model_class,
     name_device,
     quiet,
+    reference_config,
     reference_device,
     softcapped,
 )
@@ -141,7 +141,8 @@ class LayerwiseReference:
         """
         import torch
 
-        padding = self._files.read(name, slice(table.padding_idx, table.padding_idx + 1))
+        row = table.padding_idx or 0  # without padding none is read
+        padding = self._files.read(name, slice(row, row + 1))
         between = torch.nn.Parameter(padding.to(self._device).expand(table.weight.shape), False)
         table.weight, table.padding_idx = between, None
 
@@ -194,9 +195,9 @@ def _empty_model(hf: Path, architecture: Architecture, device: torch.device) -> 
     """transformers' model without weights, with the buffers that it computes for itself."""
     import torch
 
-    model_type, folder = model_class(architecture), handed(hf)
-    with told_by_library("transformers cannot make the model of this config.json.", hf):
-        config = model_type.config_class.from_pretrained(folder, local_files_only=True)
+    model_type, config = model_class(architecture), reference_config(hf, architecture)
+    where = hf / "config.json"
+    with told_by_library("transformers cannot make the model of this config.json.", where):
         with torch.device("meta"):
             model = model_type._from_config(
                 config,

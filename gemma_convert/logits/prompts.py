@@ -23,7 +23,7 @@ from gemma_convert.logits.libraries import told_by_library
 from gemma_convert.stores.json_file import read_object
 
 BEYOND_WINDOW = 32
-LONGEST_MADE = 4096
+LONGEST_MADE = 2048
 """Tokens of the longest prompt that is made; published windows are 512 and 1024."""
 SHORT_LENGTH = 24
 SHORT_COUNT = 3

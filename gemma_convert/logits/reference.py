@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
 _LISTED = 8
+_OWN_CONFIG = "use the config.json that belongs to these weights"
 _SHARED_LAYER_KEY = re.compile(r"\.?layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
 _IGNORABLE_KEY = re.compile(r"\.(embed_scale|.*inv_freq)$|^lm_head\.weight$")
 
@@ -179,6 +180,19 @@ def model_class(architecture: Architecture) -> Any:
             found=f"transformers {transformers.__version__}",
             expected="transformers 5.17 or later",
         ) from error
+
+
+def reference_config(hf: Path, architecture: Architecture) -> Any:
+    """transformers' configuration of the checkpoint in `hf`, without weights.
+
+    Raises SourceError for a config.json that transformers does not take.
+    """
+    maker, folder = model_class(architecture).config_class, handed(hf)
+    with (
+        quiet(),
+        told_by_library("transformers cannot read config.json.", hf / "config.json", _OWN_CONFIG),
+    ):
+        return maker.from_pretrained(folder, local_files_only=True)
 
 
 def eager_attention() -> str | dict[str, str]:

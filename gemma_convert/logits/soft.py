@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gemma_convert.architecture import Architecture
-from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.errors import SourceError, UsageError, short
 from gemma_convert.logits.handed import handed
 from gemma_convert.logits.libraries import told_by_library
 from gemma_convert.logits.prompts import (
@@ -173,8 +173,11 @@ class SoftPrompts:
                 do="add the tokenizer's files",
             )
         tokenizer = load_tokenizer(hf)
-        marks = (medium.begin, medium.place, medium.end)
-        missing = [name for name in marks if getattr(tokenizer, name, None) is None]
+        marks, key = (medium.begin, medium.place, medium.end), f"{medium.place}_id"
+        with told_by_library("The tokenizer cannot name its tokens.", hf):
+            words = {name: getattr(tokenizer, name, None) for name in marks}
+            found = getattr(tokenizer, key, None)
+        missing = [name for name, word in words.items() if not isinstance(word, str)]
         if missing:
             raise SourceError(
                 f"The tokenizer has no tokens for {_an(medium.one)}.",
@@ -183,13 +186,12 @@ class SoftPrompts:
                 found=f"no {', '.join(missing)}",
                 do="add them to tokenizer_config.json",
             )
-        key = f"{medium.place}_id"
-        if getattr(tokenizer, key) != self._place:
+        if found != self._place:
             raise SourceError(
                 f"The tokenizer's token for {_an(medium.one)} is not the model's.",
                 where=hf,
                 expected=f"{key} {self._place}, as in config.json",
-                found=getattr(tokenizer, key),
+                found=short(found),
                 do="use the tokenizer that belongs to this checkpoint",
             )
         return tokenizer

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from gemma_convert.architecture import Architecture, AudioArchitecture
 from gemma_convert.config import MAX_CONFIG_BYTES
-from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.errors import SourceError, UsageError, short
 from gemma_convert.logits.libraries import told_by_library
 from gemma_convert.logits.soft import Medium, SoftPrompts, SoftSequence, load_processor, no_tower
 from gemma_convert.stores.json_file import read_object
@@ -105,7 +105,7 @@ def _config(path: Path, key: str) -> int | None:
     except FileNotFoundError:
         return None
     if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-        raise SourceError(f"{key} is no whole number.", where=path, found=value)
+        raise SourceError(f"{key} is no whole number.", where=path, found=short(value))
     return value
 
 

@@ -9,7 +9,6 @@ MaxText's `load_parameters_path` and its training checkpoints (August 2026); wha
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,17 +20,18 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from gemma_convert.errors import SourceError
+from gemma_convert.logits.libraries import told_by_library
 from gemma_convert.native.stored import StoredArray, open_stored
 from gemma_convert.stores.confined import check_confined
+from gemma_convert.stores.json_file import read_object
 from gemma_convert.stores.library_path import library_path
+from gemma_convert.stores.orbax_reader import MAX_METADATA_BYTES, METADATA
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
 Tree: TypeAlias = dict[str, Any]
 """Nested dicts whose leaves are arrays; bfloat16 is ml_dtypes' bfloat16."""
-
-_CONTENT = "_METADATA"
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _gemma_jax_modules(
 
 def _stored(metadata: Mapping[str, Any], items: Path) -> Tree:
     """The arrays that `metadata` names, opened in the format that Orbax' own file says."""
-    facts = json.loads((items / _CONTENT).read_text(encoding="utf-8"))
+    facts = read_object(items / METADATA, "Orbax' metadata", MAX_METADATA_BYTES)
     ocdbt, zarr3 = bool(facts.get("use_ocdbt")), bool(facts.get("use_zarr3"))
 
     def opened(level: Mapping[str, Any]) -> dict[str, Any | StoredArray]:
@@ -148,13 +148,8 @@ def _restored(handler: ocp.PyTreeCheckpointHandler, items: Path, item: Tree) -> 
         restore_args=_as_numpy(item, ocp.RestoreArgs(restore_type=np.ndarray)),
         **_only_these_leaves(ocp),
     )
-    try:
-        with _patient_loops():
-            return _numpy(handler.restore(library_path(items), args=arguments))
-    except (OSError, ValueError, KeyError) as error:
-        raise SourceError(
-            "Orbax cannot read this checkpoint.", where=items, found=str(error)[:500]
-        ) from error
+    with _patient_loops(), told_by_library("Orbax cannot read this checkpoint.", items):
+        return _numpy(handler.restore(library_path(items), args=arguments))
 
 
 @contextmanager
@@ -162,8 +157,8 @@ def _orbax(items: Path) -> Iterator[ocp.PyTreeCheckpointHandler]:
     """Orbax's reader of one tree; its log lines about every single leaf are held back."""
     import orbax.checkpoint as ocp
 
-    if not (items / _CONTENT).is_file():
-        raise SourceError("There is no Orbax tree here.", where=items, expected=_CONTENT)
+    if not (items / METADATA).is_file():
+        raise SourceError("There is no Orbax tree here.", where=items, expected=METADATA)
     check_confined(items)
     logger = logging.getLogger("absl")
     level = logger.level
@@ -206,13 +201,9 @@ def _patient_loops() -> Iterator[None]:
 
 
 def _metadata(handler: ocp.PyTreeCheckpointHandler, items: Path) -> Any:
-    try:
-        with _patient_loops():
-            metadata = handler.metadata(library_path(items))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SourceError(
-            "Orbax cannot read this checkpoint's metadata.", where=items, found=str(error)[:500]
-        ) from error
+    where = items / METADATA
+    with _patient_loops(), told_by_library("Orbax cannot read its metadata.", where):
+        metadata = handler.metadata(library_path(items))
     return getattr(metadata, "tree", metadata)
 
 

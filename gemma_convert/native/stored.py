@@ -16,6 +16,7 @@ import numpy as np
 
 from gemma_convert.errors import SourceError
 from gemma_convert.stores.library_path import library_path
+from gemma_convert.stores.orbax_reader import UNREADABLE
 
 if TYPE_CHECKING:
     import tensorstore as ts
@@ -60,8 +61,7 @@ class StoredArray:
             return self._gathered(index)
         import tensorstore as ts
 
-        with _errors(self._where):
-            return StoredArray(self._where, self._store[index][ts.d[:].translate_to[0]])
+        return StoredArray(self._where, self._store[index][ts.d[:].translate_to[0]])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
         if copy is False:
@@ -132,9 +132,9 @@ def _context() -> Any:
 def _errors(where: str) -> Iterator[None]:
     try:
         yield
-    except ValueError as error:
+    except UNREADABLE as error:
         raise SourceError(
             "An array of the checkpoint is missing or broken.",
             where=where,
-            found=str(error).splitlines()[0][:300],
+            found=(str(error) or type(error).__name__).splitlines()[0][:300],
         ) from None
