@@ -1,6 +1,7 @@
-"""Whether a run that is to be continued had come to its end: its target stands, and is the same.
+"""Whether the target of a run stands already: one that is continued and had come to its end.
 
-That is proved as `verify` proves it, by reading both sides, and not taken from a note.
+That is proved as `verify` proves it, by reading both sides. The same proof tells an export that may
+be replaced from somebody's checkpoint.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from gemma_convert.conversion import Conversion
-from gemma_convert.errors import GemmaConvertError
+from gemma_convert.errors import GemmaConvertError, TargetError
 from gemma_convert.layouts.registry import is_native, open_native
 from gemma_convert.shards import Export
 from gemma_convert.stores import sidecar
+from gemma_convert.stores.accounted import Strangers, beside_huggingface
 from gemma_convert.stores.original import Original
+from gemma_convert.stores.receipt import contents, has_receipt
 from gemma_convert.verification import verify
 
 
@@ -47,6 +50,32 @@ def export_stands(target: Path, native: Path, original: Original, export: Export
         return files and edited and headers and verify(target, against=native).passed
     except (GemmaConvertError, OSError):
         return False
+
+
+def strangers_of_export(native: Path, original: Original, export: Export) -> Strangers:
+    """What an older export in a folder holds beside the files that this one writes.
+
+    It raises TargetError where the folder is none: it has no receipt of one, and is not what this
+    run would write.
+    """
+    names = (*map(str, export.files), *export.edited, *(shard.file for shard in export.shards))
+    proved: set[bytes] = set()
+
+    def strangers(folder: Path) -> list[str]:
+        others = beside_huggingface(folder, names)
+        if others or has_receipt(folder) or contents(folder) in proved:
+            return others
+        if not export_stands(folder, native, original, export):
+            raise TargetError(
+                "The target is a Hugging Face checkpoint that no export of ours has left as it is, "
+                "so it is not replaced.",
+                where=folder,
+                do="choose another target, or remove it yourself",
+            )
+        proved.add(contents(folder))
+        return []
+
+    return strangers
 
 
 def _folder(target: Path) -> bool:

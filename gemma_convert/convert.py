@@ -106,9 +106,8 @@ def to_native(
             return job.report(TransferResult(), started, dry_run=True)
         check_apart(folder, output)
         if resume and conversion_stands(job):
-            return replace(
-                job.report(TransferResult(), started, dry_run=False), already_complete=True
-            )
+            report = job.report(TransferResult(), started, dry_run=False)
+            return replace(report, already_complete=True, bytes_per_second=0.0)
         if not processes.index:
             check_target(output, overwrite=overwrite)
             check_space(output, job.needed_bytes())

@@ -16,9 +16,8 @@ import xxhash
 
 from gemma_convert.budget import block_bytes
 from gemma_convert.buffers import ThreadBuffer
-from gemma_convert.completed import export_stands
+from gemma_convert.completed import export_stands, strangers_of_export
 from gemma_convert.dtypes import Choice, numpy_dtype
-from gemma_convert.errors import TargetError
 from gemma_convert.layouts.registry import open_native
 from gemma_convert.locations import check_remote_options, local, local_target
 from gemma_convert.mapping.plan import Plan
@@ -36,10 +35,8 @@ from gemma_convert.publishing import ProgressFactory, publish
 from gemma_convert.reports import peak_memory
 from gemma_convert.shards import Export, KVShared, plan_export
 from gemma_convert.stores import sidecar
-from gemma_convert.stores.accounted import beside_huggingface
 from gemma_convert.stores.journal import Journal, journal_key
 from gemma_convert.stores.original import Original, open_original
-from gemma_convert.stores.receipt import contents, has_receipt
 from gemma_convert.stores.safetensors_writer import SafetensorsWriter
 from gemma_convert.stores.staging import check_apart, check_space, check_target
 from gemma_convert.values import (
@@ -126,15 +123,15 @@ def to_hf(
         original = stack.enter_context(open_original(native.folder, named))
         plan = plan_native(native, original)
         export = plan_export(plan, original, dtype, max_shard_size, kv_shared, text_only)
-        job = _Export(native, original, plan, export, folder)
+        job = _Export(native, original, plan, export)
+        strangers = strangers_of_export(folder, original, export)
         if not dry_run:
             check_apart(folder, output)
             check_apart(original.folder, output)
             if resume and export_stands(output, folder, original, export):
-                return replace(
-                    job.report(folder, output, started, dry_run=False), already_complete=True
-                )
-            check_target(output, overwrite=overwrite, strangers=job.strangers)
+                report = job.report(folder, output, started, dry_run=False)
+                return replace(report, already_complete=True, bytes_per_second=0.0)
+            check_target(output, overwrite=overwrite, strangers=strangers)
             check_space(output, export.nbytes + export.file_bytes(original.folder) + SPARE_BYTES)
             publish(
                 output,
@@ -145,7 +142,7 @@ def to_hf(
                 overwrite=overwrite,
                 resume=resume,
                 progress=progress,
-                strangers=job.strangers,
+                strangers=strangers,
                 receipt=True,
             )
         return job.report(folder, output, started, dry_run=dry_run)
@@ -155,10 +152,8 @@ class _Export:
     """One export: native arrays in, tensors of the shards out."""
 
     def __init__(
-        self, native: NativeSource, original: Original, plan: Plan, export: Export, source: Path
+        self, native: NativeSource, original: Original, plan: Plan, export: Export
     ) -> None:
-        self.source = source
-        self._proved: bytes | None = None
         self.native, self.original, self.plan, self.export = native, original, plan, export
         self.rounded: dict[str, int] = {}
         self.identical = 0
@@ -198,27 +193,6 @@ class _Export:
             self.native.check_unchanged()
             self._apply_exceptions(writer)
             self._check(writer)
-
-    def strangers(self, folder: Path) -> list[str]:
-        """What an older export in `folder` holds beside the files that this one writes.
-
-        Raises TargetError where it is none: it has no receipt of one, and is not what this run
-        would write.
-        """
-        shards = (shard.file for shard in self.export.shards)
-        names = (*map(str, self.export.files), *self.export.edited, *shards)
-        others = beside_huggingface(folder, names)
-        if others or has_receipt(folder) or self._proved == contents(folder):
-            return others
-        if not export_stands(folder, self.source, self.original, self.export):
-            raise TargetError(
-                "The target is a Hugging Face checkpoint that no export of ours has left as it is, "
-                "so it is not replaced.",
-                where=folder,
-                do="choose another target, or remove it yourself",
-            )
-        self._proved = contents(folder)
-        return []
 
     @property
     def key(self) -> str:

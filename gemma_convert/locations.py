@@ -67,7 +67,8 @@ def local_target(target: str | Path, stack: ExitStack) -> Path:
     """
     text = _text(target)
     if not is_url(text):
-        return without_parents(Path(target))
+        path = without_parents(Path(target))
+        return path if path.name else Path(os.path.realpath(path))  # `.` has a name elsewhere
     place = parse_url(text)
     if not place.key:
         raise TargetError(

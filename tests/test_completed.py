@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from commands import said
 
 from gemma_convert import TargetError, to_hf, to_native
 
@@ -61,3 +62,17 @@ def test_an_export_that_was_complete(shallow, converted, tmp_path):
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     with pytest.raises(TargetError, match="exists"):
         to_hf(source, tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize("command", ["to-native", "to-hf"])
+def test_the_summary_claims_no_work(command, shallow, converted, tmp_path):
+    source = shallow("31b") if command == "to-native" else converted(shallow("31b"), "maxtext")
+    words = [command, source, tmp_path / "out"]
+    words += ["--format", "maxtext"] if command == "to-native" else []
+    assert said(*words)[0] == 0
+    code, output, errors = said(*words, "--resume")
+    assert code == 0
+    assert "is complete already" in errors
+    assert output.startswith("was ")
+    assert "time " not in output
+    assert "checksum" not in output

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import os
 import subprocess
 import sys
 import tempfile
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+from commands import said
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from gemma_convert.cli.app import main
 
 LAYOUTS = {
     "zarr": ("--format", "maxtext", "--no-ocdbt"),
@@ -27,15 +24,9 @@ LAYOUTS = {
 
 def run(*arguments: object, code: int = 0) -> str:
     """What a command prints, run in this process."""
-    output, errors = io.StringIO(), io.StringIO()
-    before, sys.argv = sys.argv, ["gemma-convert", *map(str, arguments)]
-    try:
-        with redirect_stdout(output), redirect_stderr(errors), pytest.raises(SystemExit) as end:
-            main()
-    finally:
-        sys.argv = before
-    assert (end.value.code or 0) == code, errors.getvalue()
-    return output.getvalue()
+    found, output, errors = said(*arguments)
+    assert found == code, errors
+    return output
 
 
 @pytest.fixture
@@ -254,3 +245,10 @@ def test_a_broken_array_is_one_message(tmp_path: Path, shallow, capfd) -> None:
     done = shell(f"GC logit-check {source} {tmp_path / 'O'} --tokens 5")
     assert done.returncode == 3
     assert done.stderr.decode().count("\n") == 3, done.stderr
+
+
+def test_the_folder_one_stands_in_is_there_already(beside: Path) -> None:
+    """It is named as such, and not taken for one that the source lies in."""
+    run("to-native", "../t", ".", "--format", "maxtext", code=4)
+    assert "The target exists." in said("to-native", "../t", "./", "--format", "maxtext")[2]
+    assert not list((beside / "a").iterdir())

@@ -5,17 +5,16 @@ from __future__ import annotations
 import io
 import json
 import re
-import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import said
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_confined import copied
 
-from gemma_convert.cli.app import main
 from gemma_convert.errors import SourceError
 from gemma_convert.output import note, show, show_json
 
@@ -27,18 +26,6 @@ MANIFEST = "hf/gemma-convert/manifest.json"
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
-
-
-def said(*arguments: object) -> tuple[int, str, str]:
-    """Exit code, output and errors of a command, run in this process."""
-    output, errors = io.StringIO(), io.StringIO()
-    before, sys.argv = sys.argv, ["gemma-convert", *map(str, arguments)]
-    try:
-        with redirect_stdout(output), redirect_stderr(errors), pytest.raises(SystemExit) as end:
-            main()
-    finally:
-        sys.argv = before
-    return int(end.value.code or 0), output.getvalue(), errors.getvalue()
 
 
 def clear(text: str) -> bool:

@@ -99,6 +99,8 @@ def _summary(report: ToHFReport) -> Facts:
     table = Facts()
     form = ", scanned" if report.scanned else ""
     done = "would export" if report.dry_run else "exported"
+    if report.already_complete:
+        done = "was exported"
     table.add_row(done, f"{report.family} from {report.layout}{form}")
     shards = "1 file" if len(report.shards) == 1 else f"{len(report.shards)} shards"
     table.add_row("tensors", f"{report.tensors} ({human_bytes(report.bytes_written)}) in {shards}")
@@ -106,7 +108,7 @@ def _summary(report: ToHFReport) -> Facts:
         table.add_row("from the original", f"{report.tensors_from_original} tensors")
     table.add_row("other files", str(len(report.files)))
     table.add_row("largest chunk", f"{human_bytes(report.largest_decode_bytes)}, decoded at once")
-    if report.dry_run:
+    if report.dry_run or report.already_complete:
         return table
     if report.rounded:
         count = sum(report.rounded.values())

@@ -192,6 +192,8 @@ def _summary(report: ToNativeReport) -> Facts:
     table = Facts()
     form = ", scanned" if report.scanned else ""
     done = "would convert" if report.dry_run else "converted"
+    if report.already_complete:
+        done = "was converted"
     table.add_row(done, f"{report.family} to {report.layout}{form}")
     table.add_row(
         "tensors",
@@ -214,7 +216,7 @@ def _summary(report: ToNativeReport) -> Facts:
         table.add_row("exceptions", f"{report.exceptions} values kept with their original bits")
     for row in report.lossy_rows:
         table.add_row("lossy", f"{row.tensor}: {row.reason}, {row.values} of its values")
-    if not report.dry_run:
+    if not report.dry_run and not report.already_complete:
         table.add_row(
             "time",
             f"{report.seconds:.1f} s, {human_bytes(report.bytes_per_second)}/s, "

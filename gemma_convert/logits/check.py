@@ -27,7 +27,6 @@ from gemma_convert.logits.fingerprint import fingerprints
 from gemma_convert.logits.golden import SLICE_BYTES, Golden, load_golden
 from gemma_convert.logits.images import image_sequences
 from gemma_convert.logits.layerwise import LayerwiseReference
-from gemma_convert.logits.libraries import told_by_library
 from gemma_convert.logits.limit import Dtype, choose_limit, find_lossy_rows
 from gemma_convert.logits.native import (
     LogitSource,
@@ -58,6 +57,7 @@ from gemma_convert.logits.streaming import (
 from gemma_convert.logits.tokens import checked_sequences, worst_predictions
 from gemma_convert.places import shown
 from gemma_convert.reports import peak_memory
+from gemma_convert.stores.libraries import told_by_library
 
 
 def logit_check(

@@ -171,13 +171,13 @@ def load_golden(path: Path) -> Golden:
         raise SourceError("The golden file is not a file.", where=path)
     try:
         with safe_open(library_path(path), framework="numpy") as file:
-            facts = parse_json((file.metadata() or {}).get(_KEY, "null").encode())
-            if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+            facts = _noted(file)
+            if facts.get("format") != FORMAT:
                 raise SourceError(
                     "This is not a file of golden logits that this version can read.",
                     where=path,
                     expected=FORMAT,
-                    found=short(facts.get("format") if isinstance(facts, dict) else facts),
+                    found=short(facts.get("format")),
                 )
             return _parse(path, facts, file)
     except (OSError, SafetensorError, *_MALFORMED) as error:
@@ -243,10 +243,15 @@ def _is_golden(path: Path) -> bool:
         return True
     try:
         with safe_open(library_path(path), framework="numpy") as file:
-            facts = parse_json((file.metadata() or {}).get(_KEY, "null").encode())
+            return str(_noted(file).get("format")).startswith(_FORMATS)
     except (OSError, SafetensorError, *_MALFORMED):
         return False
-    return isinstance(facts, dict) and str(facts.get("format")).startswith(_FORMATS)
+
+
+def _noted(file: Any) -> dict[str, Any]:
+    """What the metadata of an open file says of golden logits; empty where that is nothing."""
+    facts = parse_json((file.metadata() or {}).get(_KEY, "null").encode())
+    return facts if isinstance(facts, dict) else {}
 
 
 def _write(

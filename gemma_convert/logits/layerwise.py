@@ -20,7 +20,6 @@ import numpy.typing as npt
 
 from gemma_convert.architecture import Architecture
 from gemma_convert.config import read_architecture
-from gemma_convert.logits.libraries import told_by_library
 from gemma_convert.logits.prompts import TokenSequence
 from gemma_convert.logits.reference import (
     arguments,
@@ -35,6 +34,7 @@ from gemma_convert.logits.reference import (
     softcapped,
 )
 from gemma_convert.logits.tensor_files import TensorFiles
+from gemma_convert.stores.libraries import told_by_library
 
 if TYPE_CHECKING:
     import torch

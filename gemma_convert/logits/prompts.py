@@ -19,8 +19,8 @@ from gemma_convert.architecture import Architecture
 from gemma_convert.config import MAX_CONFIG_BYTES
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.logits.handed import handed
-from gemma_convert.logits.libraries import told_by_library
 from gemma_convert.stores.json_file import read_object
+from gemma_convert.stores.libraries import told_by_library
 
 BEYOND_WINDOW = 32
 LONGEST_MADE = 2048

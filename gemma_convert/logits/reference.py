@@ -25,9 +25,9 @@ from gemma_convert.config import read_architecture
 from gemma_convert.errors import SourceError
 from gemma_convert.logits.handed import handed
 from gemma_convert.logits.images import ImageSequence
-from gemma_convert.logits.libraries import told_by_library
 from gemma_convert.logits.prompts import TokenSequence
 from gemma_convert.logits.soft import SoftSequence
+from gemma_convert.stores.libraries import told_by_library
 from gemma_convert.stores.safetensors import SafetensorsFolder
 
 if TYPE_CHECKING:

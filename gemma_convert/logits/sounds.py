@@ -19,9 +19,9 @@ import numpy.typing as npt
 from gemma_convert.architecture import Architecture, AudioArchitecture
 from gemma_convert.config import MAX_CONFIG_BYTES
 from gemma_convert.errors import SourceError, UsageError, short
-from gemma_convert.logits.libraries import told_by_library
 from gemma_convert.logits.soft import Medium, SoftPrompts, SoftSequence, load_processor, no_tower
 from gemma_convert.stores.json_file import read_object
+from gemma_convert.stores.libraries import told_by_library
 
 SOUND = Medium(
     one="sound",

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma_convert.logits.libraries import told_by_library
+from gemma_convert.stores.libraries import told_by_library
 from gemma_convert.stores.library_path import library_path
 from gemma_convert.stores.naming import find_naming
 from gemma_convert.stores.safetensors import read_index

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch.nn import functional
 
 from gemma_convert.errors import SourceError
@@ -31,6 +31,7 @@ from gemma_convert.native.fast_llm_config import (
     Routed,
     read_fast_llm_config,
 )
+from gemma_convert.stores.libraries import told_by_library
 from gemma_convert.stores.library_path import library_path
 
 if TYPE_CHECKING:
@@ -165,12 +166,8 @@ def _open(folder: Path, index: Mapping[str, str]) -> dict[str, Any]:
         path = folder / name
         if not path.is_file():
             raise SourceError("A file that state_index names is not there.", where=path)
-        try:
+        with told_by_library("This is not a safetensors file that can be read.", path):
             files[name] = safe_open(library_path(path), framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise SourceError(
-                "This is not a safetensors file that can be read.", where=path, found=error
-            ) from error
     return files
 
 

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from gemma_convert.errors import SourceError
-from gemma_convert.logits.libraries import told_by_library
 from gemma_convert.native.stored import StoredArray, open_stored
 from gemma_convert.stores.confined import check_confined
 from gemma_convert.stores.json_file import read_object
+from gemma_convert.stores.libraries import told_by_library
 from gemma_convert.stores.library_path import library_path
 from gemma_convert.stores.orbax_reader import MAX_METADATA_BYTES, METADATA
 
