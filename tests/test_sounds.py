@@ -441,10 +441,10 @@ def test_checkpoints_without_tokenizer_or_extractor_are_refused(folders, tmp_pat
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"sampling_rate": "fast"}, "cannot load the audio feature extractor"),
-        ({"frame_length_ms": 0}, "cannot load the audio feature extractor"),
+        ({"sampling_rate": "fast"}, "is not that of a Gemma 4"),
+        ({"frame_length_ms": 0}, "is not that of a Gemma 4"),
         ({"per_bin_mean": [1.0, 2.0]}, "cannot load the audio feature extractor"),
-        ({"hop_length_ms": 0}, "cannot make frames"),
+        ({"hop_length_ms": 0}, "is not that of a Gemma 4"),
         ({"padding_side": "behind"}, "cannot make frames"),
     ],
 )

@@ -19,7 +19,14 @@ import numpy.typing as npt
 from gemma_convert.architecture import Architecture, AudioArchitecture
 from gemma_convert.config import MAX_CONFIG_BYTES
 from gemma_convert.errors import SourceError, UsageError, short
-from gemma_convert.logits.soft import Medium, SoftPrompts, SoftSequence, load_processor, no_tower
+from gemma_convert.logits.soft import (
+    PROCESSOR_FILES,
+    Medium,
+    SoftPrompts,
+    SoftSequence,
+    load_processor,
+    no_tower,
+)
 from gemma_convert.stores.json_file import read_object
 from gemma_convert.stores.libraries import told_by_library
 
@@ -42,6 +49,13 @@ _LONGEST = 480_000
 
 _MOST_SOFT_TOKENS = 750
 """What `Gemma4Processor` of transformers 5.23 takes where no `audio_seq_length` is configured."""
+
+_EXTRACTOR = {
+    "sampling_rate": (1000, 192_000),
+    "frame_length_ms": (1, 100),
+    "hop_length_ms": (1, 100),
+}
+"""Least and most of what the feature extractor may ask for; Gemma 4 has 16000, 20 and 10."""
 
 _WIDTHS = (1, 2, 3, 4)
 _CONVERSION = "convert it, for example with: ffmpeg -i IN -ar {rate} -ac 1 -c:a pcm_s16le OUT.wav"
@@ -74,8 +88,9 @@ def sound_sequences(
     """
     if architecture.audio is None or architecture.text_only:
         raise no_tower(SOUND, hf)
+    _check_extractor(hf, architecture.audio)
     extractor = load_processor(hf, SOUND, "Gemma4AudioFeatureExtractor")
-    _check_fits(extractor, architecture.audio, hf)
+    _check_bands(extractor.feature_size, architecture.audio, hf)
     texts = SoftPrompts(
         hf, architecture, SOUND, _config(hf / "config.json", "audio_token_id"), prompts
     )
@@ -109,8 +124,35 @@ def _config(path: Path, key: str) -> int | None:
     return value
 
 
-def _check_fits(extractor: Any, audio: AudioArchitecture, hf: Path) -> None:
-    bands = extractor.feature_size
+def _check_extractor(hf: Path, audio: AudioArchitecture) -> None:
+    """Raises SourceError for sizes of the feature extractor that nothing bears out.
+
+    It makes a table of frequencies by bands as soon as it is made itself.
+    """
+    for name in PROCESSOR_FILES:
+        try:
+            values = read_object(hf / name, name, MAX_CONFIG_BYTES)
+        except FileNotFoundError:
+            continue
+        for section in (values, values.get("feature_extractor")):
+            if not isinstance(section, dict):
+                continue
+            for key, (least, most) in _EXTRACTOR.items():
+                value = section.get(key, least)
+                number = isinstance(value, int | float) and not isinstance(value, bool)
+                if not number or not least <= value <= most:
+                    raise SourceError(
+                        "The audio feature extractor is not that of a Gemma 4.",
+                        where=f"{hf / name}, key {key}",
+                        expected=f"a number from {least} to {most}",
+                        found=short(value),
+                        do="use the feature extractor that belongs to this checkpoint",
+                    )
+            if isinstance(section.get("feature_size"), int):
+                _check_bands(section["feature_size"], audio, hf)
+
+
+def _check_bands(bands: int, audio: AudioArchitecture, hf: Path) -> None:
     if _halved(_halved(bands)) != audio.frequencies:
         raise SourceError(
             "The audio feature extractor does not fit the audio tower.",
