@@ -23,32 +23,32 @@ from gemma_convert.errors import (
 from gemma_convert.version import __version__
 
 if TYPE_CHECKING:
-    from gemma_convert.convert import to_native
-    from gemma_convert.export import ToHFReport, to_hf
-    from gemma_convert.inspection import InspectReport, inspect
-    from gemma_convert.listings import MappingsReport, list_mappings
     from gemma_convert.logits.check import logit_check
     from gemma_convert.logits.golden import save_golden
     from gemma_convert.logits.report import LogitReport
-    from gemma_convert.reports import ToNativeReport
+    from gemma_convert.tasks.inspect import InspectReport, inspect
+    from gemma_convert.tasks.mappings import MappingsReport, list_mappings
+    from gemma_convert.tasks.reports import ToNativeReport
+    from gemma_convert.tasks.to_hf import ToHFReport, to_hf
+    from gemma_convert.tasks.to_native import to_native
+    from gemma_convert.tasks.verify import VerifyReport, verify
     from gemma_convert.tiny import make_tiny
-    from gemma_convert.verification import VerifyReport, verify
 
 _HOMES = {
-    "ToNativeReport": "gemma_convert.reports",
-    "to_native": "gemma_convert.convert",
-    "ToHFReport": "gemma_convert.export",
-    "to_hf": "gemma_convert.export",
-    "InspectReport": "gemma_convert.inspection",
-    "inspect": "gemma_convert.inspection",
-    "MappingsReport": "gemma_convert.listings",
-    "list_mappings": "gemma_convert.listings",
+    "ToNativeReport": "gemma_convert.tasks.reports",
+    "to_native": "gemma_convert.tasks.to_native",
+    "ToHFReport": "gemma_convert.tasks.to_hf",
+    "to_hf": "gemma_convert.tasks.to_hf",
+    "InspectReport": "gemma_convert.tasks.inspect",
+    "inspect": "gemma_convert.tasks.inspect",
+    "MappingsReport": "gemma_convert.tasks.mappings",
+    "list_mappings": "gemma_convert.tasks.mappings",
     "LogitReport": "gemma_convert.logits.report",
     "logit_check": "gemma_convert.logits.check",
     "save_golden": "gemma_convert.logits.golden",
     "make_tiny": "gemma_convert.tiny",
-    "VerifyReport": "gemma_convert.verification",
-    "verify": "gemma_convert.verification",
+    "VerifyReport": "gemma_convert.tasks.verify",
+    "verify": "gemma_convert.tasks.verify",
 }
 
 __all__ = [

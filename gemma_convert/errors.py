@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import reprlib
 
-from gemma_convert.output import printable
-from gemma_convert.places import shown
+from gemma_convert.output import printable, shown
 
 MOST_CHARACTERS = 4000
 """Of each part of a message; a name in a broken file may be as long as the file."""

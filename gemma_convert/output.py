@@ -10,7 +10,9 @@ import io
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -167,3 +169,28 @@ def show_json(values: Mapping[str, object]) -> None:
 def note(text: str) -> None:
     """Prints a line of chatter, or several, on stderr."""
     print(printable(text, _LAYOUT), file=sys.stderr, flush=True)
+
+
+_NAMES: dict[str, str] = {}
+
+
+@contextmanager
+def named(folder: Path, name: str) -> Iterator[None]:
+    """While this lasts, messages and reports say `name` for `folder`."""
+    before = _NAMES.get(str(folder))
+    _NAMES[str(folder)] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            _NAMES.pop(str(folder), None)
+        else:
+            _NAMES[str(folder)] = before
+
+
+def shown(place: object) -> str:
+    """A path, or a text with paths, in which folders that stand for others have their names."""
+    text = str(place)
+    for folder, name in sorted(_NAMES.items(), key=lambda entry: -len(entry[0])):
+        text = text.replace(folder, name)
+    return text

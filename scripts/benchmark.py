@@ -34,14 +34,14 @@ from pathlib import Path
 import numpy as np
 from real_widths import CONFIGS, published_config, slice_config, write_checkpoint
 
-from gemma_convert.config import read_architecture
-from gemma_convert.dtypes import DTypePolicy, TensorSpec, numpy_dtype
+from gemma_convert.arrays.dtypes import DTypePolicy, TensorSpec, numpy_dtype
+from gemma_convert.arrays.values import convert
+from gemma_convert.engine.transfer import WORKERS, selection
 from gemma_convert.mapping.plan import Plan, plan_to_native
 from gemma_convert.mapping.region import blocks
 from gemma_convert.mapping.table import load_table
-from gemma_convert.stores.safetensors import SafetensorsFolder
-from gemma_convert.transfer import WORKERS, selection
-from gemma_convert.values import convert
+from gemma_convert.model.config import read_architecture
+from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 
 RANDOM_BYTES = 64 << 20
 SPARE_BYTES = 1 << 30

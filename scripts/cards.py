@@ -31,12 +31,12 @@ from cards_page import page
 from media import write_picture, write_sound
 
 from gemma_convert import GemmaConvertError
-from gemma_convert.architecture import Family
+from gemma_convert.arrays.dtypes import SAFETENSORS_NAMES, DTypePolicy, TensorSpec
 from gemma_convert.cli.app import main as command_line
-from gemma_convert.config import parse_architecture
-from gemma_convert.dtypes import SAFETENSORS_NAMES, DTypePolicy, TensorSpec
 from gemma_convert.mapping.plan import Plan, plan_to_native
 from gemma_convert.mapping.table import load_table
+from gemma_convert.model.architecture import Family
+from gemma_convert.model.config import parse_architecture
 
 ROOT = Path(__file__).resolve().parents[1]
 CARDS = ROOT / "docs" / "cards" / "cards.json"

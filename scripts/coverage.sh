@@ -20,17 +20,12 @@ relative_files = true
 data_file = $folder/data
 [report]
 include =
-    gemma_convert/architecture.py
-    gemma_convert/config.py
-    gemma_convert/dtypes.py
+    gemma_convert/arrays/*
+    gemma_convert/checkpoint/*
+    gemma_convert/engine/*
     gemma_convert/mapping/*
-    gemma_convert/parts.py
-    gemma_convert/processes.py
-    gemma_convert/publishing.py
-    gemma_convert/resumable.py
+    gemma_convert/model/*
     gemma_convert/stores/*
-    gemma_convert/transfer.py
-    gemma_convert/values.py
 END
 
 modules=(architecture plan table notation region placement inventory values convert export

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from gemma_convert.config import read_architecture
-from gemma_convert.dtypes import TensorSpec, numpy_dtype
+from gemma_convert.arrays.dtypes import TensorSpec, numpy_dtype
 from gemma_convert.mapping.inventory import huggingface_tensors
-from gemma_convert.stores.safetensors import INDEX
-from gemma_convert.stores.safetensors_header import safetensors_header
+from gemma_convert.model.config import read_architecture
+from gemma_convert.model.huggingface_files import INDEX
+from gemma_convert.stores.safetensors.header import safetensors_header
 from gemma_convert.tiny.weights import random_tensor
 
 CONFIGS = {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gemma_convert.architecture import Architecture
+from gemma_convert.model.architecture import Architecture
 
 WEIGHTS = "model_0.safetensors"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_convert.architecture import (
+from gemma_convert.model.architecture import (
     Architecture,
     AudioArchitecture,
     Layer,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gemma_convert.architecture import Architecture
+from gemma_convert.model.architecture import Architecture
 
 
 def maxtext_tree(

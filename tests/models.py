@@ -5,9 +5,9 @@ import json
 from functools import cache
 from pathlib import Path
 
-from gemma_convert.architecture import Architecture
-from gemma_convert.config import parse_architecture
-from gemma_convert.dtypes import SAFETENSORS_NAMES, TensorSpec
+from gemma_convert.arrays.dtypes import SAFETENSORS_NAMES, TensorSpec
+from gemma_convert.model.architecture import Architecture
+from gemma_convert.model.config import parse_architecture
 
 E2B = "gemma-4-E2B-it"
 E4B = "gemma-4-E4B-it"

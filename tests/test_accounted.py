@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma_convert import TargetError, to_hf, to_native
-from gemma_convert.stores.accounted import beside_huggingface, beside_native
+from gemma_convert.checkpoint.accounted import beside_huggingface, beside_native
 
 FORMS = {
     "zarr": {"layout": "maxtext", "ocdbt": False},

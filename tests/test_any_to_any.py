@@ -29,7 +29,7 @@ from test_verification import change
 from trees import read_safetensors, restore
 
 from gemma_convert import SourceError, UsageError, inspect, to_hf, to_native, verify
-from gemma_convert.config import read_architecture
+from gemma_convert.model.config import read_architecture
 
 EMBEDDING = "params/params/token_embedder/embedding"
 EMBED_TOKENS = "model.language_model.embed_tokens.weight"

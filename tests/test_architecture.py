@@ -21,9 +21,9 @@ from models import (
     without_layers,
 )
 
-from gemma_convert.architecture import Architecture, AudioEmbedder, Rope, VisionEmbedder
-from gemma_convert.config import parse_architecture, read_architecture
 from gemma_convert.errors import SourceError
+from gemma_convert.model.architecture import Architecture, AudioEmbedder, Rope, VisionEmbedder
+from gemma_convert.model.config import parse_architecture, read_architecture
 
 
 class Missing:

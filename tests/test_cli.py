@@ -297,7 +297,7 @@ def test_interrupt_exits_130_and_may_be_resumed(source, out):
         "import os, sys, time\n"
         f"sys.argv = ['gemma-convert', 'to-native', {str(source)!r}, {str(out)!r},"
         " '--format', 'maxtext']\n"
-        "from gemma_convert.stores.safetensors import SafetensorsFolder as Folder\n"
+        "from gemma_convert.stores.safetensors.reader import SafetensorsFolder as Folder\n"
         "read = Folder.read_into\n"
         "def slow(self, *arguments):\n"
         "    os.write(1, b'reading\\n')\n"

@@ -9,10 +9,11 @@ import time
 
 import pytest
 
-from gemma_convert import SourceError, TargetError, processes, to_native
-from gemma_convert.cluster import Cluster
-from gemma_convert.processes import ClusterProcesses
-from gemma_convert.stores.safetensors import SafetensorsFolder
+from gemma_convert import SourceError, TargetError, to_native
+from gemma_convert.engine import processes
+from gemma_convert.engine.cluster import Cluster
+from gemma_convert.engine.processes import ClusterProcesses
+from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 
 
 class Service:

@@ -237,7 +237,7 @@ def test_links_that_are_followed(folders: Folders, tmp_path) -> None:
     ],
 )
 def test_links_that_look_like_the_hub_cache(link: str, target: str, tmp_path) -> None:
-    from gemma_convert.stores.confined import check_confined
+    from gemma_convert.files.confined import check_confined
 
     for repository in ("mine", "other"):
         (tmp_path / repository / "blobs").mkdir(parents=True)

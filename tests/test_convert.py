@@ -17,8 +17,8 @@ from maxtext_by_hand import maxtext_tree
 from trees import read_safetensors, restore, same_bits
 
 from gemma_convert import SourceError, TargetError, UsageError, to_native
-from gemma_convert.config import read_architecture
 from gemma_convert.mapping import plan as planning
+from gemma_convert.model.config import read_architecture
 
 OURS = Path("hf", "gemma-convert")
 
@@ -282,7 +282,7 @@ def test_small_blocks_give_the_same_checkpoint(shallow, tmp_path, monkeypatch, f
     to_native(source, tmp_path / "whole", scan_layers=scanned)
     monkeypatch.setattr(planning, "BLOCK_BYTES", 3000)
     monkeypatch.setattr(planning, "GATHER_BYTES", 64)
-    monkeypatch.setattr("gemma_convert.transfer.GATHER_BYTES", 64)
+    monkeypatch.setattr("gemma_convert.engine.transfer.GATHER_BYTES", 64)
     report = to_native(source, tmp_path / "cut", scan_layers=scanned)
     chunks = [math.prod(t.chunk) * t.spec.itemsize for t in report.plan.targets.values()]
     assert max(chunks) <= 3000
@@ -415,7 +415,7 @@ def test_write_that_fails_halfway_leaves_nothing(shallow, tmp_path, limit):
 
 
 def test_source_that_shrinks_or_changes_meanwhile_is_noticed(shallow, tmp_path, monkeypatch):
-    from gemma_convert.stores.safetensors import SafetensorsFolder
+    from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 
     source = tmp_path / "source"
     shutil.copytree(shallow("31b"), source)

@@ -198,7 +198,7 @@ def test_values_of_real_widths(script):
     """Embeddings and what layers add are as wide as their depth asks for, and no rows repeat."""
     from ml_dtypes import bfloat16
 
-    from gemma_convert.dtypes import TensorSpec
+    from gemma_convert.arrays.dtypes import TensorSpec
 
     def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
         spec = TensorSpec("bfloat16", shape)

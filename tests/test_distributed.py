@@ -15,11 +15,19 @@ import pytest
 from native_checkpoints import alter
 from PIL import Image
 
-from gemma_convert import distributed, logit_check
+from gemma_convert import logit_check
 from gemma_convert.cli.app import main
-from gemma_convert.cluster import Cluster
-from gemma_convert.distributed import in_step, is_leader, joined, process_count, publish, published
+from gemma_convert.engine.cluster import Cluster
 from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.logits import distributed
+from gemma_convert.logits.distributed import (
+    in_step,
+    is_leader,
+    joined,
+    process_count,
+    publish,
+    published,
+)
 from gemma_convert.logits.report import LogitReport
 
 ROOT = Path(distributed.__file__).parents[1]
@@ -272,7 +280,7 @@ def test_a_failure_that_process_0_has_caused_is_not_told(group, capsys):
 
 
 def test_leaving_asks_nobody(tmp_path):
-    code = "import atexit\nfrom gemma_convert.distributed import _leave\n"
+    code = "import atexit\nfrom gemma_convert.logits.distributed import _leave\n"
     code += "atexit.register(print, 'late')\natexit.register(_leave, 5)\nprint('said')\n"
     done = run_python(code)
     assert (done.returncode, done.stdout) == (5, "said\n")
@@ -280,7 +288,7 @@ def test_leaving_asks_nobody(tmp_path):
 
 def test_the_standard_output_is_kept_from_libraries():
     code = (
-        "import os\nfrom gemma_convert.distributed import _stdout_kept\nprint('before')\n"
+        "import os\nfrom gemma_convert.logits.distributed import _stdout_kept\nprint('before')\n"
         "with _stdout_kept():\n    os.write(1, b'gloo\\n')\n    print('within')\nprint('behind')\n"
     )
     done = run_python(code)

@@ -20,10 +20,10 @@ from maxtext_by_hand import maxtext_tree
 from trees import read_safetensors, restore, same_bits
 
 from gemma_convert import SourceError, TargetError, UsageError, to_native
-from gemma_convert.config import read_architecture
-from gemma_convert.export import ToHFReport, to_hf
 from gemma_convert.mapping import plan as planning
-from gemma_convert.stores import orbax_reader
+from gemma_convert.model.config import read_architecture
+from gemma_convert.stores.orbax.writer import reader as orbax_reader
+from gemma_convert.tasks.to_hf import ToHFReport, to_hf
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -259,12 +259,12 @@ def test_parts_as_small_as_those_of_real_models_come_back(
     if not whole_chunks:
         monkeypatch.setattr(planning, "BLOCK_BYTES", 4000)
         monkeypatch.setattr(planning, "GATHER_BYTES", 64)
-        monkeypatch.setattr("gemma_convert.transfer.GATHER_BYTES", 64)
+        monkeypatch.setattr("gemma_convert.engine.transfer.GATHER_BYTES", 64)
     source = shallow(family, scanned, shards=3)
     to_native(source, tmp_path / "native", scan_layers=scanned)
-    monkeypatch.setattr("gemma_convert.native_source.BLOCK_BYTES", 1000)
-    monkeypatch.setattr("gemma_convert.export.PIECE_BYTES", 1022)
-    monkeypatch.setattr("gemma_convert.stores.safetensors_writer.LET_GO_BYTES", 5000)
+    monkeypatch.setattr("gemma_convert.checkpoint.native.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("gemma_convert.tasks.to_hf.PIECE_BYTES", 1022)
+    monkeypatch.setattr("gemma_convert.stores.safetensors.writer.LET_GO_BYTES", 5000)
     report = to_hf(tmp_path / "native", tmp_path / "back", like=source)
     assert digests(tmp_path / "back") == digests(source)
     assert report.unchecked == report.tensors
@@ -596,7 +596,7 @@ def test_optimizer_state_is_never_read(shallow, tmp_path, monkeypatch, ocdbt):
         read.add(self.name)
         return read_array(self, box, into)
 
-    monkeypatch.setattr("gemma_convert.layouts.orbax_source.open_array", spy_open)
+    monkeypatch.setattr("gemma_convert.checkpoint.orbax_source.open_array", spy_open)
     monkeypatch.setattr(orbax_reader.OrbaxArray, "read", spy_read)
     to_hf(tmp_path / "run", tmp_path / "back", like=source)
     wanted = {f"params/params/{name}" for name in leaves}
@@ -709,7 +709,7 @@ def test_arrays_sharded_over_devices_come_back(shallow, tmp_path, monkeypatch):
     assert chunks["params/params/token_embedder/embedding"] == (317, 17)
     for block in (None, 500):
         if block is not None:
-            monkeypatch.setattr("gemma_convert.native_source.BLOCK_BYTES", block)
+            monkeypatch.setattr("gemma_convert.checkpoint.native.BLOCK_BYTES", block)
         report = to_hf(tmp_path / "run", tmp_path / f"back{block}", like=source)
         assert digests(tmp_path / f"back{block}") == digests(source)
         assert not report.rounded
@@ -1135,7 +1135,7 @@ def test_dry_run_reads_no_values_and_writes_nothing(shallow, tmp_path, monkeypat
         raise AssertionError("a value was read")
 
     monkeypatch.setattr(orbax_reader.OrbaxArray, "read", refuse)
-    monkeypatch.setattr("gemma_convert.stores.original.Original.read", refuse)
+    monkeypatch.setattr("gemma_convert.checkpoint.original.Original.read", refuse)
     report = to_hf(tmp_path / "native", tmp_path / "back", dry_run=True, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["native"]
     monkeypatch.undo()

@@ -25,9 +25,9 @@ from test_cli import fails
 from trees import read_safetensors
 
 from gemma_convert import SourceError, UsageError, inspect, to_hf, to_native, verify
-from gemma_convert.config import read_architecture
-from gemma_convert.layouts import fast_llm
+from gemma_convert.layouts.fast_llm.layout import layout as fast_llm
 from gemma_convert.layouts.registry import open_native
+from gemma_convert.model.config import read_architecture
 
 LARGE = ("26b-a4b", "31b")
 SMALL = ("e2b", "e4b")
@@ -259,7 +259,7 @@ def test_they_are_refused_at_the_command_line(shallow, converted, tmp_path, form
 def test_layers_of_one_kind_with_several_sizes_are_refused(tiny, tmp_path):
     """Fast-LLM has one block for each kind of layer; a config may say more."""
     from gemma_convert.mapping.inventory import huggingface_tensors
-    from gemma_convert.stores.safetensors_header import write_safetensors
+    from gemma_convert.stores.safetensors.header import write_safetensors
     from gemma_convert.tiny.weights import random_weights
 
     source = tmp_path / "hf"

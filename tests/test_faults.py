@@ -21,10 +21,10 @@ import pytest
 from native_checkpoints import sums
 
 from gemma_convert import SourceError, TargetError, inspect, to_hf, to_native
-from gemma_convert import transfer as transferring
-from gemma_convert.stores import raw_chunks
-from gemma_convert.stores.orbax_reader import OrbaxArray
-from gemma_convert.stores.safetensors import SafetensorsFolder
+from gemma_convert.engine import transfer as transferring
+from gemma_convert.stores.orbax.reader import OrbaxArray
+from gemma_convert.stores.orbax.writer import raw_chunks
+from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 
 DIRECTIONS = {
     "hf to maxtext": ("hf", "maxtext", {}),
@@ -68,8 +68,8 @@ def command(direction, source, out):
 
 MAIN = """
 import sys
-import gemma_convert.convert, gemma_convert.export
-for module in (gemma_convert.convert, gemma_convert.export):
+import gemma_convert.tasks.to_native, gemma_convert.tasks.to_hf
+for module in (gemma_convert.tasks.to_native, gemma_convert.tasks.to_hf):
     module.check_space = lambda *_: None
 from gemma_convert.cli.app import main
 main()
@@ -218,7 +218,7 @@ def test_a_worker_that_fails(direction, source, tmp_path, monkeypatch):
     module = transferring if DIRECTIONS[direction][1] else raw_chunks
     name = "convert" if module is transferring else "contiguous"
     if direction == "fast-llm to hf":
-        from gemma_convert import export as module
+        from gemma_convert.tasks import to_hf as module
 
         name = "restore_exactly"
     after(10, module, name, monkeypatch, fail)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from gemma_convert import logit_check, save_golden
-from gemma_convert.config import read_architecture
 from gemma_convert.flops.count import count
 from gemma_convert.flops.source import read_model
 from gemma_convert.flops.workload import prefill
@@ -20,6 +19,7 @@ from gemma_convert.logits.images import ImageSequence
 from gemma_convert.logits.prompts import TokenSequence
 from gemma_convert.logits.report import render
 from gemma_convert.logits.sounds import SoundSequence
+from gemma_convert.model.config import read_architecture
 
 
 def places(length: int, soft: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import models
 import pytest
 
-from gemma_convert.dtypes import TensorSpec
+from gemma_convert.arrays.dtypes import TensorSpec
 from gemma_convert.flops.attention import Reach
 from gemma_convert.flops.count import count
 from gemma_convert.flops.model import DecoderLayer, Dense, GroupedQuery, Model

@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import pytest
 
-from gemma_convert.architecture import AudioEmbedder, VisionEmbedder
 from gemma_convert.flops.count import count
 from gemma_convert.flops.model import Model
 from gemma_convert.flops.source import read_model
 from gemma_convert.flops.towers import AUDIO_WINDOW, audio_pair_flops
 from gemma_convert.flops.workload import prefill, train
+from gemma_convert.model.architecture import AudioEmbedder, VisionEmbedder
 
 BATCH, TOKENS, IMAGES, IMAGE_TOKENS, SOUND_TOKENS = 2, 41, 2, 6, 17
 IMAGE = {"images": IMAGES, "image_tokens": IMAGE_TOKENS}

@@ -10,7 +10,7 @@ import pytest
 from test_cli import fails
 
 from gemma_convert import SourceError, inspect, to_native
-from gemma_convert.foreign import refuse_foreign_tensors
+from gemma_convert.model.foreign import refuse_foreign_tensors
 
 ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "google/gemma-4-31B-it", "r": 8}
 CONVERT = ("to-native", "--format", "maxtext")

@@ -7,9 +7,9 @@ from object_stores import BUCKET, Objects, gcs_server, sums
 
 import gemma_convert
 from gemma_convert.errors import SourceError, TargetError
-from gemma_convert.stores.object_store import file_system
-from gemma_convert.stores.orbax import OrbaxWriter
-from gemma_convert.stores.unfinished import JOURNAL
+from gemma_convert.files.unfinished import JOURNAL
+from gemma_convert.stores.orbax.writer import OrbaxWriter
+from gemma_convert.stores.remote.object_store import file_system
 
 URL = f"gs://{BUCKET}"
 

@@ -26,7 +26,7 @@ from native_checkpoints import (
 from trees import read_safetensors, same_bits
 
 from gemma_convert import SourceError, UsageError, inspect, to_hf, to_native, verify
-from gemma_convert.config import read_architecture
+from gemma_convert.model.config import read_architecture
 
 VISION = "model.vision_tower.encoder.layers."
 BLOCK = "vision_encoder/transformer/stacked_layers/block/"

@@ -247,15 +247,15 @@ def test_an_error_that_says_what_to_do_says_nothing_more():
 
 def test_a_module_of_our_own_that_cannot_be_imported_is_our_own_fault(monkeypatch):
     """More packages would not help; of another package's module that is the advice."""
-    monkeypatch.setitem(sys.modules, "gemma_convert.listings", None)
+    monkeypatch.setitem(sys.modules, "gemma_convert.tasks.mappings", None)
     done = run("mappings")
     assert (done.returncode, done.stdout) == (70, "")
     assert "fault of gemma-convert" in done.stderr
     assert "more packages" not in done.stderr
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "numpy", None)
-    monkeypatch.delitem(sys.modules, "gemma_convert.listings", raising=False)
-    monkeypatch.delitem(sys.modules, "gemma_convert.dtypes", raising=False)
+    monkeypatch.delitem(sys.modules, "gemma_convert.tasks.mappings", raising=False)
+    monkeypatch.delitem(sys.modules, "gemma_convert.arrays.dtypes", raising=False)
     assert "pip install 'gemma-convert[check]'" in fails(2, "mappings")
 
 

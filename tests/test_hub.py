@@ -16,7 +16,7 @@ from hub_server import COMMITS, GATED, REPOSITORY, serving
 from object_stores import sums
 from test_naming import rename
 
-from gemma_convert.hub import Repository, repository
+from gemma_convert.stores.remote.hub import Repository, repository
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 NOT_NEEDED = ("pytorch_model.bin", "model.gguf", "other.safetensors", "original/model.safetensors")

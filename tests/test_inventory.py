@@ -16,7 +16,6 @@ from models import (
 )
 from tables import huggingface_data, huggingface_row, read_huggingface
 
-from gemma_convert.config import parse_architecture
 from gemma_convert.errors import MappingError
 from gemma_convert.mapping.inventory import (
     axis_size,
@@ -26,6 +25,7 @@ from gemma_convert.mapping.inventory import (
     shape_of,
 )
 from gemma_convert.mapping.notation import parse_view
+from gemma_convert.model.config import parse_architecture
 
 COUNTS = [(E2B, 2011, 60), (E4B, 2130, 54), (A4B, 1013, 0), (DENSE, 1188, 0), (UNIFIED, 677, 0)]
 LAYER = "model.language_model.layers."

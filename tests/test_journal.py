@@ -10,10 +10,10 @@ import pytest
 from native_checkpoints import arrays_of, differing
 
 from gemma_convert import to_native
-from gemma_convert import transfer as transferring
+from gemma_convert.engine import transfer as transferring
+from gemma_convert.engine.journal import Journal
 from gemma_convert.mapping import plan as planning
-from gemma_convert.stores.journal import Journal
-from gemma_convert.stores.safetensors import SafetensorsFolder
+from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 
 STOP = 200
 """Blocks that the first run reads before it is interrupted."""

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from gemma_convert.errors import SourceError, TargetError, UsageError
-from gemma_convert.locations import local, local_target
-from gemma_convert.places import named, shown
-from gemma_convert.stores.object_store import ObjectURL, kvstore_spec, parse_url, reached
-from gemma_convert.stores.remote import find_mirror, kvstore, mirroring, remote_file
+from gemma_convert.output import named, shown
+from gemma_convert.stores.remote.locations import local, local_target
+from gemma_convert.stores.remote.mirror import find_mirror, kvstore, mirroring, remote_file
+from gemma_convert.stores.remote.object_store import ObjectURL, kvstore_spec, parse_url, reached
 
 VARIABLES = (
     "AWS_ENDPOINT_URL_S3",

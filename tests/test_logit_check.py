@@ -17,7 +17,6 @@ from native_checkpoints import alter
 from PIL import Image
 
 from gemma_convert.cli.app import main
-from gemma_convert.config import read_architecture
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.logits import check as check_module
 from gemma_convert.logits.check import logit_check
@@ -25,6 +24,7 @@ from gemma_convert.logits.golden import save_golden
 from gemma_convert.logits.images import image_sequences
 from gemma_convert.logits.limit import choose_limit, find_lossy_rows
 from gemma_convert.logits.report import render
+from gemma_convert.model.config import read_architecture
 
 
 class Checkpoint:

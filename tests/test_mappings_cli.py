@@ -14,13 +14,13 @@ import pytest
 from models import A4B, DENSE, E2B, E4B, UNIFIED, load_architecture, load_tensors
 from test_cli import TERMINAL, fails, run
 
-from gemma_convert.dtypes import DTypePolicy
+from gemma_convert.arrays.dtypes import DTypePolicy
 from gemma_convert.errors import SourceError, UsageError
-from gemma_convert.listings import list_mappings
 from gemma_convert.mapping.plan import plan_to_native
 from gemma_convert.mapping.table import load_inventory, load_table
 from gemma_convert.published import published_names
 from gemma_convert.published.models import named_model, published_architecture, usual_tensors
+from gemma_convert.tasks.mappings import list_mappings
 
 NAMES = {"e2b": E2B, "e4b": E4B, "12b": UNIFIED, "26b-a4b": A4B, "31b": DENSE}
 FORMS = [

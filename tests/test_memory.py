@@ -12,10 +12,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gemma_convert.config import parse_architecture
-from gemma_convert.dtypes import TensorSpec
+from gemma_convert.arrays.dtypes import TensorSpec
 from gemma_convert.mapping.inventory import huggingface_tensors
-from gemma_convert.stores.safetensors_header import safetensors_header
+from gemma_convert.model.config import parse_architecture
+from gemma_convert.stores.safetensors.header import safetensors_header
 
 
 def wide_checkpoint(folder: Path, layers: int) -> int:

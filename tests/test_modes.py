@@ -52,8 +52,8 @@ def test_outputs_of_all_commands(umask, tiny, converted, tmp_path, monkeypatch) 
 
 
 def test_a_mirror_is_private_and_goes(tmp_path, monkeypatch) -> None:
-    from gemma_convert.stores.object_store import ObjectURL
-    from gemma_convert.stores.remote import mirroring
+    from gemma_convert.stores.remote.mirror import mirroring
+    from gemma_convert.stores.remote.object_store import ObjectURL
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = os.umask(0)

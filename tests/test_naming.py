@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gemma_convert import SourceError, inspect, logit_check, to_hf, to_native, verify
-from gemma_convert.listings import list_mappings
 from gemma_convert.logits.golden import save_golden
 from gemma_convert.mapping.prefix import difference
-from gemma_convert.stores.naming import find_naming
-from gemma_convert.stores.safetensors import SafetensorsFolder
+from gemma_convert.stores.safetensors.naming import find_naming
+from gemma_convert.stores.safetensors.reader import SafetensorsFolder
+from gemma_convert.tasks.mappings import list_mappings
 
 HERE = Path("here")
 

@@ -10,10 +10,10 @@ import pytest
 from gemma_jax_by_hand import gemma_jax_tree
 from test_native_vision import nested
 
-from gemma_convert.config import read_architecture
 from gemma_convert.errors import SourceError
-from gemma_convert.native.gemma_jax_audio import encode_audio
-from gemma_convert.native.restore import restore_gemma_jax
+from gemma_convert.forward.restore import restore_gemma_jax
+from gemma_convert.layouts.gemma_jax.audio import encode_audio
+from gemma_convert.model.config import read_architecture
 
 FAMILIES = ("e2b", "e4b")
 LIMIT = 1e-5

@@ -13,12 +13,13 @@ from maxtext_trees import CONFIGS, logits_of, make_model
 from models import A4B, DENSE, load_architecture
 from safetensors.numpy import load_file, save_file
 
-from gemma_convert.config import parse_architecture, read_architecture
 from gemma_convert.errors import SourceError
+from gemma_convert.layouts.fast_llm.forward import FastLLM
+from gemma_convert.layouts.fast_llm.forward_config import MAX_BYTES, read_fast_llm_config
+from gemma_convert.layouts.fast_llm.layout import forward as fast_llm
+from gemma_convert.layouts.fast_llm.layout import forward_config as fast_llm_config
 from gemma_convert.logits.divergence import compare
-from gemma_convert.native import fast_llm, fast_llm_config
-from gemma_convert.native.fast_llm import FastLLM
-from gemma_convert.native.fast_llm_config import MAX_BYTES, read_fast_llm_config
+from gemma_convert.model.config import parse_architecture, read_architecture
 
 LENGTH = 23
 LIMIT = 1e-5

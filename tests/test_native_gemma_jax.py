@@ -12,14 +12,15 @@ from gemma_jax_by_hand import flat, gemma_jax_tree, nested
 from maxtext_trees import CONFIGS, change, logits_of, make_model
 from safetensors.numpy import load_file
 
-from gemma_convert.config import parse_architecture, read_architecture
 from gemma_convert.errors import SourceError
+from gemma_convert.forward import decoder
+from gemma_convert.forward.prompt import Prompt
+from gemma_convert.forward.restore import gemma_jax_facts, restore_gemma_jax
+from gemma_convert.layouts.gemma_jax.forward import GemmaJaxLayer, GemmaJaxWeights
+from gemma_convert.layouts.gemma_jax.layout import forward as gemma_jax
+from gemma_convert.layouts.gemma_jax.shapes import check_shapes
 from gemma_convert.logits.divergence import compare
-from gemma_convert.native import decoder, gemma_jax
-from gemma_convert.native.gemma_jax import GemmaJaxLayer, GemmaJaxWeights
-from gemma_convert.native.gemma_jax_shapes import check_shapes
-from gemma_convert.native.prompt import Prompt
-from gemma_convert.native.restore import gemma_jax_facts, restore_gemma_jax
+from gemma_convert.model.config import parse_architecture, read_architecture
 
 LENGTH = 23
 LIMIT = 1e-5

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 from maxtext_trees import CONFIGS, change, logits_of, make_model, maxtext_tree, write_maxtext
 
-from gemma_convert.config import parse_architecture, read_architecture
 from gemma_convert.errors import SourceError
+from gemma_convert.forward import decoder
+from gemma_convert.forward.prompt import Prompt
+from gemma_convert.forward.restore import maxtext_facts, restore_maxtext
+from gemma_convert.layouts.maxtext.forward import MaxTextLayer, MaxTextWeights
+from gemma_convert.layouts.maxtext.layout import forward as maxtext
+from gemma_convert.layouts.maxtext.shapes import check_shapes
 from gemma_convert.logits.divergence import compare
-from gemma_convert.native import decoder, maxtext
-from gemma_convert.native.maxtext import MaxTextLayer, MaxTextWeights
-from gemma_convert.native.maxtext_shapes import check_shapes
-from gemma_convert.native.prompt import Prompt
-from gemma_convert.native.restore import maxtext_facts, restore_maxtext
-from gemma_convert.stores.orbax_reader import find_items
+from gemma_convert.model.config import parse_architecture, read_architecture
+from gemma_convert.stores.orbax.reader import find_items
 
 LENGTH = 23
 LIMIT = 1e-5

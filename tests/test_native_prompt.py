@@ -12,11 +12,13 @@ from maxtext_by_hand import maxtext_tree
 from safetensors.numpy import load_file
 from test_tiny import processor_of
 
-from gemma_convert.config import read_architecture
+from gemma_convert.forward import decoder
+from gemma_convert.forward.arithmetic import head, visible
+from gemma_convert.forward.prompt import Prompt
+from gemma_convert.layouts.gemma_jax.layout import forward as gemma_jax
+from gemma_convert.layouts.maxtext.layout import forward as maxtext
 from gemma_convert.logits.divergence import compare
-from gemma_convert.native import decoder, gemma_jax, maxtext
-from gemma_convert.native.arithmetic import head, visible
-from gemma_convert.native.prompt import Prompt
+from gemma_convert.model.config import read_architecture
 
 LENGTH = 144  # of what a processor makes of two images, so that few shapes are compiled
 IMAGES = np.zeros((2, LENGTH), np.int32)

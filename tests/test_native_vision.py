@@ -11,12 +11,13 @@ import pytest
 from cases import FAMILIES
 from gemma_jax_by_hand import gemma_jax_tree
 
-from gemma_convert.config import parse_architecture, read_architecture
 from gemma_convert.errors import SourceError
+from gemma_convert.forward.restore import restore_gemma_jax, restore_maxtext
+from gemma_convert.forward.vision import pool, rotary
+from gemma_convert.layouts.gemma_jax.layout import vision as gemma_jax_vision
+from gemma_convert.layouts.maxtext.layout import vision as maxtext_vision
 from gemma_convert.mapping.notation import split_path
-from gemma_convert.native import gemma_jax_vision, maxtext_vision
-from gemma_convert.native.restore import restore_gemma_jax, restore_maxtext
-from gemma_convert.native.vision import pool, rotary
+from gemma_convert.model.config import parse_architecture, read_architecture
 
 LIMIT = 2e-5
 WITH_MAXTEXT = ("26b-a4b", "31b")

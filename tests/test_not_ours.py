@@ -12,9 +12,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from gemma_convert import TargetError, to_hf, to_native
-from gemma_convert.stores import receipt, staging
-from gemma_convert.stores.accounted import beside_huggingface
-from gemma_convert.stores.staging import StagedFolder
+from gemma_convert.checkpoint.accounted import beside_huggingface
+from gemma_convert.engine import staging
+from gemma_convert.engine.staging import StagedFolder
+from gemma_convert.files import receipt
 
 
 def state(folder: Path) -> dict[str, bytes | str]:

@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import A4B, E2B, load_architecture
 
-from gemma_convert.architecture import AXES, FACTS
 from gemma_convert.errors import MappingError
 from gemma_convert.mapping.notation import (
     Condition,
@@ -19,6 +18,7 @@ from gemma_convert.mapping.notation import (
     parse_view,
     split_path,
 )
+from gemma_convert.model.architecture import AXES, FACTS
 
 SPELLINGS = {"gate_up": ("gate", "up"), "kv": ("k", "v")}
 

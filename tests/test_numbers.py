@@ -12,13 +12,13 @@ from native_checkpoints import edited, manifest, sums
 from trees import read_safetensors
 
 from gemma_convert import to_hf, to_native, verify
-from gemma_convert.dtypes import TensorSpec, numpy_dtype
+from gemma_convert.arrays.dtypes import TensorSpec, numpy_dtype
+from gemma_convert.arrays.values import bits
 from gemma_convert.layouts.registry import open_native
-from gemma_convert.stores.orbax import OrbaxFormat, OrbaxWriter
-from gemma_convert.stores.orbax_reader import open_array, read_orbax_tree
-from gemma_convert.stores.safetensors import SafetensorsFolder
-from gemma_convert.stores.safetensors_writer import SafetensorsWriter, output_shard
-from gemma_convert.values import bits
+from gemma_convert.stores.orbax.reader import open_array, read_orbax_tree
+from gemma_convert.stores.orbax.writer import OrbaxFormat, OrbaxWriter
+from gemma_convert.stores.safetensors.reader import SafetensorsFolder
+from gemma_convert.stores.safetensors.writer import SafetensorsWriter, output_shard
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 EXPONENT, WIDTH = {"bfloat16": 7, "float16": 10, "float32": 23}, {"float32": 32}

@@ -4,12 +4,12 @@ import pytest
 from models import A4B, DENSE, E2B, WHERE, load_architecture, load_config
 from tables import maxtext_data, read_maxtext
 
-from gemma_convert.config import parse_architecture
 from gemma_convert.errors import MappingError, UsageError
 from gemma_convert.mapping.notation import parse_view
 from gemma_convert.mapping.placement import Placed, place, scanned_placement
 from gemma_convert.mapping.region import Extent
 from gemma_convert.mapping.table import load_table
+from gemma_convert.model.config import parse_architecture
 
 LAYER = "params/params/decoder/layers_{layer}/"
 STACKS = "params/params/decoder/scanned_blocks/"

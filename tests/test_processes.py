@@ -19,16 +19,16 @@ from native_checkpoints import arrays_of, differing, manifest
 from test_convert import _patch
 
 from gemma_convert import SourceError, TargetError, UsageError, to_hf, to_native, verify
-from gemma_convert import transfer as transferring
-from gemma_convert.config import read_architecture
-from gemma_convert.dtypes import DTypePolicy
+from gemma_convert.arrays.dtypes import DTypePolicy
+from gemma_convert.engine import transfer as transferring
+from gemma_convert.engine.processes import OneProcess, join
 from gemma_convert.mapping import plan as planning
 from gemma_convert.mapping import split as splitting
 from gemma_convert.mapping.region import blocks
 from gemma_convert.mapping.split import split_sources
 from gemma_convert.mapping.table import load_table
-from gemma_convert.processes import OneProcess, join
-from gemma_convert.stores.safetensors import SafetensorsFolder
+from gemma_convert.model.config import read_architecture
+from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 
 
 class Threads:

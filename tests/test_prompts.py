@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from gemma_convert.config import read_architecture
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.logits.prompts import PROMPTS, reserved_ids, token_sequences
+from gemma_convert.model.config import read_architecture
 
 WINDOW = 21
 BEGIN = 2

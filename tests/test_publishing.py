@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemma_convert import TargetError, processes
-from gemma_convert.dtypes import TensorSpec
-from gemma_convert.parts import leave_part, take_part
-from gemma_convert.stores import staging
-from gemma_convert.stores.accounted import beside_huggingface
-from gemma_convert.stores.staging import StagedFolder
-from gemma_convert.stores.unfinished import LOCK
-from gemma_convert.transfer import Losses, TransferResult
+from gemma_convert import TargetError
+from gemma_convert.arrays.dtypes import TensorSpec
+from gemma_convert.checkpoint.accounted import beside_huggingface
+from gemma_convert.engine import processes, staging
+from gemma_convert.engine.process_results import leave_part, take_part
+from gemma_convert.engine.staging import StagedFolder
+from gemma_convert.engine.transfer import Losses, TransferResult
+from gemma_convert.files.unfinished import LOCK
 
 
 def names(folder: Path) -> list[str]:

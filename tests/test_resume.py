@@ -19,14 +19,14 @@ from gemma_convert import SourceError, inspect, to_hf, to_native
 
 SLOW = """
 import sys, time
-import gemma_convert.mapping.plan as planning, gemma_convert.transfer as transfer
-import gemma_convert.native_source as native_source
+import gemma_convert.mapping.plan as planning, gemma_convert.engine.transfer as transfer
+import gemma_convert.checkpoint.native as native_source
 planning.BLOCK_BYTES = 20_000
 native_source.BLOCK_BYTES = 20_000
 planning.GATHER_BYTES = transfer.GATHER_BYTES = 2_000
-from gemma_convert.stores.safetensors import SafetensorsFolder
-from gemma_convert.stores.orbax_reader import OrbaxArray
-from gemma_convert.layouts.fast_llm import FastLLMArray
+from gemma_convert.stores.safetensors.reader import SafetensorsFolder
+from gemma_convert.stores.orbax.reader import OrbaxArray
+from gemma_convert.layouts.fast_llm.layout import FastLLMArray
 reads = [0]
 def throttled(read):
     def slow(self, *arguments):

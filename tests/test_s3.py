@@ -13,13 +13,14 @@ import pytest
 from object_stores import BUCKET, Objects, s3_server, sums
 
 import gemma_convert
+from gemma_convert.engine.processes import OneProcess
 from gemma_convert.errors import SourceError, TargetError, UsageError
-from gemma_convert.locations import local, local_target
-from gemma_convert.processes import OneProcess
-from gemma_convert.stores import remote, remote_target
-from gemma_convert.stores.object_store import file_system, parse_url
-from gemma_convert.stores.orbax import OrbaxWriter
-from gemma_convert.stores.unfinished import JOURNAL
+from gemma_convert.files.unfinished import JOURNAL
+from gemma_convert.stores.orbax.writer import OrbaxWriter
+from gemma_convert.stores.remote.locations import local, local_target
+from gemma_convert.stores.remote.mirror import mirror as remote
+from gemma_convert.stores.remote.mirror import target as remote_target
+from gemma_convert.stores.remote.object_store import file_system, parse_url
 
 URL = f"s3://{BUCKET}"
 
@@ -406,7 +407,8 @@ def test_flops_fetch_config_json_alone(s3, hf, place, monkeypatch):
 
 
 def test_local_space_is_asked_for_what_is_written_here(s3, hf, place, stored, monkeypatch):
-    from gemma_convert import convert, export
+    from gemma_convert.tasks import to_hf as export
+    from gemma_convert.tasks import to_native as convert
 
     asked = []
 

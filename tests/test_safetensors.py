@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from gemma_convert.dtypes import SAFETENSORS_NAMES, TensorSpec
+from gemma_convert.arrays.dtypes import SAFETENSORS_NAMES, TensorSpec
 from gemma_convert.errors import SourceError
-from gemma_convert.stores.safetensors import SafetensorsFolder
-from gemma_convert.stores.safetensors_header import safetensors_header
+from gemma_convert.stores.safetensors.header import safetensors_header
+from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 
 GOOD = {
     "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},

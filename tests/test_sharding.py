@@ -13,16 +13,16 @@ import pytest
 from PIL import Image
 from test_sounds import noise, write
 
-from gemma_convert.config import read_architecture
+from gemma_convert.forward import sharding
+from gemma_convert.forward.restore import gemma_jax_facts, maxtext_facts
+from gemma_convert.forward.stored import StoredArray, open_stored
 from gemma_convert.logits import streaming
 from gemma_convert.logits.images import image_sequences
 from gemma_convert.logits.native import open_model
 from gemma_convert.logits.prompts import token_sequences
 from gemma_convert.logits.sounds import sound_sequences
 from gemma_convert.logits.streaming import compared_slices
-from gemma_convert.native import sharding
-from gemma_convert.native.restore import gemma_jax_facts, maxtext_facts
-from gemma_convert.native.stored import StoredArray, open_stored
+from gemma_convert.model.config import read_architecture
 
 ROOT = Path(sharding.__file__).parents[2]
 DEVICES = 8
@@ -87,8 +87,8 @@ def eight_devices(folder):
     """The other side of the tests below, in a process of its own: logits and what devices hold."""
     import jax
 
+    from gemma_convert.forward import arithmetic, decoder
     from gemma_convert.logits import native_jax
-    from gemma_convert.native import arithmetic, decoder
 
     held = {"layer": [0, 0], "tower": [0, 0], "tree": [0, 0], "table": [0, 0]}
 
@@ -306,20 +306,20 @@ def test_every_array_of_a_tree_has_named_axes_of_its_own_shape(jobs, name):
     architecture = read_architecture(Path(jobs[name]["hf"]))
     folder = Path(jobs[name]["native"])
     if layout == "maxtext":
-        from gemma_convert.native import maxtext_shapes as shapes
-        from gemma_convert.native import maxtext_vision as tower
+        from gemma_convert.layouts.maxtext.layout import shapes
+        from gemma_convert.layouts.maxtext.layout import vision as tower
 
         facts = maxtext_facts(folder / "0" / "items")
     else:
-        from gemma_convert.native import gemma_jax_shapes as shapes
-        from gemma_convert.native import gemma_jax_vision as tower
+        from gemma_convert.layouts.gemma_jax.layout import shapes
+        from gemma_convert.layouts.gemma_jax.layout import vision as tower
 
         facts = gemma_jax_facts(folder)
     axes = dict(shapes.text_axes(architecture.text))
     if layout == "gemma-jax" or family != "e2b":
         axes |= tower.axes(architecture)
     if layout == "gemma-jax" and architecture.audio is not None:
-        from gemma_convert.native import gemma_jax_audio
+        from gemma_convert.layouts.gemma_jax.layout import audio as gemma_jax_audio
 
         axes |= gemma_jax_audio.axes(architecture)
     lengths = {}
@@ -362,14 +362,17 @@ def forward_passes(job, layout):
     (image,) = image_sequences(hf, architecture, [Path(job["image"])])
     tokens = np.arange(6, dtype=np.int32)[None]
     if layout == "maxtext":
-        from gemma_convert.native import maxtext, maxtext_vision
-        from gemma_convert.native.restore import restore_maxtext
+        from gemma_convert.forward.restore import restore_maxtext
+        from gemma_convert.layouts.maxtext.layout import forward as maxtext
+        from gemma_convert.layouts.maxtext.layout import vision as maxtext_vision
 
         tree = restore_maxtext(folder / "0" / "items")
         forward, vision = maxtext.forward, maxtext_vision.encode_image
     else:
-        from gemma_convert.native import gemma_jax, gemma_jax_audio, gemma_jax_vision
-        from gemma_convert.native.restore import restore_gemma_jax
+        from gemma_convert.forward.restore import restore_gemma_jax
+        from gemma_convert.layouts.gemma_jax.layout import audio as gemma_jax_audio
+        from gemma_convert.layouts.gemma_jax.layout import forward as gemma_jax
+        from gemma_convert.layouts.gemma_jax.layout import vision as gemma_jax_vision
 
         tree = restore_gemma_jax(folder)
         forward, vision = gemma_jax.forward, gemma_jax_vision.encode_image

@@ -16,7 +16,6 @@ from PIL import Image
 from test_tiny import processor_of
 
 from gemma_convert.cli.app import main
-from gemma_convert.config import read_architecture
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.logits import check as check_module
 from gemma_convert.logits import soft as soft_module
@@ -26,6 +25,7 @@ from gemma_convert.logits.prompts import TokenSequence, token_sequences
 from gemma_convert.logits.reference import Reference
 from gemma_convert.logits.report import render
 from gemma_convert.logits.sounds import SOUND, sound_sequences
+from gemma_convert.model.config import read_architecture
 
 FAMILIES = ("e2b", "e4b")
 RATE = 16000

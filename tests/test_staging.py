@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from gemma_convert.checkpoint.accounted import beside_huggingface
+from gemma_convert.engine import staging
+from gemma_convert.engine.staging import StagedFolder, check_apart, check_space
 from gemma_convert.errors import TargetError
-from gemma_convert.stores import staging
-from gemma_convert.stores.accounted import beside_huggingface
-from gemma_convert.stores.staging import StagedFolder, check_apart, check_space
 
 
 def build(target: Path, text: str = "new", **options) -> None:
@@ -165,7 +165,7 @@ def test_second_run_is_locked_out_and_harms_nothing(tmp_path):
         with pytest.raises(TargetError, match="Another run"), StagedFolder(tmp_path / "out"):
             pass
         code = (
-            "import sys; from pathlib import Path; from gemma_convert.stores.staging import *\n"
+            "import sys; from pathlib import Path; from gemma_convert.engine.staging import *\n"
             f"StagedFolder(Path({str(tmp_path / 'out')!r})).__enter__()"
         )
         other = subprocess.run(

@@ -13,16 +13,16 @@ import pytest
 from native_checkpoints import sums
 
 from gemma_convert import SourceError, TargetError, to_hf, to_native
-from gemma_convert import transfer as transferring
-from gemma_convert.dtypes import TensorSpec
-from gemma_convert.layouts.fast_llm import FastLLMWriter
+from gemma_convert.arrays.checksums import checksum
+from gemma_convert.arrays.dtypes import TensorSpec
+from gemma_convert.checkpoint.original import open_original
+from gemma_convert.engine import transfer as transferring
+from gemma_convert.layouts.fast_llm.layout import FastLLMWriter
 from gemma_convert.mapping import plan as planning
-from gemma_convert.stores.checksums import checksum
-from gemma_convert.stores.orbax import OrbaxFormat, OrbaxWriter
-from gemma_convert.stores.orbax_reader import read_orbax_tree
-from gemma_convert.stores.original import open_original
-from gemma_convert.stores.safetensors import SafetensorsFolder
-from gemma_convert.stores.safetensors_writer import SafetensorsWriter, output_shard
+from gemma_convert.stores.orbax.reader import read_orbax_tree
+from gemma_convert.stores.orbax.writer import OrbaxFormat, OrbaxWriter
+from gemma_convert.stores.safetensors.reader import SafetensorsFolder
+from gemma_convert.stores.safetensors.writer import SafetensorsWriter, output_shard
 
 SPEC = TensorSpec("float32", (6, 4))
 VALUES = np.arange(24, dtype=np.float32).reshape(SPEC.shape)

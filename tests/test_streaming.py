@@ -19,8 +19,15 @@ from safetensors.torch import load_file, save_file
 from test_sounds import noise, write
 
 from gemma_convert.cli.app import main
-from gemma_convert.config import read_architecture
 from gemma_convert.errors import SourceError
+from gemma_convert.forward.restore import (
+    maxtext_facts,
+    open_gemma_jax,
+    open_maxtext,
+    restore_gemma_jax,
+    restore_maxtext,
+)
+from gemma_convert.forward.stored import StoredArray, open_stored, read_all
 from gemma_convert.logits import check as check_module
 from gemma_convert.logits import native_jax, streaming
 from gemma_convert.logits.batches import batches, by_sequence
@@ -36,14 +43,7 @@ from gemma_convert.logits.reference import Reference
 from gemma_convert.logits.report import render
 from gemma_convert.logits.sliced import SlicedComparison
 from gemma_convert.logits.sounds import sound_sequences
-from gemma_convert.native.restore import (
-    maxtext_facts,
-    open_gemma_jax,
-    open_maxtext,
-    restore_gemma_jax,
-    restore_maxtext,
-)
-from gemma_convert.native.stored import StoredArray, open_stored, read_all
+from gemma_convert.model.config import read_architecture
 
 
 @pytest.fixture(scope="module")
@@ -615,7 +615,7 @@ def test_states_come_in_the_order_of_the_sequences():
 def test_blocks_freed_between_others_go_back_to_the_kernel():
     code = """
 import numpy as np
-from gemma_convert.allocator import return_large_blocks
+from gemma_convert.cli.allocator import return_large_blocks
 
 def resident():
     status = open("/proc/self/status").read()

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gemma_convert.config import read_architecture
 from gemma_convert.errors import TargetError, UsageError
 from gemma_convert.mapping.inventory import huggingface_tensors
+from gemma_convert.model.config import read_architecture
 from gemma_convert.tiny import make_tiny
 from gemma_convert.tiny.tokenizer import FIRST_BYTE, SPECIAL_TOKENS
 

@@ -18,12 +18,12 @@ from test_cli import fails, run
 from trees import read_safetensors
 
 from gemma_convert import SourceError, inspect, to_hf, to_native
-from gemma_convert.config import read_architecture
-from gemma_convert.layouts.gemma_jax_settings import gemma_jax_settings
-from gemma_convert.layouts.maxtext_settings import maxtext_settings
+from gemma_convert.layouts.gemma_jax.settings import gemma_jax_settings
+from gemma_convert.layouts.maxtext.settings import maxtext_settings
 from gemma_convert.logits.check import logit_check
 from gemma_convert.logits.golden import save_golden
 from gemma_convert.logits.layerwise import LayerwiseReference
+from gemma_convert.model.config import read_architecture
 from gemma_convert.tiny import make_tiny
 from gemma_convert.tiny.tokenizer import FIRST_BYTE
 

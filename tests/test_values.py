@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gemma_convert.dtypes import exact, rounds, widest
-from gemma_convert.values import bits, convert, lost_places, may_lose, restore
+from gemma_convert.arrays.dtypes import exact, rounds, widest
+from gemma_convert.arrays.values import bits, convert, lost_places, may_lose, restore
 
 ALL_16_BITS = np.arange(1 << 16, dtype=np.uint16)
 BF16 = ALL_16_BITS.view(ml_dtypes.bfloat16)

@@ -21,7 +21,7 @@ from gemma_convert.cli import (
 )
 from gemma_convert.cli.streams import standard_streams
 from gemma_convert.errors import GemmaConvertError, SourceError, UsageError
-from gemma_convert.places import shown
+from gemma_convert.output import shown
 from gemma_convert.version import __version__
 
 INTERNAL, INTERRUPTED = 70, 130

@@ -9,8 +9,8 @@ import typer
 from gemma_convert.cli.options import AsJson
 
 if TYPE_CHECKING:
-    from gemma_convert.inspection import Coverage, InspectReport
     from gemma_convert.output import Facts
+    from gemma_convert.tasks.inspect import Coverage, InspectReport
 
 SHOWN = 5
 
@@ -28,8 +28,8 @@ def command(
       gemma-convert inspect out
       gemma-convert inspect gemma-4-E2B-it --json
     """
-    from gemma_convert.inspection import inspect
     from gemma_convert.output import show, show_json
+    from gemma_convert.tasks.inspect import inspect
 
     report = inspect(path)
     if as_json:

@@ -14,8 +14,8 @@ from gemma_convert.cli.options import AsJson
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from gemma_convert.listings import FormatSummary, MappingsReport
     from gemma_convert.mapping.listing import Entry, Side, TableEntry
+    from gemma_convert.tasks.mappings import FormatSummary, MappingsReport
 
 
 class Layout(StrEnum):
@@ -59,8 +59,8 @@ def command(
       gemma-convert mappings --format gemma-jax --model e2b
       gemma-convert mappings --format maxtext --model 31b --scan-layers --json
     """
-    from gemma_convert.listings import list_mappings
     from gemma_convert.output import show, show_json
+    from gemma_convert.tasks.mappings import list_mappings
 
     report = list_mappings(None if layout is None else layout.value, model, scan_layers=scan_layers)
     if as_json:

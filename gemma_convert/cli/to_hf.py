@@ -18,8 +18,8 @@ from gemma_convert.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from gemma_convert.export import ToHFReport
     from gemma_convert.output import Facts
+    from gemma_convert.tasks.to_hf import ToHFReport
 
 SHOWN = 5
 
@@ -64,9 +64,9 @@ def command(
       gemma-convert to-hf out back
       gemma-convert to-hf run/checkpoints/1000 exported --like gemma-4-E2B-it
     """
-    from gemma_convert.allocator import reuse_large_blocks
-    from gemma_convert.export import to_hf
+    from gemma_convert.cli.allocator import reuse_large_blocks
     from gemma_convert.output import ProgressBar, note, show, show_json
+    from gemma_convert.tasks.to_hf import to_hf
 
     reuse_large_blocks()
     report = to_hf(

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from gemma_convert.output import Facts
-    from gemma_convert.reports import ToNativeReport
-    from gemma_convert.verification import VerifyReport
+    from gemma_convert.tasks.reports import ToNativeReport
+    from gemma_convert.tasks.verify import VerifyReport
 
 
 class Layout(StrEnum):
@@ -117,10 +117,10 @@ def command(
       gemma-convert to-native gemma-4-E2B-it out --format maxtext
       gemma-convert to-native gemma-4-31B-it out --format maxtext --scan-layers --verify
     """
-    from gemma_convert.allocator import reuse_large_blocks
-    from gemma_convert.convert import to_native
+    from gemma_convert.cli.allocator import reuse_large_blocks
+    from gemma_convert.engine.processes import join
     from gemma_convert.output import ProgressBar, note, printable, show, show_json
-    from gemma_convert.processes import join
+    from gemma_convert.tasks.to_native import to_native
 
     reuse_large_blocks()
     together = join(coordinator, processes, process, distributed)
@@ -168,9 +168,9 @@ def _verified(source: str, target: str) -> VerifyReport:
     """A report on what was written; raises CheckFailedError where it is not what was read."""
     from gemma_convert.errors import CheckFailedError
     from gemma_convert.layouts.registry import is_native
-    from gemma_convert.locations import local
     from gemma_convert.output import ProgressBar
-    from gemma_convert.verification import verify
+    from gemma_convert.stores.remote.locations import local
+    from gemma_convert.tasks.verify import verify
 
     with ExitStack() as stack:
         against = None if is_native(local(source, stack)) else source

@@ -10,7 +10,7 @@ from gemma_convert.cli.options import AsJson
 
 if TYPE_CHECKING:
     from gemma_convert.output import Facts
-    from gemma_convert.verification import VerifyReport
+    from gemma_convert.tasks.verify import VerifyReport
 
 SHOWN = 20
 
@@ -34,9 +34,9 @@ def command(
       gemma-convert verify out --against gemma-4-E2B-it
       gemma-convert verify exported --against out
     """
-    from gemma_convert.allocator import reuse_large_blocks
+    from gemma_convert.cli.allocator import reuse_large_blocks
     from gemma_convert.output import ProgressBar, show, show_json
-    from gemma_convert.verification import verify
+    from gemma_convert.tasks.verify import verify
 
     reuse_large_blocks()
     report = verify(path, against=against, progress=ProgressBar)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_convert.config import MAX_CONFIG_BYTES
-from gemma_convert.config_section import MAX_LAYERS, MAX_SIZE
+from gemma_convert.checkpoint.sidecar import FOLDER, sidecar_root
 from gemma_convert.errors import SourceError, short
-from gemma_convert.stores.json_file import read_object
-from gemma_convert.stores.sidecar import FOLDER, sidecar_root
+from gemma_convert.files.json_file import read_object
+from gemma_convert.model.config import MAX_CONFIG_BYTES
+from gemma_convert.model.config_section import MAX_LAYERS, MAX_SIZE
 
 
 @dataclass(frozen=True)

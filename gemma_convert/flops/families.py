@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gemma_convert.config import MODEL_TYPES
 from gemma_convert.errors import SourceError, short
 from gemma_convert.flops.attention import Kind, Reach
 from gemma_convert.flops.config_file import ConfigFile
@@ -28,6 +27,7 @@ from gemma_convert.flops.model import (
     Mixer,
     Model,
 )
+from gemma_convert.model.config import MODEL_TYPES
 
 _DESCRIPTIONS = Path(__file__).parent / "descriptions"
 

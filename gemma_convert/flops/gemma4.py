@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from gemma_convert.architecture import Architecture, Layer, TextArchitecture
 from gemma_convert.flops.attention import Reach
 from gemma_convert.flops.model import DecoderLayer, Dense, Experts, FeedForward, GroupedQuery, Model
+from gemma_convert.model.architecture import Architecture, Layer, TextArchitecture
 
 IMAGE_TOKENS = 280
 """Soft tokens of an image by default (vision_soft_tokens_per_image of the published configs)."""

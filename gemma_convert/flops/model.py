@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from gemma_convert.architecture import (
+from gemma_convert.flops.attention import Reach
+from gemma_convert.model.architecture import (
     AudioArchitecture,
     AudioEmbedder,
     VisionArchitecture,
     VisionEmbedder,
 )
-from gemma_convert.flops.attention import Reach
 
 
 @dataclass(frozen=True)

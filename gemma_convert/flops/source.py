@@ -5,12 +5,12 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
-from gemma_convert.config import MODEL_TYPES, UNIFIED, parse_architecture
 from gemma_convert.flops.config_file import ConfigFile, load_config
 from gemma_convert.flops.families import families, read_family, unknown_family
 from gemma_convert.flops.gemma4 import IMAGE_TOKENS, gemma4
 from gemma_convert.flops.model import Model
-from gemma_convert.locations import local
+from gemma_convert.model.config import MODEL_TYPES, UNIFIED, parse_architecture
+from gemma_convert.stores.remote.locations import local
 
 _QUANTIZATION = ("quantization", "quantization_config")
 

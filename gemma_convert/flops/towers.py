@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gemma_convert.architecture import (
+from gemma_convert.flops.attention import Reach, Rule, pair_flops
+from gemma_convert.flops.layers import gated_mlp
+from gemma_convert.flops.operations import Operation, matmul
+from gemma_convert.flops.workload import Workload
+from gemma_convert.model.architecture import (
     AudioArchitecture,
     AudioEmbedder,
     VisionArchitecture,
     VisionEmbedder,
 )
-from gemma_convert.flops.attention import Reach, Rule, pair_flops
-from gemma_convert.flops.layers import gated_mlp
-from gemma_convert.flops.operations import Operation, matmul
-from gemma_convert.flops.workload import Workload
 
 AUDIO_WINDOW = 12
 """Keys that a query of the audio tower sees, itself included; also the length of its blocks."""

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from gemma_convert.checkpoint.layout import Layout
+from gemma_convert.checkpoint.native import NativeSource, fingerprint
 from gemma_convert.errors import SourceError
-from gemma_convert.layouts.fast_llm import FastLLM, fast_llm_source, is_fast_llm
-from gemma_convert.layouts.gemma_jax import GemmaJax, gemma_jax_source
-from gemma_convert.layouts.layout import Layout
-from gemma_convert.layouts.maxtext import MaxText, maxtext_source
-from gemma_convert.native_source import NativeSource, fingerprint
-from gemma_convert.stores.orbax_reader import find_items, read_orbax_tree
-from gemma_convert.stores.safetensors import INDEX, SINGLE
+from gemma_convert.layouts.fast_llm.layout import FastLLM, fast_llm_source, is_fast_llm
+from gemma_convert.layouts.gemma_jax.layout import GemmaJax, gemma_jax_source
+from gemma_convert.layouts.maxtext.layout import MaxText, maxtext_source
+from gemma_convert.model.huggingface_files import INDEX, SINGLE
+from gemma_convert.stores.orbax.reader import find_items, read_orbax_tree
 
 LAYOUTS: Mapping[str, Layout] = {
     layout.name: layout for layout in (MaxText(), GemmaJax(), FastLLM())

@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from gemma_convert.architecture import Architecture
-from gemma_convert.config import read_architecture
-from gemma_convert.distributed import is_leader, process_count, publish, published
 from gemma_convert.errors import SourceError, UsageError
-from gemma_convert.locations import local
+from gemma_convert.files.libraries import told_by_library
 from gemma_convert.logits.achieved import forward_flops
+from gemma_convert.logits.distributed import is_leader, process_count, publish, published
 from gemma_convert.logits.divergence import Accumulator
 from gemma_convert.logits.drift import TOLERANCE, Drift
 from gemma_convert.logits.fingerprint import fingerprints
@@ -55,9 +53,11 @@ from gemma_convert.logits.streaming import (
     run_in_step,
 )
 from gemma_convert.logits.tokens import checked_sequences, worst_predictions
-from gemma_convert.places import shown
-from gemma_convert.reports import peak_memory
-from gemma_convert.stores.libraries import told_by_library
+from gemma_convert.model.architecture import Architecture
+from gemma_convert.model.config import read_architecture
+from gemma_convert.output import shown
+from gemma_convert.stores.remote.locations import local
+from gemma_convert.tasks.reports import peak_memory
 
 
 def logit_check(
@@ -81,9 +81,9 @@ def logit_check(
     config.json alone, and the sequences are the golden file's. `lossy_rows` names what the
     conversion rounded; None finds out. `max_kl` is in nats per token. Both sides run layer by layer
     and in step, unless `whole_model` loads all of both, and then nothing is said of single layers.
-    Several processes (`gemma_convert.distributed`) get the report of process 0, which alone runs
-    the reference, without what it has of single tokens.
-    Either side may be on the hub (`gemma_convert.locations`).
+    Several processes (`gemma_convert.logits.distributed`) get the report of process 0, which alone
+    runs the reference, without what it has of single tokens.
+    Either side may be on the hub (`gemma_convert.stores.remote.locations`).
     Raises SourceError where a side cannot be read or the two do not fit, UsageError for options
     that contradict each other.
     """

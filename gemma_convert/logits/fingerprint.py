@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from gemma_convert.checkpoint.sidecar import MAX_MANIFEST_BYTES, sidecar_root
 from gemma_convert.errors import SourceError
+from gemma_convert.files.json_file import parse_json, read_regular
 from gemma_convert.logits.golden import weight_files
-from gemma_convert.stores.json_file import parse_json, read_regular
-from gemma_convert.stores.sidecar import MAX_MANIFEST_BYTES, sidecar_root
 
 _MANIFEST = "hf/gemma-convert/manifest.json"
 _NATIVE_FILES = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt", "metadata.yaml")

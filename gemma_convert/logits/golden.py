@@ -22,15 +22,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gemma_convert.config import MAX_CONFIG_BYTES, read_architecture
 from gemma_convert.errors import SourceError, TargetError, short
-from gemma_convert.locations import local
+from gemma_convert.files.json_file import parse_json, read_regular
+from gemma_convert.files.library_path import library_path
+from gemma_convert.files.new_file import new_sibling
 from gemma_convert.logits.prompts import TokenSequence, token_sequences
 from gemma_convert.logits.reference import Reference, reference_config
 from gemma_convert.logits.sizes import check_sizes
-from gemma_convert.stores.json_file import parse_json, read_regular
-from gemma_convert.stores.library_path import library_path
-from gemma_convert.stores.new_file import new_sibling
+from gemma_convert.model.config import MAX_CONFIG_BYTES, read_architecture
+from gemma_convert.stores.remote.locations import local
 
 FORMAT = "gemma-convert/golden/1"
 SLICE_BYTES = 64 << 20

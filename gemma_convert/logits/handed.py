@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gemma_convert.config import MAX_CONFIG_BYTES
 from gemma_convert.errors import SourceError, short
-from gemma_convert.stores.confined import NEVER_READ, check_confined
-from gemma_convert.stores.json_file import read_object
-from gemma_convert.stores.library_path import library_path
+from gemma_convert.files.confined import NEVER_READ, check_confined
+from gemma_convert.files.json_file import read_object
+from gemma_convert.files.library_path import library_path
+from gemma_convert.model.config import MAX_CONFIG_BYTES
 
 _READ = (
     "config.json",

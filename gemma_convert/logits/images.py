@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from gemma_convert.architecture import Architecture, VisionArchitecture
 from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.files.libraries import told_by_library
 from gemma_convert.logits.soft import Medium, SoftPrompts, SoftSequence, load_processor, no_tower
-from gemma_convert.stores.libraries import told_by_library
+from gemma_convert.model.architecture import Architecture, VisionArchitecture
 
 IMAGE = Medium(
     one="image",

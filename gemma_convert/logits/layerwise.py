@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from gemma_convert.architecture import Architecture
-from gemma_convert.config import read_architecture
+from gemma_convert.files.libraries import told_by_library
 from gemma_convert.logits.prompts import TokenSequence
 from gemma_convert.logits.reference import (
     arguments,
@@ -34,7 +33,8 @@ from gemma_convert.logits.reference import (
     softcapped,
 )
 from gemma_convert.logits.tensor_files import TensorFiles
-from gemma_convert.stores.libraries import told_by_library
+from gemma_convert.model.architecture import Architecture
+from gemma_convert.model.config import read_architecture
 
 if TYPE_CHECKING:
     import torch

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from gemma_convert.architecture import Architecture
+from gemma_convert.checkpoint.sidecar import MAX_MANIFEST_BYTES, sidecar_root
 from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.files.json_file import read_object
+from gemma_convert.model.architecture import Architecture
 from gemma_convert.output import printable
-from gemma_convert.stores.json_file import read_object
-from gemma_convert.stores.sidecar import MAX_MANIFEST_BYTES, sidecar_root
 
 Dtype: TypeAlias = Literal["float32", "bfloat16"]
 

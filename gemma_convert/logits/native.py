@@ -12,13 +12,13 @@ from typing import Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from gemma_convert.architecture import Architecture
 from gemma_convert.errors import UsageError
 from gemma_convert.logits.limit import Dtype
 from gemma_convert.logits.prompts import TokenSequence
 from gemma_convert.logits.soft import SoftSequence
 from gemma_convert.logits.streaming import Streamed
-from gemma_convert.stores.orbax_reader import find_items
+from gemma_convert.model.architecture import Architecture
+from gemma_convert.stores.orbax.reader import find_items
 
 Logits: TypeAlias = npt.NDArray[np.float32]
 

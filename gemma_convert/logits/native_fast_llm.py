@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma_convert.architecture import Architecture
 from gemma_convert.errors import SourceError
 from gemma_convert.logits.batches import batches, by_sequence, padded
 from gemma_convert.logits.limit import Dtype
 from gemma_convert.logits.native import FAST_LLM_METADATA, Logits, LogitSource
 from gemma_convert.logits.prompts import TokenSequence
 from gemma_convert.logits.streaming import Streamed
+from gemma_convert.model.architecture import Architecture
 
 if TYPE_CHECKING:
     import torch
 
-    from gemma_convert.native.fast_llm import FastLLM
+    from gemma_convert.layouts.fast_llm.forward import FastLLM
 
 
 class FastLLMModel:
@@ -30,7 +30,7 @@ class FastLLMModel:
     towers: frozenset[str] = frozenset()
 
     def __init__(self, folder: Path, architecture: Architecture) -> None:
-        from gemma_convert.native.fast_llm import FastLLM
+        from gemma_convert.layouts.fast_llm.forward import FastLLM
 
         self.folder = folder
         model = FastLLM(folder)
@@ -45,7 +45,7 @@ class FastLLMModel:
             )
 
     def run(self, sequences: Sequence[TokenSequence], dtype: Dtype) -> LogitSource:
-        from gemma_convert.native.fast_llm import FastLLM
+        from gemma_convert.layouts.fast_llm.forward import FastLLM
 
         model = FastLLM(self.folder, dtype)
         groups = batches(sequences)
@@ -60,7 +60,7 @@ class FastLLMModel:
         return TorchLogits(model, hidden, [len(sequence.ids) for sequence in sequences])
 
     def stream(self, sequences: Sequence[TokenSequence], dtype: Dtype) -> Streamed:
-        from gemma_convert.native.fast_llm import FastLLM
+        from gemma_convert.layouts.fast_llm.forward import FastLLM
 
         return TorchStream(FastLLM(self.folder, dtype), sequences)
 

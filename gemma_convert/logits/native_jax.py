@@ -10,17 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from gemma_convert.architecture import Architecture, TextArchitecture
-from gemma_convert.distributed import in_step
-from gemma_convert.logits.batches import batches, by_sequence, padded
-from gemma_convert.logits.images import ImageSequence
-from gemma_convert.logits.limit import Dtype
-from gemma_convert.logits.native import Logits, LogitSource
-from gemma_convert.logits.prompts import TokenSequence
-from gemma_convert.logits.soft import SoftSequence
-from gemma_convert.logits.sounds import SoundSequence
-from gemma_convert.logits.streaming import Streamed
-from gemma_convert.native.restore import (
+from gemma_convert.forward.restore import (
     ArrayFacts,
     gemma_jax_facts,
     is_gemma_jax,
@@ -30,13 +20,23 @@ from gemma_convert.native.restore import (
     restore_gemma_jax,
     restore_maxtext,
 )
-from gemma_convert.native.stored import StoredArray, read
+from gemma_convert.forward.stored import StoredArray, read
+from gemma_convert.logits.batches import batches, by_sequence, padded
+from gemma_convert.logits.distributed import in_step
+from gemma_convert.logits.images import ImageSequence
+from gemma_convert.logits.limit import Dtype
+from gemma_convert.logits.native import Logits, LogitSource
+from gemma_convert.logits.prompts import TokenSequence
+from gemma_convert.logits.soft import SoftSequence
+from gemma_convert.logits.sounds import SoundSequence
+from gemma_convert.logits.streaming import Streamed
+from gemma_convert.model.architecture import Architecture, TextArchitecture
 
 if TYPE_CHECKING:
     import jax
 
-    from gemma_convert.native.prompt import Prompt
-    from gemma_convert.native.sharding import Axes
+    from gemma_convert.forward.prompt import Prompt
+    from gemma_convert.forward.sharding import Axes
 
 
 def jax_model(items: Path, architecture: Architecture) -> JaxModel:
@@ -59,10 +59,10 @@ class _Tree:
     """The same tree, its arrays still in their files."""
 
     def module(self, part: str) -> Any:
-        """The module of the tree's forward pass, `""`, or that of a `part` such as `_vision`."""
+        """A module of the layout's folder: `forward`, `shapes`, or that of a tower."""
         from importlib import import_module
 
-        return import_module(f"gemma_convert.native.{self.layout.replace('-', '_')}{part}")
+        return import_module(f"gemma_convert.layouts.{self.layout.replace('-', '_')}.{part}")
 
 
 _MAXTEXT = _Tree(
@@ -97,7 +97,7 @@ class JaxModel:
         self.folder, self.layout = items, tree.layout
         self._tree, self._architecture = tree, architecture
         facts = tree.facts(items)
-        tree.module("_shapes").check_shapes(facts, architecture.text, items)
+        tree.module("shapes").check_shapes(facts, architecture.text, items)
         keys = {name.split("/", 1)[0] for name in facts}
         self.towers = frozenset(tower for tower, ((key,), *_) in tree.towers.items() if key in keys)
         self.dtypes = frozenset(fact.dtype for fact in facts.values())
@@ -108,13 +108,13 @@ class JaxModel:
         tree = self._whole(sequences)
         groups = batches(sequences)
         prompts = list(in_step(self._prompts(tree, groups, sequences)))
-        states = self._tree.module("").final_hidden(tree, text, prompts, dtype)
+        states = self._tree.module("forward").final_hidden(tree, text, prompts, dtype)
         hidden = {
             index: row
             for group, state in zip(groups, map(np.asarray, states), strict=True)
             for index, row in zip(group, state, strict=True)
         }
-        table = self._tree.module("").output_table(tree, text, dtype)
+        table = self._tree.module("forward").output_table(tree, text, dtype)
         lengths = [len(sequence.ids) for sequence in sequences]
         return JaxLogits(text, table, hidden, lengths)
 
@@ -123,21 +123,21 @@ class JaxModel:
         groups = batches(sequences)
         encoders = self._encoders(tree, sequences)
         prompts = list(in_step(self._prompts(encoders, groups, sequences)))
-        text, module = self._architecture.text, self._tree.module("")
+        text, module = self._architecture.text, self._tree.module("forward")
         return JaxStream(text, module, tree, sequences, groups, prompts, dtype)
 
     def _modules(self, sequences: Sequence[TokenSequence]) -> list[str]:
         """The keys of the tree that `sequences` need."""
-        text = self._tree.module("").text_modules(self._architecture.text)
+        text = self._tree.module("forward").text_modules(self._architecture.text)
         return [*text, *(self._tree.towers[tower][0][0] for tower in _used_towers(sequences))]
 
     def _whole(self, sequences: Sequence[TokenSequence]) -> Mapping[str, Any]:
         """The tree that `sequences` need: on the host, or split over several devices at once."""
-        from gemma_convert.native.sharding import device_mesh, place_all
+        from gemma_convert.forward.sharding import device_mesh, place_all
 
         if device_mesh() is None:
             return self._tree.restore(self.folder, self._modules(sequences))
-        axes = self._tree.module("_shapes").text_axes(self._architecture.text)
+        axes = self._tree.module("shapes").text_axes(self._architecture.text)
         tree = self._tree.open(self.folder, self._modules(sequences))
         placed: Mapping[str, Any] = place_all(tree, axes | self._tower_axes(sequences))
         return placed
@@ -146,7 +146,7 @@ class JaxModel:
         self, tree: Mapping[str, Any], sequences: Sequence[TokenSequence]
     ) -> Mapping[str, Any]:
         """The towers that `sequences` need, on the devices, where the tree has them."""
-        from gemma_convert.native.sharding import place_all
+        from gemma_convert.forward.sharding import place_all
 
         found: dict[str, Any] = {}
         for tower in _used_towers(sequences):
@@ -162,7 +162,7 @@ class JaxModel:
     def _tower_axes(self, sequences: Sequence[TokenSequence]) -> dict[str, Axes]:
         found: dict[str, Axes] = {}
         for tower in _used_towers(sequences):
-            found |= self._tree.module(f"_{tower}").axes(self._architecture)
+            found |= self._tree.module(tower).axes(self._architecture)
         return found
 
     def _prompts(
@@ -175,7 +175,7 @@ class JaxModel:
             yield self._prompt(tree, [sequences[index] for index in group])
 
     def _prompt(self, tree: Mapping[str, Any], sequences: list[TokenSequence]) -> Prompt:
-        from gemma_convert.native.prompt import Prompt
+        from gemma_convert.forward.prompt import Prompt
 
         tokens = padded([sequence.ids for sequence in sequences])
         first = sequences[0]
@@ -189,7 +189,7 @@ class JaxModel:
 
     def _encoded(self, tree: Mapping[str, Any], sequence: ImageSequence | SoundSequence) -> Any:
         """The soft tokens of the image or the sound [soft_tokens embed]."""
-        module = self._tree.module(f"_{sequence.medium.tower}")
+        module = self._tree.module(sequence.medium.tower)
         if isinstance(sequence, ImageSequence):
             return module.encode_image(
                 tree, self._architecture, sequence.pixels, sequence.positions
@@ -240,8 +240,8 @@ class JaxStream:
         yield from in_step(self._slices(self._hidden, vocab))
 
     def _slices(self, hidden: npt.NDArray[Any], vocab: Sequence[slice]) -> Iterator[Logits]:
-        from gemma_convert.native.arithmetic import head
-        from gemma_convert.native.sharding import place
+        from gemma_convert.forward.arithmetic import head
+        from gemma_convert.forward.sharding import place
 
         states = place(hidden)
         table = _Forward(self._module.stored_table(self._tree))
@@ -258,7 +258,7 @@ class _Forward:
 
     def placed(self, part: slice) -> jax.Array:
         """The rows of `part` on the devices; a process reads those of its own devices alone."""
-        from gemma_convert.native.sharding import place_rows
+        from gemma_convert.forward.sharding import place_rows
 
         width = part.stop - part.start
         return place_rows(
@@ -298,8 +298,8 @@ class JaxLogits:
         yield from in_step(self._slices(index, rows))
 
     def _slices(self, index: int, rows: int) -> Iterator[Logits]:
-        from gemma_convert.native.arithmetic import head
-        from gemma_convert.native.sharding import place
+        from gemma_convert.forward.arithmetic import head
+        from gemma_convert.forward.sharding import place
 
         length = self.lengths[index]
         for start in range(0, length, rows):

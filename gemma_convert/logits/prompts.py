@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gemma_convert.architecture import Architecture
-from gemma_convert.config import MAX_CONFIG_BYTES
 from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.files.json_file import read_object
+from gemma_convert.files.libraries import told_by_library
 from gemma_convert.logits.handed import handed
-from gemma_convert.stores.json_file import read_object
-from gemma_convert.stores.libraries import told_by_library
+from gemma_convert.model.architecture import Architecture
+from gemma_convert.model.config import MAX_CONFIG_BYTES
 
 BEYOND_WINDOW = 32
 LONGEST_MADE = 2048

@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from gemma_convert.architecture import Architecture
-from gemma_convert.config import read_architecture
 from gemma_convert.errors import SourceError
+from gemma_convert.files.libraries import told_by_library
 from gemma_convert.logits.handed import handed
 from gemma_convert.logits.images import ImageSequence
 from gemma_convert.logits.prompts import TokenSequence
 from gemma_convert.logits.soft import SoftSequence
-from gemma_convert.stores.libraries import told_by_library
-from gemma_convert.stores.safetensors import SafetensorsFolder
+from gemma_convert.model.architecture import Architecture
+from gemma_convert.model.config import read_architecture
+from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 
 if TYPE_CHECKING:
     import torch

@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from gemma_convert.errors import TargetError, UsageError
+from gemma_convert.files.new_file import new_sibling
 from gemma_convert.logits.report import LogitReport
-from gemma_convert.stores.new_file import new_sibling
 
 _BEGINNING_BYTES = 16 << 10
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gemma_convert.architecture import Architecture
 from gemma_convert.logits.reference import check_loaded
 from gemma_convert.mapping.inventory import hf_tensors
-from gemma_convert.stores.safetensors import INDEX, SINGLE, SafetensorsFolder
+from gemma_convert.model.architecture import Architecture
+from gemma_convert.model.huggingface_files import INDEX, SINGLE
+from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 
 
 def check_sizes(hf: Path, architecture: Architecture) -> None:

@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from gemma_convert.architecture import Architecture
 from gemma_convert.errors import SourceError, UsageError, short
+from gemma_convert.files.libraries import told_by_library
 from gemma_convert.logits.handed import handed
 from gemma_convert.logits.prompts import (
     TOKENIZER_FILES,
@@ -27,7 +27,7 @@ from gemma_convert.logits.prompts import (
     refuse_placeholders,
     tokenized,
 )
-from gemma_convert.stores.libraries import told_by_library
+from gemma_convert.model.architecture import Architecture
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 

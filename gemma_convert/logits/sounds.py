@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from gemma_convert.architecture import Architecture, AudioArchitecture
-from gemma_convert.config import MAX_CONFIG_BYTES
 from gemma_convert.errors import SourceError, UsageError, short
+from gemma_convert.files.json_file import read_object
+from gemma_convert.files.libraries import told_by_library
 from gemma_convert.logits.soft import (
     PROCESSOR_FILES,
     Medium,
@@ -27,8 +27,8 @@ from gemma_convert.logits.soft import (
     load_processor,
     no_tower,
 )
-from gemma_convert.stores.json_file import read_object
-from gemma_convert.stores.libraries import told_by_library
+from gemma_convert.model.architecture import Architecture, AudioArchitecture
+from gemma_convert.model.config import MAX_CONFIG_BYTES
 
 SOUND = Medium(
     one="sound",

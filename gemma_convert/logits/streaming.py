@@ -11,12 +11,12 @@ from typing import Protocol
 
 import numpy as np
 
+from gemma_convert.files.library_path import library_path
 from gemma_convert.logits.divergence import Accumulator, Floats
 from gemma_convert.logits.drift import Drift, States, measure_drift
 from gemma_convert.logits.golden import Golden
 from gemma_convert.logits.prompts import TokenSequence
 from gemma_convert.logits.sliced import SlicedComparison
-from gemma_convert.stores.library_path import library_path
 
 LOGIT_BYTES = 32 << 20
 """Most bytes of one slice of logits in float32; a slice has `_LEAST_ROWS` at the least."""

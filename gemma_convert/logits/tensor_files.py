@@ -10,15 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma_convert.stores.libraries import told_by_library
-from gemma_convert.stores.library_path import library_path
-from gemma_convert.stores.naming import find_naming
-from gemma_convert.stores.safetensors import read_index
+from gemma_convert.files.libraries import told_by_library
+from gemma_convert.files.library_path import library_path
+from gemma_convert.stores.safetensors.naming import find_naming
+from gemma_convert.stores.safetensors.reader import read_index
 
 if TYPE_CHECKING:
     import torch
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+from gemma_convert.model.huggingface_files import INDEX, SINGLE
 
 
 class TensorFiles:
@@ -71,6 +71,6 @@ def _renaming(model: Any) -> Callable[[str], str]:
 
 
 def _listed(hf: Path) -> list[str]:
-    if (hf / _SINGLE).is_file() or not (hf / _INDEX).is_file():
-        return [_SINGLE]
-    return sorted(set(read_index(hf / _INDEX).values()))
+    if (hf / SINGLE).is_file() or not (hf / INDEX).is_file():
+        return [SINGLE]
+    return sorted(set(read_index(hf / INDEX).values()))

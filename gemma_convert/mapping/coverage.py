@@ -7,12 +7,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from math import prod
 
-from gemma_convert.dtypes import TensorSpec
+from gemma_convert.arrays.dtypes import TensorSpec
 from gemma_convert.errors import MappingError, SourceError
-from gemma_convert.foreign import refuse_foreign_tensors
 from gemma_convert.mapping.inventory import HFTensor
 from gemma_convert.mapping.prefix import difference
 from gemma_convert.mapping.region import Box, NotABoxError, RegionCopy
+from gemma_convert.model.foreign import refuse_foreign_tensors
 
 SHOWN = 5
 

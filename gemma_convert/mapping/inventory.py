@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from gemma_convert.architecture import MODEL_FACTS, Architecture
 from gemma_convert.errors import MappingError
 from gemma_convert.mapping.notation import Index, View
 from gemma_convert.mapping.table import HFRow, Inventory, load_inventory
+from gemma_convert.model.architecture import MODEL_FACTS, Architecture
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from gemma_convert.dtypes import TensorSpec
+from gemma_convert.arrays.dtypes import TensorSpec
 from gemma_convert.mapping.inventory import HFTensor, hf_tensors, shape_of
 from gemma_convert.mapping.notation import UNIT, Condition, Spellings
 from gemma_convert.mapping.plan import Plan

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from gemma_convert.architecture import AXES, FACTS, Architecture
 from gemma_convert.errors import MappingError
+from gemma_convert.model.architecture import AXES, FACTS, Architecture
 
 UNIT = "1"
 

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from gemma_convert.architecture import Architecture
-from gemma_convert.dtypes import DTypePolicy, TensorSpec, rounds, widest
+from gemma_convert.arrays.dtypes import DTypePolicy, TensorSpec, rounds, widest
 from gemma_convert.errors import MappingError, UsageError
 from gemma_convert.mapping.coverage import check_source, check_targets
 from gemma_convert.mapping.inventory import HFTensor, axis_size, hf_tensors, indices, shape_of
@@ -24,6 +23,7 @@ from gemma_convert.mapping.region import (
     split_steps,
 )
 from gemma_convert.mapping.table import NativeRow, Placement, Table
+from gemma_convert.model.architecture import Architecture
 
 BLOCK_BYTES = 32 << 20
 """Largest piece that is read, transposed and written at once, unless another is asked for.

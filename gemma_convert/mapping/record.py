@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from gemma_convert.architecture import ENUMERATED, LAYER_FACTS
 from gemma_convert.errors import MappingError
 from gemma_convert.mapping.notation import (
     Condition,
@@ -14,6 +13,7 @@ from gemma_convert.mapping.notation import (
     axis_of,
     parse_condition,
 )
+from gemma_convert.model.architecture import ENUMERATED, LAYER_FACTS
 
 T = TypeVar("T")
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Any
 
 Box = tuple[tuple[int, int], ...]
 """(start, length) for each dimension of an array."""
@@ -120,6 +121,20 @@ class RegionCopy:
     def permutation(self) -> tuple[int, ...]:
         """Places of the target's free axes among the source's."""
         return tuple(self.source.axes.index(axis) for axis in self.target.axes)
+
+
+def selection(copy: RegionCopy, block: Ranges, ranges: Ranges | None = None) -> tuple[Any, ...]:
+    """Index of a copy's part in a block that has one dimension for every axis of the source tensor.
+
+    `block` says where the block begins; `ranges` restricts the free axes, counted from there.
+    """
+    places = (
+        slice(*(ranges or {}).get(extent.axis, (None,)))
+        if extent.at is None
+        else extent.at - block.get(extent.axis, (0, 0))[0]
+        for extent in copy.source.extents
+    )
+    return (*places, ...)
 
 
 def split_steps(

@@ -6,17 +6,18 @@ from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
-from gemma_convert.architecture import Architecture
-from gemma_convert.config import MAX_CONFIG_BYTES, parse_architecture
-from gemma_convert.dtypes import TensorSpec
+from gemma_convert.arrays.dtypes import TensorSpec
 from gemma_convert.errors import SourceError
+from gemma_convert.files.json_file import read_object
+from gemma_convert.files.library_path import without_parents
 from gemma_convert.flops.config_file import load_config
-from gemma_convert.locations import local
 from gemma_convert.mapping.inventory import huggingface_tensors
+from gemma_convert.model.architecture import Architecture
+from gemma_convert.model.config import MAX_CONFIG_BYTES, parse_architecture
+from gemma_convert.model.huggingface_files import INDEX, SINGLE
 from gemma_convert.published import FOLDER, published_names
-from gemma_convert.stores.json_file import read_object
-from gemma_convert.stores.library_path import without_parents
-from gemma_convert.stores.safetensors import INDEX, SINGLE, SafetensorsFolder
+from gemma_convert.stores.remote.locations import local
+from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 
 USUAL_DTYPE = "bfloat16"
 

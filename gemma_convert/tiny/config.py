@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from gemma_convert.architecture import Family
-from gemma_convert.config_section import MAX_LAYERS
 from gemma_convert.errors import UsageError
+from gemma_convert.model.architecture import Family
+from gemma_convert.model.config_section import MAX_LAYERS
 from gemma_convert.tiny.sizes import (
     POOLING,
     SIZES,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gemma_convert.architecture import Family
+from gemma_convert.model.architecture import Family
 
 POOLING = 3
 """Patches on a side of the square that becomes one soft token."""

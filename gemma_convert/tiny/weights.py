@@ -16,7 +16,7 @@ from zlib import crc32
 import numpy as np
 import numpy.typing as npt
 
-from gemma_convert.dtypes import numpy_dtype
+from gemma_convert.arrays.dtypes import numpy_dtype
 
 Array: TypeAlias = npt.NDArray[np.generic]
 Float64: TypeAlias = npt.NDArray[np.float64]

@@ -15,15 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from outcome import bounded, clear, share
 
-from gemma_convert.config import read_architecture
 from gemma_convert.errors import GemmaConvertError, SourceError
+from gemma_convert.forward.restore import open_maxtext
 from gemma_convert.logits.check import logit_check
 from gemma_convert.logits.golden import save_golden
 from gemma_convert.logits.images import image_sequences
 from gemma_convert.logits.native import open_model
 from gemma_convert.logits.prompts import token_sequences
 from gemma_convert.logits.sounds import sound_sequences
-from gemma_convert.native.restore import open_maxtext
+from gemma_convert.model.config import read_architecture
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 PROCESSOR = ("processor_config.json", "preprocessor_config.json")

@@ -29,9 +29,9 @@ from outcome import bounded, command, outcome, refused, share, snapshot
 from seeds import CONFIGS
 
 from gemma_convert import to_hf, to_native
-from gemma_convert.config import read_architecture
 from gemma_convert.errors import GemmaConvertError
 from gemma_convert.mapping.inventory import hf_tensors
+from gemma_convert.model.config import read_architecture
 
 CONFIGS_OF_MODELS = {name: load_config(name) for name in PUBLISHED}
 DOCUMENTS = {name: altered(config, most=3) for name, config in CONFIGS_OF_MODELS.items()}

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from outcome import outcome, refused, share
 from seeds import GOLDENS
 
-from gemma_convert.dtypes import TensorSpec
+from gemma_convert.arrays.dtypes import TensorSpec
 from gemma_convert.logits.golden import FORMAT, load_golden, weight_files
-from gemma_convert.stores.safetensors_header import safetensors_header
+from gemma_convert.stores.safetensors.header import safetensors_header
 
 FACTS = {
     "format": FORMAT,

@@ -14,16 +14,16 @@ import pytest
 from outcome import Count
 from test_orbax_fuzz import FORMS, VALUES, alter_array
 
-from gemma_convert.dtypes import TensorSpec
-from gemma_convert.stores.orbax import OrbaxWriter
-from gemma_convert.stores.safetensors_header import safetensors_header
+from gemma_convert.arrays.dtypes import TensorSpec
+from gemma_convert.stores.orbax.writer import OrbaxWriter
+from gemma_convert.stores.safetensors.header import safetensors_header
 
 PROGRAM = """
 import resource, sys, time
 from pathlib import Path
 from gemma_convert import GemmaConvertError, inspect, to_hf, to_native
-from gemma_convert.stores.original import read_exceptions
-from gemma_convert.dtypes import TensorSpec
+from gemma_convert.checkpoint.original import read_exceptions
+from gemma_convert.arrays.dtypes import TensorSpec
 from gemma_convert.layouts.registry import open_native
 import safetensors, tensorstore
 

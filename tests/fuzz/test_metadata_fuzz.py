@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from outcome import bounded, command, outcome, refused, share, snapshot
 from seeds import YAML
 
-from gemma_convert.layouts.fast_llm import FastLLM
-from gemma_convert.layouts.fast_llm_metadata import METADATA, differences
+from gemma_convert.layouts.fast_llm.layout import FastLLM
+from gemma_convert.layouts.fast_llm.metadata import METADATA, differences
 from gemma_convert.layouts.registry import open_native
-from gemma_convert.stores.safetensors_header import write_safetensors
+from gemma_convert.stores.safetensors.header import write_safetensors
 
 ARRAYS = {
     "embeddings.a": np.arange(6, dtype=np.float32),

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from outcome import bounded, command, outcome, refused, share, snapshot
 from seeds import KEYS, TREES
 
-from gemma_convert.dtypes import TensorSpec, numpy_dtype
+from gemma_convert.arrays.dtypes import TensorSpec, numpy_dtype
 from gemma_convert.layouts.registry import open_native
 from gemma_convert.mapping.region import Box
-from gemma_convert.stores.orbax import OrbaxFormat, OrbaxWriter
-from gemma_convert.stores.orbax_reader import METADATA
-from gemma_convert.stores.raw_chunks import ocdbt_places
+from gemma_convert.stores.orbax.raw_chunks import ocdbt_places
+from gemma_convert.stores.orbax.reader import METADATA
+from gemma_convert.stores.orbax.writer import OrbaxFormat, OrbaxWriter
 
 FORMS = {
     "ocdbt zarr3": OrbaxFormat(),

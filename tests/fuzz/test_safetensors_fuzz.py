@@ -16,7 +16,8 @@ from outcome import bounded, command, outcome, refused, share, snapshot
 from safetensors import safe_open
 from seeds import HEADERS, INDEXES
 
-from gemma_convert.stores.safetensors import INDEX, SINGLE, SafetensorsFolder
+from gemma_convert.model.huggingface_files import INDEX, SINGLE
+from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 
 DATA = np.random.default_rng(0).bytes(60)
 HEADER = {

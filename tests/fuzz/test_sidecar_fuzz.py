@@ -16,16 +16,17 @@ from hypothesis import strategies as st
 from outcome import bounded, command, outcome, refused, share, snapshot
 from seeds import JOURNALS, MANIFESTS
 
-from gemma_convert import to_hf, to_native, transfer, verify
-from gemma_convert.dtypes import TensorSpec
+from gemma_convert import to_hf, to_native, verify
+from gemma_convert.arrays.dtypes import TensorSpec
+from gemma_convert.checkpoint import sidecar
+from gemma_convert.checkpoint.original import read_exceptions
+from gemma_convert.engine import transfer
+from gemma_convert.engine.journal import NAME, Journal
+from gemma_convert.engine.staging import StagedFolder, staged_folder
 from gemma_convert.errors import GemmaConvertError, TargetError
+from gemma_convert.files.unfinished import LOCK
 from gemma_convert.mapping import plan as planning
-from gemma_convert.stores import sidecar
-from gemma_convert.stores.journal import NAME, Journal
-from gemma_convert.stores.original import read_exceptions
-from gemma_convert.stores.safetensors_header import write_safetensors
-from gemma_convert.stores.staging import StagedFolder, staged_folder
-from gemma_convert.stores.unfinished import LOCK
+from gemma_convert.stores.safetensors.header import write_safetensors
 
 OWN = Path("hf", "gemma-convert")
 SPECS = {"a": TensorSpec("float32", (40,)), "b": TensorSpec("bfloat16", (3, 4))}

@@ -10,22 +10,28 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-MODULES = ("arithmetic", "decoder", "maxtext", "gemma_jax", "fast_llm")
+MODULES = {
+    "arithmetic": "forward.arithmetic",
+    "decoder": "forward.decoder",
+    "maxtext": "layouts.maxtext.forward",
+    "gemma_jax": "layouts.gemma_jax.forward",
+    "fast_llm": "layouts.fast_llm.forward",
+}
 """All that may know a function by its name is imported before it is replaced."""
 
 
 @contextmanager
 def planted(place: str, old: str, new: str) -> Iterator[None]:
-    """Within it the function `place` (module.name below gemma_convert.native) has `new` for `old`.
+    """Within it the function `place` (a key of MODULES, a dot, a name) has `new` for `old`.
 
     `old` must stand there once. Everything that JAX has compiled is forgotten, before and after.
     """
     import jax
 
-    for name in MODULES:
-        import_module(f"gemma_convert.native.{name}")
+    for name in MODULES.values():
+        import_module(f"gemma_convert.{name}")
     module_name, _, path = place.partition(".")
-    module = import_module(f"gemma_convert.native.{module_name}")
+    module = import_module(f"gemma_convert.{MODULES[module_name]}")
     *owners, name = path.split(".")
     owner: Any = module
     for part in owners:

@@ -22,8 +22,8 @@ from record import REPORT
 from trees import read_safetensors
 
 from gemma_convert import GemmaConvertError, SourceError, logit_check, to_native
-from gemma_convert.config import read_architecture
 from gemma_convert.mapping import table
+from gemma_convert.model.config import read_architecture
 
 DEPTHS = {"e2b": 10, "26b-a4b": 6, "31b": 12}
 

@@ -17,7 +17,7 @@ from weights import bounds, common, mixture, per_layer, vision
 
 from gemma_convert import logit_check, to_native, verify
 from gemma_convert.logits.limit import PROOF_LIMIT
-from gemma_convert.stores.safetensors_header import write_safetensors
+from gemma_convert.stores.safetensors.header import write_safetensors
 from gemma_convert.tiny.sizes import SIZES
 
 MOE, DENSE, SMALL = SIZES["26b-a4b"], SIZES["31b"], SIZES["e2b"]

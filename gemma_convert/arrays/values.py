@@ -1,0 +1,135 @@
+"""Values on their way: cast and scaled without a silent change, and checked by going back.
+
+bfloat16 → float32 is a shift of bits, since a library's cast may flush denormals or rewrite NaNs. A
+scaled value is multiplied in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma_convert.arrays.dtypes import exact, numpy_dtype
+
+Array = NDArray[Any]
+
+_TILE = 256
+
+
+def convert(source: Array, target: Array, scale: float | None) -> None:
+    """Fills `target` with `source` cast to its dtype, multiplied by `scale` in float32 first.
+
+    Both have one shape; `source` may be a transposed view. Equal dtypes copy bits.
+    """
+    if target.dtype == source.dtype and scale is None:
+        _copy_bits(bits(source), bits(target))
+    elif target.dtype == np.float32:
+        _widen(source, target)
+        if scale is not None:
+            with np.errstate(over="ignore", invalid="ignore"):
+                np.multiply(target, np.float32(scale), out=target)
+    else:
+        wide = np.empty(source.shape, np.float32)
+        convert(source, wide, scale)
+        target[...] = wide.astype(target.dtype)
+
+
+def restore(target: Array, dtype: str, scale: float | None) -> Array:
+    """The values that `target` gives when it is converted back to `dtype`."""
+    back = np.empty(target.shape, np.float32)
+    _widen(target, back)
+    with np.errstate(invalid="ignore"):
+        if scale is not None:
+            np.divide(back, np.float32(scale), out=back)
+        return back if dtype == "float32" else _narrow(back, dtype)
+
+
+def restore_exactly(values: Array, dtype: str, scale: float | None) -> Array:
+    """`values` in the dtype of the Hugging Face side; equal dtypes keep their bits."""
+    if scale is None and values.dtype == numpy_dtype(dtype):
+        return values
+    return restore(values, dtype, scale)
+
+
+def keep_originals(stored: Array, native: Array, back: Array, scale: float | None) -> None:
+    """Puts `stored` into `back` where it still converts to the native values, bit for bit."""
+    again = np.empty(native.shape, native.dtype)
+    convert(stored, again, scale)
+    kept = np.empty(back.shape, back.dtype)
+    convert(stored, kept, None)
+    np.copyto(bits(back), bits(kept), where=bits(again) == bits(native))
+
+
+def keep_exact(native: Array, back: Array, dtype: str, scale: float) -> None:
+    """Where a value of `dtype`, the original's, gives the native one, it is what comes back.
+
+    A float32 quotient of such a product may be off in its last bit.
+    """
+    if back.dtype != numpy_dtype(dtype):
+        keep_originals(restore(native, dtype, scale), native, back, scale)
+
+
+def count_rounded(values: Array, back: Array, scale: float | None) -> int:
+    """How many native `values` do not give themselves again when `back` is converted once more."""
+    if scale is None and values.dtype == back.dtype:
+        return 0
+    again = np.empty(values.shape, values.dtype)
+    convert(back, again, scale)
+    return int(np.count_nonzero(bits(again) != bits(values)))
+
+
+def may_lose(source: str, target: str, scale: float | None) -> bool:
+    """Whether some value of dtype `source` may not come back from `target`."""
+    return scale is not None or not exact(source, target)
+
+
+def lost_places(source: Array, target: Array, scale: float | None) -> Array:
+    """Places [count, dimensions] whose bits do not come back from `target`."""
+    back = restore(target, source.dtype.name, scale)
+    return np.argwhere(bits(back) != bits(source))
+
+
+def bits(array: Array) -> Array:
+    """The array as unsigned integers of the same width."""
+    return array.view(f"u{array.dtype.itemsize}")
+
+
+def _widen(source: Array, target: Array) -> None:
+    """float32 target = source of any width; the bits of bfloat16 and float32 are kept."""
+    if source.dtype == numpy_dtype("bfloat16"):
+        np.left_shift(bits(source), 16, out=bits(target), dtype=np.uint32, casting="unsafe")
+    elif source.dtype == np.float32:
+        _copy_bits(bits(source), bits(target))
+    else:
+        target[...] = source
+
+
+def _narrow(source: Array, dtype: str) -> Array:
+    """float32 in a narrower dtype; a NaN that was a bfloat16 is it again, with its payload."""
+    narrow = source.astype(numpy_dtype(dtype))
+    if dtype == "bfloat16":
+        payload = np.isnan(source) & (bits(source) & 0xFFFF == 0)
+        bits(narrow)[payload] = bits(source)[payload] >> 16
+    return narrow
+
+
+def _copy_bits(source: Array, target: Array) -> None:
+    """target = source, in tiles where the fastest axes of the two differ."""
+    fast, slow = _fastest(target), _fastest(source)
+    if fast is None or slow is None or fast == slow:
+        np.copyto(target, source)
+        return
+    tile = [slice(None)] * source.ndim
+    for row in range(0, source.shape[slow], _TILE):
+        tile[slow] = slice(row, row + _TILE)
+        for column in range(0, source.shape[fast], _TILE):
+            tile[fast] = slice(column, column + _TILE)
+            np.copyto(target[tuple(tile)], source[tuple(tile)])
+
+
+def _fastest(array: Array) -> int | None:
+    """The axis whose neighbours lie next to each other in memory; None for a scalar."""
+    long = [axis for axis in range(array.ndim) if array.shape[axis] > 1]
+    return min(long, key=lambda axis: abs(array.strides[axis]), default=None)

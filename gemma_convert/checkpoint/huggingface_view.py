@@ -1,0 +1,258 @@
+"""A native checkpoint seen as the Hugging Face checkpoint that an export of it would give.
+
+Native → native is then a conversion like any other. Both trees are views of the same Hugging Face
+tensors, so a block of such a tensor is put together from the one and taken apart into the other.
+Where both scale it alike it is neither cast nor scaled, and bits are copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+
+import numpy as np
+
+from gemma_convert.arrays.buffers import ThreadBuffer
+from gemma_convert.arrays.dtypes import DTypePolicy, TensorSpec, numpy_dtype, widest
+from gemma_convert.arrays.values import (
+    Array,
+    convert,
+    count_rounded,
+    keep_exact,
+    keep_originals,
+    restore_exactly,
+)
+from gemma_convert.checkpoint.native import NativeArray, NativeSource, copies_by_array, plan_native
+from gemma_convert.checkpoint.original import Original
+from gemma_convert.errors import SourceError
+from gemma_convert.mapping.plan import Plan, SourceTensor, plan_to_native
+from gemma_convert.mapping.region import Ranges, blocks, selection
+from gemma_convert.mapping.table import load_table
+
+OPEN_ARRAYS = 4
+
+
+@dataclass
+class HuggingFaceView:
+    """`plan` makes the native checkpoint from the original; here it is read from right to left.
+
+    `specs` are the tensors as they are given, `raw` those whose scale is left on them. Tensors that
+    the native side does not hold come from the original. `rounded` counts values that do not give
+    the native ones again.
+    """
+
+    native: NativeSource
+    original: Original
+    plan: Plan
+    specs: Mapping[str, TensorSpec]
+    raw: frozenset[str]
+    rounded: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._groups = copies_by_array(self.plan)
+        self._arrays: dict[str, NativeArray] = {}
+        self._buffer = ThreadBuffer()
+
+    def read_block(self, source: SourceTensor, ranges: Ranges, offset: int, data: Array) -> None:
+        """Fills `data` with the block `ranges` of one tensor, which begins at byte `offset`."""
+        name = source.region.tensor
+        if name not in self.plan.sources:
+            self._stored(name, offset, data)
+            return
+        scale = None if name in self.raw else self.plan.sources[name].copies[0].scale
+        values = data.view(numpy_dtype(source.spec.dtype)).reshape(source.region.lengths(ranges))
+        if scale is None:
+            self._assemble(name, ranges, values)
+            return
+        dtype = native_dtype(self.native, self.plan.sources[name])
+        scaled = np.empty(values.shape, numpy_dtype(dtype))
+        self._assemble(name, ranges, scaled)
+        back = restore_exactly(scaled, source.spec.dtype, scale)
+        keep_exact(scaled, back, self.original.specs[name].dtype, scale)
+        self._keep_originals(name, offset // source.spec.itemsize, scaled, back, scale)
+        lost = count_rounded(scaled, back, scale)
+        if lost:
+            self.rounded[name] = self.rounded.get(name, 0) + lost
+        convert(back, values, None)
+
+    def pieces(self, name: str) -> Iterator[memoryview]:
+        """The bytes of a tensor, in pieces that are valid until the next one is asked for."""
+        name = self.plan.equal.get(name, name)
+        planned = self.plan.sources.get(name)
+        if planned is None:
+            if not self.original.holds(name) or self.original.stored is None:
+                raise self._not_at_hand(name)
+            yield from self.original.stored.pieces(name)
+            return
+        source, offset = replace(planned, spec=self.specs[name]), 0
+        for ranges in blocks(source.region, source.steps):
+            size = prod(source.region.lengths(ranges)) * source.spec.itemsize
+            data = np.empty(size, np.uint8)
+            self.read_block(source, ranges, offset, data)
+            offset += data.size
+            yield data.data
+
+    def check_unchanged(self) -> None:
+        self.native.check_unchanged()
+
+    def _stored(self, name: str, offset: int, data: Array) -> None:
+        stored = self.original.stored
+        if stored is None or name not in stored.tensors:
+            raise self._not_at_hand(name)
+        stored.read_into(stored.tensors[name], offset, data.data)
+
+    def _not_at_hand(self, name: str) -> SourceError:
+        return SourceError(
+            "A tensor is neither in the native tree nor in the sidecar.",
+            where=self.original.folder,
+            found=name,
+            do="name the Hugging Face original with --like, or convert with --text-only",
+        )
+
+    def _assemble(self, name: str, ranges: Ranges, block: Array) -> None:
+        """Fills `block`, which has the tensor's own order of axes, with native values."""
+        for copy in self.plan.sources[name].copies:
+            if copy.source.meets(ranges):
+                array = self._array(copy.target.tensor)
+                values = array.read(copy.target.box(ranges), self._buffer)
+                part = block[selection(copy, ranges)].transpose(copy.permutation)
+                convert(values.reshape(part.shape), part, None)
+
+    def _keep_originals(
+        self, name: str, start: int, scaled: Array, back: Array, scale: float
+    ) -> None:
+        """Puts back original values that the native dtype could not hold, if still theirs."""
+        if self.original.holds(name):
+            stored = self.original.read(name, start, back.size).reshape(back.shape)
+            if stored.dtype == back.dtype:
+                keep_originals(stored, scaled, back, scale)
+        elif name in self.original.exceptions and (
+            back.dtype.name == self.original.specs[name].dtype
+        ):
+            places, originals = self.original.exceptions[name]
+            here = (places >= start) & (places < start + back.size)
+            at = places[here] - start
+            kept = back.reshape(-1)[at]
+            keep_originals(originals[here].view(back.dtype), scaled.reshape(-1)[at], kept, scale)
+            back.reshape(-1)[at] = kept
+
+    def _array(self, name: str) -> NativeArray:
+        """The open array; only the last few stay open, since their decoded chunks are kept."""
+        if name not in self._arrays:
+            while len(self._arrays) >= OPEN_ARRAYS:
+                self._arrays.pop(next(iter(self._arrays)))
+            self._arrays[name] = self.native.open(name, self._groups[name])
+        return self._arrays[name]
+
+
+def native_dtype(native: NativeSource, source: SourceTensor) -> str:
+    """The dtype that holds every value of a Hugging Face tensor as the native side has it."""
+    first, *others = (native.specs[copy.target.tensor].dtype for copy in source.copies)
+    for other in others:
+        first = widest(first, other)
+    return first
+
+
+def plan_relayout(
+    native: NativeSource,
+    original: Original,
+    layout: str,
+    policy: DTypePolicy,
+    *,
+    scanned: bool,
+    text_only: bool,
+) -> tuple[Plan, HuggingFaceView]:
+    """The plan from one native checkpoint to another, and the view that it reads.
+
+    Towers that the source carries in its sidecar go where the new layout has a place for them,
+    unless the layout stays the same. Raises SourceError where the tree is not that of the
+    original's config.json.
+    """
+    before = plan_native(native, original)
+    text_only = text_only or (layout == native.layout and not native.towers)
+    table = load_table(layout)
+
+    def plan(specs: Mapping[str, TensorSpec], policy: DTypePolicy) -> Plan:
+        return plan_to_native(
+            original.architecture,
+            table,
+            specs,
+            policy,
+            scanned=scanned,
+            text_only=text_only,
+            block_bytes=native.block_bytes,
+            where=str(native.folder),
+        )
+
+    wanted = plan(original.specs, DTypePolicy()).sources
+    raw = frozenset(
+        name
+        for name, source in before.sources.items()
+        if name in wanted and source.copies[0].scale == wanted[name].copies[0].scale
+    )
+    specs = _specs(native, original, before, raw)
+    after = plan(specs, _Raw(policy.dtype, policy.scaled, raw))
+    sources = {
+        name: replace(source, copies=tuple(replace(copy, scale=None) for copy in source.copies))
+        if name in raw
+        else source
+        for name, source in _in_order(before, after).items()
+    }
+    unscaled = {copy.target.tensor for name in raw for copy in sources[name].copies}
+    targets = {
+        name: replace(target, scale=None) if name in unscaled else target
+        for name, target in after.targets.items()
+    }
+    return (
+        replace(after, policy=policy, sources=sources, targets=targets),
+        HuggingFaceView(native, original, before, specs, raw),
+    )
+
+
+def _specs(
+    native: NativeSource, original: Original, before: Plan, raw: frozenset[str]
+) -> dict[str, TensorSpec]:
+    """The Hugging Face tensors in the dtypes that they have here.
+
+    A tensor whose root is divided away has the dtype of its values in the sidecar, or that of the
+    original, unless others left theirs.
+    """
+    specs = dict(original.specs)
+    found = {name: native_dtype(native, source) for name, source in before.sources.items()}
+    scaled = {name for name, source in before.sources.items() if source.copies[0].scale is not None}
+    trained = any(found[name] != specs[name].dtype for name in found if name not in scaled)
+    for name, dtype in found.items():
+        if name in raw or name not in scaled or trained:
+            specs[name] = TensorSpec(dtype, specs[name].shape)
+        elif original.stored is not None and original.holds(name):
+            specs[name] = original.stored.specs[name]
+    for name in original.specs:
+        if original.stored is not None and name in before.carried and original.holds(name):
+            specs[name] = original.stored.specs[name]
+    for name, other in before.equal.items():
+        specs[name] = specs[other]
+    return specs
+
+
+def _in_order(before: Plan, after: Plan) -> dict[str, SourceTensor]:
+    """What is read, in the order in which the native source has it; the original's last."""
+    place = {array: number for number, array in enumerate(before.targets)}
+
+    def order(name: str) -> int:
+        source = before.sources.get(name)
+        return len(place) if source is None else place[source.copies[0].target.tensor]
+
+    return {name: after.sources[name] for name in sorted(after.sources, key=order)}
+
+
+@dataclass(frozen=True)
+class _Raw(DTypePolicy):
+    """Where bits are copied a scaled row keeps its dtype, unless it is to be rounded."""
+
+    raw: frozenset[str] = frozenset()
+
+    def target(self, source: str, *, scaled: bool, where: str) -> str:
+        raw = scaled and where in self.raw
+        target = super().target(source, scaled=scaled and not raw, where=where)
+        return target if not raw else "bfloat16" if self.scaled == "bfloat16" else source

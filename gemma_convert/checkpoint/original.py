@@ -1,0 +1,209 @@
+"""The Hugging Face original of a native checkpoint: its folder, or what its sidecar keeps of it.
+
+It supplies what the native side does not hold: config and tokenizer, the headers of the shards, the
+carried tensors, and values that do not come back from the native dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma_convert.arrays.dtypes import TensorSpec, numpy_dtype
+from gemma_convert.arrays.values import Array
+from gemma_convert.checkpoint import sidecar
+from gemma_convert.errors import SourceError
+from gemma_convert.files.json_file import read_object, read_regular
+from gemma_convert.model.architecture import Architecture
+from gemma_convert.model.config import read_architecture
+from gemma_convert.model.huggingface_files import INDEX, SINGLE
+from gemma_convert.stores.safetensors.header import MAX_HEADER_BYTES, parse_header
+from gemma_convert.stores.safetensors.naming import Naming, find_naming
+from gemma_convert.stores.safetensors.reader import (
+    MAX_INDEX_BYTES,
+    SafetensorsFolder,
+    Shard,
+    named_shards,
+)
+
+MAX_EXCEPTIONS_BYTES = 1 << 30
+"""One per cent of the largest tensor of a published model has a sixth of this."""
+
+
+@dataclass
+class Original:
+    """An open original. `stored` reads tensors that are at hand: all, or the carried ones."""
+
+    folder: Path
+    architecture: Architecture
+    shards: tuple[Shard, ...]
+    naming: Naming
+    files: list[Path]
+    stored: SafetensorsFolder | None
+    exceptions: Mapping[str, tuple[Array, Array]]
+    checksums: Mapping[str, str]
+    manifest: Mapping[str, Any]
+    """The manifest of the sidecar; empty for a Hugging Face folder."""
+
+    def __enter__(self) -> Original:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.stored is not None:
+            self.stored.close()
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Name → spec of every tensor of the original, in file order."""
+        return {tensor.name: tensor.spec for shard in self.shards for tensor in shard.tensors}
+
+    def holds(self, name: str) -> bool:
+        """Whether the tensor's values are at hand."""
+        return self.stored is not None and name in self.stored.tensors
+
+    def read(self, name: str, start: int, count: int) -> Array:
+        """Elements `start` to `start + count` of a tensor that is at hand, flat."""
+        if self.stored is None or name not in self.stored.tensors:
+            raise SourceError(
+                "A tensor of the original is not at hand.", where=self.folder, found=name
+            )
+        tensor = self.stored.tensors[name]
+        dtype = numpy_dtype(tensor.spec.dtype)
+        values = np.empty(count, dtype)
+        self.stored.read_into(tensor, start * dtype.itemsize, values.view(np.uint8).data)
+        return values
+
+
+def open_original(native: Path, like: Path | None) -> Original:
+    """The original of the native checkpoint `native`: what `like` names, or else its own sidecar.
+
+    `like` is a Hugging Face folder or a converted checkpoint with a sidecar. Raises SourceError
+    where there is neither.
+    """
+    if like is not None and any((like / name).exists() for name in (SINGLE, INDEX)):
+        return _from_folder(like)
+    if like is not None and not like.is_dir():
+        raise SourceError("There is no such checkpoint.", where=like)
+    root = sidecar.sidecar_root(native if like is None else like)
+    if root is None:
+        raise SourceError(
+            "Nothing says what the Hugging Face original was: there is no sidecar.",
+            where=native if like is None else like,
+            expected=f"{sidecar.FOLDER}/config.json beside the checkpoint",
+            do="name the original, or a converted checkpoint of it, with --like",
+        )
+    return _from_sidecar(root)
+
+
+def _from_folder(folder: Path) -> Original:
+    reader = SafetensorsFolder(folder)
+    try:
+        files, _ = sidecar.other_files(folder, [shard.file for shard in reader.shards])
+        architecture = read_architecture(folder)
+    except BaseException:
+        reader.close()
+        raise
+    return Original(folder, architecture, reader.shards, reader.naming, files, reader, {}, {}, {})
+
+
+def _from_sidecar(root: Path) -> Original:
+    folder = root / sidecar.FOLDER
+    own = folder / sidecar.OWN
+    manifest = sidecar.read_manifest(root)
+    if manifest is None:
+        raise SourceError("The sidecar has no manifest.", where=own, expected=sidecar.MANIFEST)
+    headers = tuple(_shard(own, entry) for entry in manifest["shards"])
+    naming = find_naming((tensor.name for shard in headers for tensor in shard.tensors), own)
+    shards = named_shards(headers, naming)
+    checksums = {
+        name: entry["xxh3_128"]
+        for name, entry in manifest.get("tensors", {}).items()
+        if entry["xxh3_128"] is not None
+    }
+    files, _ = sidecar.other_files(folder, [])
+    stored = None
+    if (own / sidecar.CARRIED).exists():
+        stored = SafetensorsFolder(own, [sidecar.CARRIED])
+    specs = {tensor.name: tensor.spec for shard in shards for tensor in shard.tensors}
+    try:
+        architecture = read_architecture(folder)
+        exceptions = read_exceptions(own, specs)
+    except BaseException:
+        if stored is not None:
+            stored.close()
+        raise
+    return Original(
+        folder, architecture, shards, naming, files, stored, exceptions, checksums, manifest
+    )
+
+
+def _shard(own: Path, entry: Mapping[str, Any]) -> Shard:
+    """A shard as its kept header describes it; the file itself is not there."""
+    file, size = entry["file"], entry["size"]
+    path = own / sidecar.HEADERS / f"{file}.header"
+    try:
+        header = read_regular(path, "A kept header", MAX_HEADER_BYTES + 8)
+    except FileNotFoundError as error:
+        raise SourceError(
+            "A kept header cannot be read.", where=path, found=error.strerror
+        ) from None
+    return Shard(file, header, parse_header(header, size, file, path), size, 0)
+
+
+def read_exceptions(own: Path, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[Array, Array]]:
+    """tensor → places and original bits of values that do not come back from the native dtype."""
+    if not (own / sidecar.EXCEPTIONS).exists():
+        return {}
+    exceptions = {}
+    with SafetensorsFolder(own, [sidecar.EXCEPTIONS]) as reader:
+        _check_exceptions(reader, specs)
+        for name in {name.rpartition("/")[0] for name in reader.tensors}:
+            places, originals = (_whole(reader, f"{name}/{part}") for part in ("index", "bits"))
+            if places.size and not 0 <= places.min() <= places.max() < specs[name].size:
+                raise _malformed(reader.folder, name)
+            exceptions[name] = places, originals
+    return exceptions
+
+
+def _check_exceptions(reader: SafetensorsFolder, specs: Mapping[str, TensorSpec]) -> None:
+    """Raises SourceError where the file does not hold index and bits of values of tensors."""
+    if sum(spec.nbytes for spec in reader.specs.values()) > MAX_EXCEPTIONS_BYTES:
+        raise _malformed(reader.folder, f"more than {MAX_EXCEPTIONS_BYTES} bytes")
+    for name in {name.rpartition("/")[0] for name in reader.tensors}:
+        spec, places = specs.get(name), reader.specs.get(f"{name}/index")
+        if (
+            spec is None
+            or places is None
+            or len(places.shape) != 1
+            or places.dtype != "int64"
+            or reader.specs.get(f"{name}/bits")
+            != TensorSpec(f"uint{8 * spec.itemsize}", places.shape)
+        ):
+            raise _malformed(reader.folder, name)
+
+
+def _whole(reader: SafetensorsFolder, name: str) -> Array:
+    tensor = reader.tensors[name]
+    values = np.empty(tensor.spec.shape, numpy_dtype(tensor.spec.dtype))
+    reader.read_into(tensor, 0, values.view(np.uint8).data)
+    return values
+
+
+def _malformed(own: Path, found: str) -> SourceError:
+    return SourceError(
+        "The kept exceptions are malformed.", where=own / sidecar.EXCEPTIONS, found=found
+    )
+
+
+def index_metadata(folder: Path) -> dict[str, object]:
+    """The `metadata` of the original's index, empty where there is none."""
+    try:
+        index = read_object(folder / INDEX, "The index", MAX_INDEX_BYTES)
+    except (FileNotFoundError, SourceError):
+        return {}
+    metadata = index.get("metadata")
+    return metadata if isinstance(metadata, dict) else {}

@@ -1,0 +1,190 @@
+"""Runs one plan into a native store, so that an interrupted run can be continued."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma_convert.arrays.dtypes import TensorSpec, numpy_dtype
+from gemma_convert.checkpoint.layout import Layout, NativeStore
+from gemma_convert.engine.journal import Journal, journal_key
+from gemma_convert.engine.process_results import Regions, leave_part, take_part
+from gemma_convert.engine.processes import OneProcess, Processes
+from gemma_convert.engine.transfer import BlockReader, Transfer, TransferResult
+from gemma_convert.mapping.plan import Plan, TargetTensor
+from gemma_convert.mapping.region import Box, blocks
+from gemma_convert.mapping.split import split_sources
+from gemma_convert.output import Progress
+from gemma_convert.stores.orbax.writer import OrbaxFormat, sync_folder
+from gemma_convert.version import __version__
+
+SPARE_BYTES = 16 << 20
+"""Asked for beside the tensors: metadata of the store, manifest, headers."""
+
+
+@dataclass
+class ResumableTransfer:
+    """One plan on its way into a store. `source` identifies what is read, for resuming.
+
+    Of several `processes` each transfers its share of the source tensors; the one that leads
+    completes the checkpoint.
+    """
+
+    plan: Plan
+    layout: Layout
+    reader: BlockReader
+    form: OrbaxFormat
+    source: Mapping[str, object]
+    processes: Processes = field(default_factory=OneProcess)
+    regions: dict[str, dict[Box, str]] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """What must be the same for an interrupted run to be continued."""
+        targets = {
+            name: (target.spec.dtype, target.spec.shape, target.chunk, target.scale)
+            for name, target in self.plan.targets.items()
+        }
+        copies = [(copy.source.tensor, copy.target.tensor) for copy in self.plan.copies]
+        return journal_key(
+            {
+                "version": __version__,
+                "layout": self.layout.name,
+                "targets": targets,
+                "copies": copies,
+                "form": asdict(self.form),
+                "source": self.source,
+                "processes": self.processes.count,
+            }
+        )
+
+    @property
+    def share_bytes(self) -> int:
+        """Bytes of the source tensors that this process transfers."""
+        share = split_sources(self.plan, self.processes.count)[self.processes.index]
+        return sum(self.plan.sources[name].spec.nbytes for name in share)
+
+    def write(self, folder: Path, progress: Progress) -> TransferResult:
+        """Checksums and losses, when the checkpoint is complete but for its sidecar.
+
+        A process that does not lead returns those of its own share, once it is durable.
+        """
+        started = time.time_ns()
+        index = self.processes.index
+        with (
+            closing(Journal(folder, self.key, index)) as journal,
+            closing(self.layout.create(folder, self.plan, self.form, index)) as store,
+        ):
+            result = self._transfer(journal, store, folder, progress)
+            if not index:
+                store.complete(started, self.processes.count)
+        return result
+
+    def _transfer(
+        self, journal: Journal, store: NativeStore, folder: Path, progress: Progress
+    ) -> TransferResult:
+        """Checksums and losses, when every array is written."""
+        index, count = self.processes.index, self.processes.count
+        share = split_sources(self.plan, count)[index]
+        done = self._resume(journal, store, progress)
+
+        def finished(name: str, checksum: str) -> None:
+            regions = {
+                array: [[box, store.regions[array][box]] for box in boxes]
+                for array, boxes in self._boxes(name).items()
+            }
+            journal.add({"tensor": name, "checksum": checksum, "regions": regions})
+
+        rest = {
+            name: source
+            for name, source in self.plan.sources.items()
+            if name in share and name not in done
+        }
+        transfer = Transfer(
+            replace(self.plan, sources=rest), self.reader, store, progress, finished
+        )
+        result = transfer.run()
+        result.checksums |= done
+        self.regions = store.regions
+        if index:
+            leave_part(folder, index, result, self.regions)
+        self.processes.wait("transferred")
+        if index:
+            sync_folder(folder)
+        self.processes.wait("durable")
+        if index:
+            return result
+        for other in range(1, count):
+            self._add(result, *take_part(folder, other, self._specs()))
+        for name, target in self.plan.filled.items():
+            for box, values in filling(target):
+                store.write(name, box, values).result()
+        return result
+
+    def _specs(self) -> dict[str, TensorSpec]:
+        return {name: source.spec for name, source in self.plan.sources.items()}
+
+    def _add(self, result: TransferResult, other: TransferResult, regions: Regions) -> None:
+        """Adds what another process has transferred."""
+        result.checksums |= other.checksums
+        result.losses |= other.losses
+        for name, boxes in regions.items():
+            self.regions.setdefault(name, {}).update(boxes)
+
+    def _resume(self, journal: Journal, store: NativeStore, progress: Progress) -> dict[str, str]:
+        """Source tensors that an earlier run had finished, with their checksums.
+
+        What the journal says is believed only where every region, read again, has its checksum.
+        """
+        done = {}
+        for entry in journal.entries:
+            name, regions = str(entry.get("tensor")), entry.get("regions")
+            if not isinstance(entry.get("checksum"), str) or not isinstance(regions, dict):
+                continue
+            if name not in self.plan.sources:
+                continue
+            boxes = self._boxes(name)
+            stored = {array: _parse(listed) for array, listed in regions.items()}
+            if {array: set(found) for array, found in stored.items()} != {
+                array: set(found) for array, found in boxes.items()
+            }:
+                continue
+            if all(store.holds(array, found) for array, found in stored.items()):
+                done[name] = str(entry.get("checksum"))
+                progress.advance(self.plan.sources[name].spec.nbytes, name)
+        return done
+
+    def _boxes(self, name: str) -> dict[str, list[Box]]:
+        """array → the boxes that a source tensor is written to."""
+        source = self.plan.sources[name]
+        boxes: dict[str, list[Box]] = {}
+        for ranges in blocks(source.region, source.steps):
+            for copy in source.copies:
+                if copy.source.meets(ranges):
+                    boxes.setdefault(copy.target.tensor, []).append(copy.target.box(ranges))
+        return boxes
+
+
+def filling(target: TargetTensor) -> Iterator[tuple[Box, Any]]:
+    """The chunks of an array that is filled with one value, and what stands in each."""
+    values = np.full(target.chunk, target.fill, numpy_dtype(target.spec.dtype))
+    rest = tuple((0, length) for length in target.spec.shape[1:])
+    for start in range(0, target.spec.shape[0], target.chunk[0]):
+        yield ((start, target.chunk[0]), *rest), values
+
+
+def _parse(listed: Any) -> dict[Box, str]:
+    """Regions as the journal lists them; an empty dict where they are not regions."""
+    try:
+        return {
+            tuple((int(start), int(length)) for start, length in box): str(checksum)
+            for box, checksum in listed
+        }
+    except (TypeError, ValueError):
+        return {}

@@ -1,0 +1,432 @@
+"""A Fast-LLM checkpoint and token ids → logits: the Gemma 4 language model in PyTorch.
+
+Weights are used as Fast-LLM lays them out, never through a mapping table, and all else comes from
+the checkpoint's own metadata.yaml: nothing is asked of Hugging Face's config.json, so that neither
+a mistake of a table nor one of the metadata can cancel itself here. Layout: Fast-LLM 0.4.0.
+Arithmetic: `transformers/models/gemma4/modeling_gemma4.py` (5.23). Activations are of `dtype`;
+norms, rotary angles, softmax, routing and logits are float32, and so are float32 products on CUDA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import safe_open
+from torch.nn import functional
+
+from gemma_convert.errors import SourceError
+from gemma_convert.files.libraries import told_by_library
+from gemma_convert.files.library_path import library_path
+from gemma_convert.layouts.fast_llm.forward_config import (
+    Attention,
+    Block,
+    FastLLMConfig,
+    HybridMoe,
+    Mlp,
+    Rotary,
+    Routed,
+    read_fast_llm_config,
+)
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+Weights: TypeAlias = Mapping[str, torch.Tensor]
+Dtype: TypeAlias = Literal["float32", "bfloat16"]
+Shape: TypeAlias = tuple[int, ...]
+Tokens: TypeAlias = npt.NDArray[np.integer[Any]]
+
+EMBEDDING = "embeddings.word_embeddings_weight"
+FINAL_NORM = "head.final_norm.weight"
+_SUFFIX = "/weights"
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_LISTED = 8
+_VOCAB_SLICE = 1 << 15
+
+
+class FastLLM:
+    """One checkpoint, opened and checked; weights are read layer by layer when they are needed.
+
+    Raises SourceError where the metadata is not that of a Gemma 4, or where a tensor is missing,
+    superfluous or of another shape than the metadata says. Values are not looked at.
+    """
+
+    def __init__(self, folder: Path, dtype: Dtype = "float32") -> None:
+        torch.set_float32_matmul_precision("highest")
+        self.config = read_fast_llm_config(folder)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._dtype = torch.float32 if dtype == "float32" else torch.bfloat16
+        self._files = _open(folder, self.config.state_index)
+        found, self.stored_dtypes = _inventory(folder, self._files)
+        _check(found, self.config, folder)
+
+    @property
+    def device_name(self) -> str:
+        """Name of the device that the model runs on."""
+        if self.device.type == "cuda":
+            return str(torch.cuda.get_device_name(self.device))
+        return "cpu"
+
+    def forward(self, tokens: Tokens) -> Float[torch.Tensor, "batch length vocab"]:
+        """Logits [batch length vocab] in float32 of all positions of `tokens` [batch length]."""
+        (hidden,) = self.final_hidden([tokens])
+        return self.head(hidden)
+
+    def final_hidden(
+        self, batches: Sequence[Tokens]
+    ) -> list[Float[torch.Tensor, "batch length embed"]]:
+        """What the head is given [batch length embed], for each of `batches` [batch length]."""
+        states: list[torch.Tensor] = []
+        for states in self.stages(batches):  # noqa: B007
+            pass
+        return states
+
+    def stages(
+        self, batches: Sequence[Tokens]
+    ) -> Iterator[list[Float[torch.Tensor, "batch length embed"]]]:
+        """The states of `batches` [batch length embed]: embedded, behind each layer, and the norm.
+
+        Every layer's weights are loaded once, for all batches, and dropped before its states are
+        given. Raises SourceError for token ids outside the vocabulary.
+        """
+        states = [self._embed(tokens) for tokens in batches]
+        yield states
+        for index, block in enumerate(self.config.layers):
+            weights = self._layer(index)
+            states = [layer(weights, state, block) for state in states]
+            del weights
+            yield states
+        weight = self._tensor(FINAL_NORM)
+        yield [rms_norm(state, self.config.final_epsilon, weight) for state in states]
+
+    def head(
+        self, hidden: Float[torch.Tensor, "*places embed"], vocab: slice = slice(None)
+    ) -> Float[torch.Tensor, "*places vocab"]:
+        """Logits [*places vocab] in float32, soft-capped; the output table is the embedding.
+
+        `vocab` are the tokens whose logits are wanted. The table stays in the file: a slice of its
+        rows at a time is moved to the device.
+        """
+        table = self._read(EMBEDDING)[vocab]
+        slices = (
+            rows.to(self.device).to(self._dtype).float() for rows in table.split(_VOCAB_SLICE)
+        )
+        states = hidden.to(self.device).float()
+        logits = torch.cat([functional.linear(states, rows) for rows in slices], dim=-1)
+        softcap = self.config.final_logit_softcap
+        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+    def _embed(self, tokens: Tokens) -> Float[torch.Tensor, "batch length embed"]:
+        """Rows of the embedding times its scale [batch length embed]."""
+        ids = torch.from_numpy(np.asarray(tokens, dtype=np.int64))
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
+            raise SourceError(
+                "The token ids do not fit this checkpoint's vocabulary.",
+                expected=f"ids from 0 to {self.config.vocab_size - 1}",
+                found=f"ids from {int(ids.min())} to {int(ids.max())}",
+            )
+        rows = self._read(EMBEDDING)[ids].to(self.device).float()
+        return (rows * self.config.embedding_scale).to(self._dtype)
+
+    def _layer(self, index: int) -> Weights:
+        """Weights of one layer on the device, by their names within it.
+
+        Matrices are cast once for all batches, except those of the experts, which are large: each
+        expert's slice is cast when it is used.
+        """
+        names = layer_shapes(self.config.layers[index], self.config.hidden_size)
+        weights = {name: self._tensor(f"decoder.{index}.{name}") for name in names}
+        return {
+            name: weight.to(self._dtype)
+            if weight.ndim == 2 and not name.startswith("mlp.routed.layer_")
+            else weight
+            for name, weight in weights.items()
+        }
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        return self._read(name).to(self.device)
+
+    def _read(self, name: str) -> torch.Tensor:
+        """The stored tensor, mapped into memory rather than read."""
+        stored = name + _SUFFIX
+        tensor: torch.Tensor = self._files[self.config.state_index[stored]].get_tensor(stored)
+        return tensor
+
+
+def _open(folder: Path, index: Mapping[str, str]) -> dict[str, Any]:
+    """The open safetensors files that `index` names."""
+    files = {}
+    for name in sorted(set(index.values())):
+        path = folder / name
+        if not path.is_file():
+            raise SourceError("A file that state_index names is not there.", where=path)
+        with told_by_library("This is not a safetensors file that can be read.", path):
+            files[name] = safe_open(library_path(path), framework="pt")
+    return files
+
+
+def _inventory(
+    folder: Path, files: Mapping[str, Any]
+) -> tuple[dict[str, tuple[str, Shape]], frozenset[str]]:
+    """Name → file and shape of every tensor of every file, and the dtypes they are stored in."""
+    found: dict[str, tuple[str, Shape]] = {}
+    dtypes = set()
+    for file, opened in files.items():
+        for name in opened.keys():  # noqa: SIM118
+            facts = opened.get_slice(name)
+            stored = str(facts.get_dtype())
+            if name in found or stored not in _DTYPES:
+                raise SourceError(
+                    "A tensor cannot be a weight of this checkpoint.",
+                    where=f"{folder / file}, {name}",
+                    expected=f"one tensor of this name, stored as {', '.join(_DTYPES.values())}",
+                    found=f"another one in {found[name][0]}" if name in found else stored,
+                )
+            found[name] = (file, tuple(facts.get_shape()))
+            dtypes.add(_DTYPES[stored])
+    return found, frozenset(dtypes)
+
+
+def _check(found: Mapping[str, tuple[str, Shape]], config: FastLLMConfig, folder: Path) -> None:
+    """Nothing where the tensors are those of `config` and lie where its state_index says."""
+    wanted = {name + _SUFFIX: shape for name, shape in shapes(config)}
+    wrong = [
+        f"{name} is {_shape_of(found.get(name))} instead of {list(shape)}"
+        for name, shape in wanted.items()
+        if name not in found or found[name][1] != shape
+    ]
+    wrong += [f"{name} is not a parameter" for name in sorted(found.keys() - wanted.keys())]
+    if not wrong:
+        index = config.state_index
+        wrong = [
+            f"state_index has {index.get(name, 'nothing')} for {name}, which is in {file}"
+            for name, (file, _) in found.items()
+            if index.get(name) != file
+        ]
+        wrong += [f"state_index lists {name}" for name in sorted(index.keys() - found.keys())]
+    if wrong:
+        more = f"; and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
+        raise SourceError(
+            "The tensors do not fit metadata.yaml.",
+            where=folder,
+            expected=f"the {len(wanted)} parameters of a model with {len(config.layers)} layers, "
+            f"each named <parameter>{_SUFFIX}",
+            found="; ".join(wrong[:_LISTED]) + more,
+            do="convert it again",
+        )
+
+
+def _shape_of(found: tuple[str, Shape] | None) -> str:
+    return "missing" if found is None else str(list(found[1]))
+
+
+def shapes(config: FastLLMConfig) -> Iterator[tuple[str, Shape]]:
+    """Every parameter of the model and its shape, written out by hand."""
+    yield EMBEDDING, (config.vocab_size, config.hidden_size)
+    yield FINAL_NORM, (config.hidden_size,)
+    for index, block in enumerate(config.layers):
+        for name, shape in layer_shapes(block, config.hidden_size).items():
+            yield f"decoder.{index}.{name}", shape
+
+
+def layer_shapes(block: Block, embed: int) -> dict[str, Shape]:
+    """Every parameter of one layer, named within it, and its shape."""
+    attention = block.attention
+    queries = attention.heads * attention.head_size
+    keys = attention.head_groups * attention.head_size
+    shared = {
+        "mixer.query.weight": (queries, embed),
+        "mixer.key_value.weight": (keys if attention.shared_key_value else 2 * keys, embed),
+        "mixer.dense.weight": (embed, queries),
+        "mixer.query_norm.weight": (attention.head_size,),
+        "mixer.key_norm.weight": (attention.head_size,),
+        "norm_1.weight": (embed,),
+        "post_mixer_norm.weight": (embed,),
+        "post_mlp_norm.weight": (embed,),
+        "output_scale": (1,),
+    }
+    if isinstance(block.mlp, Mlp):
+        return {
+            **shared,
+            "norm_2.weight": (embed,),
+            "mlp.layer_1.weight": (2 * block.mlp.width, embed),
+            "mlp.layer_2.weight": (block.mlp.width, embed),
+        }
+    dense, routed = block.mlp.dense, block.mlp.routed
+    return {
+        **shared,
+        "mlp.dense.layer_1.weight": (2 * dense.width, embed),
+        "mlp.dense.layer_2.weight": (dense.width, embed),
+        "mlp.dense.pre_norm.weight": (embed,),
+        "mlp.dense.post_norm.weight": (embed,),
+        "mlp.routed.layer_1.weight": (routed.experts * 2 * routed.width, embed),
+        "mlp.routed.layer_2.weight": (routed.experts * routed.width, embed),
+        "mlp.routed.pre_norm.weight": (embed,),
+        "mlp.routed.post_norm.weight": (embed,),
+        "mlp.routed.router.weight": (routed.experts, embed),
+        "mlp.routed.router_scale": (embed,),
+        "mlp.routed.router_per_expert_scale": (routed.experts,),
+    }
+
+
+def layer(
+    weights: Weights, hidden: Float[torch.Tensor, "batch length embed"], block: Block
+) -> Float[torch.Tensor, "batch length embed"]:
+    """The output [batch length embed] of one decoder layer."""
+    norm = partial(_named_norm, weights)
+    mixed = attend(weights, norm("norm_1", hidden, block.pre_mixer_epsilon), block.attention)
+    hidden = hidden + norm("post_mixer_norm", mixed, block.post_mixer_epsilon)
+    if isinstance(block.mlp, Mlp):
+        fed = mlp(weights, "mlp", norm("norm_2", hidden, block.mlp.pre_epsilon))
+    else:
+        fed = mixture(weights, hidden, block.mlp)
+    hidden = hidden + norm("post_mlp_norm", fed, block.post_mlp_epsilon)
+    return hidden * weights["output_scale"].to(hidden.dtype)
+
+
+def attend(
+    weights: Weights, hidden: Float[torch.Tensor, "batch length embed"], facts: Attention
+) -> Float[torch.Tensor, "batch length embed"]:
+    """Attention's output [batch length embed]; scores are not scaled.
+
+    key_value holds all keys, then all values; shared, the keys before their norm are the values.
+    Neighbouring heads share one group's key and value.
+    """
+    batch, length, _ = hidden.shape
+    query = functional.linear(hidden, weights["mixer.query.weight"])
+    both = functional.linear(hidden, weights["mixer.key_value.weight"])
+    key, value = (both, both) if facts.shared_key_value else both.chunk(2, dim=-1)
+    grouped = (batch, length, facts.head_groups, -1, facts.head_size)
+    query, key, value = query.view(grouped), key.reshape(grouped), value.reshape(grouped)
+    query = _named_norm(weights, "mixer.query_norm", query, facts.query_epsilon)
+    key = _named_norm(weights, "mixer.key_norm", key, facts.key_epsilon)
+    value = rms_norm(value, facts.value_epsilon)
+    query, key = rotate(query, facts.rotary), rotate(key, facts.rotary)
+    scores = torch.einsum("bqghd,bkgsd->bghqk", query.float(), key.float())
+    seen = visible(length, facts.window, hidden.device)
+    shares = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1).to(value.dtype)
+    mixed = torch.einsum("bghqk,bkgsd->bqghd", shares, value)
+    return functional.linear(mixed.reshape(batch, length, -1), weights["mixer.dense.weight"])
+
+
+def rotate(
+    x: Float[torch.Tensor, "batch length groups heads head_size"], rotary: Rotary
+) -> Float[torch.Tensor, "batch length groups heads head_size"]:
+    """`x` turned by its positions in float32; pairs are (i, i + head_size / 2).
+
+    The first pairs turn, with frequencies spread over the whole head, and the others do not:
+    `transformers/modeling_rope_utils.py`, "proportional", which is the default one at fraction 1.
+    """
+    head_size = x.shape[-1]
+    turning = int(rotary.fraction * head_size // 2)
+    exponent = torch.arange(0, 2 * turning, 2, device=x.device).float() / head_size
+    frequency = torch.zeros(head_size // 2, device=x.device)
+    frequency[:turning] = 1.0 / rotary.theta**exponent
+    position = torch.arange(x.shape[1], device=x.device).float()
+    angle = (position[:, None] * frequency)[:, None, None]
+    cosine, sine = angle.cos(), angle.sin()
+    first, second = x.float().chunk(2, dim=-1)
+    turned = (first * cosine - second * sine, second * cosine + first * sine)
+    return torch.cat(turned, dim=-1).to(x.dtype)
+
+
+def visible(
+    length: int, window: int | None, device: torch.device
+) -> Bool[torch.Tensor, "query key"]:
+    """Which keys [query key] a query sees: itself and those before it, at most `window` in all."""
+    position = torch.arange(length, device=device)
+    back = position[:, None] - position[None, :]
+    return back >= 0 if window is None else (back >= 0) & (back < window)
+
+
+def mlp(
+    weights: Weights, prefix: str, hidden: Float[torch.Tensor, "*places embed"]
+) -> Float[torch.Tensor, "*places embed"]:
+    """The gated feed-forward [*places embed] of the two matrices below `prefix`."""
+    return _gated(hidden, weights[f"{prefix}.layer_1.weight"], weights[f"{prefix}.layer_2.weight"])
+
+
+def _gated(
+    hidden: Float[torch.Tensor, "*places embed"],
+    layer_1: Float[torch.Tensor, "gate_up_mlp embed"],
+    layer_2: Float[torch.Tensor, "mlp embed"],
+) -> Float[torch.Tensor, "*places embed"]:
+    """layer_1 holds the gate's rows, then the up projection's; layer_2 is stored [in out]."""
+    gate, up = functional.linear(hidden, layer_1).chunk(2, dim=-1)
+    return (functional.gelu(gate, approximate="tanh") * up) @ layer_2
+
+
+def mixture(
+    weights: Weights, hidden: Float[torch.Tensor, "batch length embed"], facts: HybridMoe
+) -> Float[torch.Tensor, "batch length embed"]:
+    """Dense branch plus experts [batch length embed]; both, and the router, see `hidden` itself."""
+    norm = partial(_named_norm, weights)
+    routed = facts.routed
+    dense = mlp(weights, "mlp.dense", norm("mlp.dense.pre_norm", hidden, facts.dense.pre_epsilon))
+    dense = norm("mlp.dense.post_norm", dense, facts.dense_post_epsilon)
+    flat = hidden.flatten(0, 1)
+    shares, chosen = router(weights, flat, routed)
+    feed = norm("mlp.routed.pre_norm", flat, routed.pre_epsilon)
+    sparse = experts(weights, feed, shares, chosen, routed).view_as(hidden)
+    return dense + norm("mlp.routed.post_norm", sparse, routed.post_epsilon)
+
+
+def router(
+    weights: Weights, hidden: Float[torch.Tensor, "tokens embed"], facts: Routed
+) -> tuple[Float[torch.Tensor, "tokens chosen"], Int[torch.Tensor, "tokens chosen"]]:
+    """Each token's experts [tokens chosen] and their weights in float32, the same shape.
+
+    The chosen experts' probabilities are made to sum to one, then multiplied by their own scales.
+    """
+    normed = rms_norm(hidden.float(), facts.router_epsilon)
+    scaled = normed * weights["mlp.routed.router_scale"].float() * facts.router_input_scale
+    scores = functional.linear(scaled, weights["mlp.routed.router.weight"].float())
+    best, chosen = torch.softmax(scores, dim=-1).topk(facts.experts_per_token, dim=-1)
+    best = best / best.sum(dim=-1, keepdim=True)
+    return best * weights["mlp.routed.router_per_expert_scale"].float()[chosen], chosen
+
+
+def experts(
+    weights: Weights,
+    hidden: Float[torch.Tensor, "tokens embed"],
+    shares: Float[torch.Tensor, "tokens chosen"],
+    chosen: Int[torch.Tensor, "tokens chosen"],
+    facts: Routed,
+) -> Float[torch.Tensor, "tokens embed"]:
+    """Sum of the chosen experts' outputs by `shares` [tokens embed], one expert after the other.
+
+    An expert sees only its own tokens, and one that no token chose is not read.
+    """
+    layer_1, layer_2 = weights["mlp.routed.layer_1.weight"], weights["mlp.routed.layer_2.weight"]
+    total = torch.zeros_like(hidden, dtype=torch.float32)
+    for expert, (first, second) in enumerate(
+        zip(layer_1.split(2 * facts.width), layer_2.split(facts.width), strict=True)
+    ):
+        token, slot = torch.where(chosen == expert)
+        if token.numel():
+            out = _gated(hidden[token], first.to(hidden.dtype), second.to(hidden.dtype))
+            total.index_add_(0, token, out.float() * shares[token, slot, None])
+    return total.to(hidden.dtype)
+
+
+def rms_norm(
+    x: Float[torch.Tensor, "*places size"],
+    epsilon: float,
+    weight: Float[torch.Tensor, " size"] | None = None,
+) -> Float[torch.Tensor, "*places size"]:
+    """`x` over its root mean square, times `weight` itself (no + 1), computed in float32."""
+    precise = x.float()
+    normed = precise * (precise.square().mean(dim=-1, keepdim=True) + epsilon).pow(-0.5)
+    if weight is not None:
+        normed = normed * weight.float()
+    return normed.to(x.dtype)
+
+
+def _named_norm(weights: Weights, name: str, x: torch.Tensor, epsilon: float) -> torch.Tensor:
+    return rms_norm(x, epsilon, weights[f"{name}.weight"])

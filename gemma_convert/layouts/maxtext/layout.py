@@ -1,0 +1,96 @@
+"""MaxText on disk: an Orbax step folder `0/items` with the tree `params.params.<module>`.
+
+Read as well are training checkpoints, beside whose parameters stand a step and optimizer state that
+are never read, and NNX trees, whose parameters stand at the root with `.value` leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from gemma_convert.arrays.dtypes import TensorSpec
+from gemma_convert.checkpoint.native import NativeSource
+from gemma_convert.checkpoint.orbax_source import orbax_source
+from gemma_convert.layouts.maxtext.settings import maxtext_settings
+from gemma_convert.mapping.plan import Plan
+from gemma_convert.stores.orbax.reader import OrbaxTree
+from gemma_convert.stores.orbax.writer import OrbaxFormat, OrbaxWriter, write_checkpoint_metadata
+
+STEP, ITEMS = "0", "items"
+
+PARAMETERS = "params/params/"
+_VISION = PARAMETERS + "vision_encoder/"
+_SCANNED = "/scanned_blocks/"
+_VALUE = "/value"
+_RANDOM = "/rngs/"
+_MODULES = ("token_embedder/", "decoder/", "vision_encoder/")
+_HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
+
+
+class MaxText:
+    name = "maxtext"
+    framework = "MaxText"
+    divisible = True
+    streams = True
+
+    def create(self, folder: Path, plan: Plan, form: OrbaxFormat, part: int = 0) -> MaxTextWriter:
+        return MaxTextWriter(folder / STEP, plan, form, part)
+
+    def settings(self, plan: Plan, target: Path) -> dict[str, str]:
+        multimodal = any(name.startswith(_VISION) for name in plan.targets)
+        items = target.absolute() / STEP / ITEMS
+        return maxtext_settings(
+            plan.architecture, items, scanned=plan.scanned, multimodal=multimodal
+        )
+
+    def check_metadata(self, folder: Path, plan: Plan) -> dict[str, str]:
+        del folder, plan
+        return {}
+
+
+def maxtext_source(tree: OrbaxTree) -> NativeSource | None:
+    """The parameters in an Orbax tree; None where it is not MaxText's."""
+    stored = _stored(tree)
+    if not stored:
+        return None
+    scanned = any(_SCANNED in name for name in stored)
+    return orbax_source(MaxText.name, tree, stored, scanned=scanned)
+
+
+class MaxTextWriter(OrbaxWriter):
+    """The item folder of a step, with the step's number and an empty optimizer state beside it."""
+
+    def __init__(self, step: Path, plan: Plan, form: OrbaxFormat, part: int) -> None:
+        super().__init__(step / ITEMS, form, part)
+        self._step, self._scanned = step, plan.scanned
+        self.declare(
+            {name: (target.spec, target.chunk) for name, target in plan.targets.items()}
+            | {"step": (TensorSpec("int32", ()), ())}
+        )
+
+    def complete(self, started_ns: int, parts: int = 1) -> None:
+        self.merge(parts)
+        self.write("step", (), np.zeros((), np.int32)).result()
+        self.write_tree(
+            {
+                "step": {"value_type": "scalar", "skip_deserialize": False},
+                "opt_state": {"value_type": "Dict", "skip_deserialize": True},
+            }
+        )
+        custom = {"scan_layers": self._scanned}
+        write_checkpoint_metadata(self._step, {ITEMS: _HANDLER}, custom, started_ns)
+
+
+def _stored(tree: OrbaxTree) -> Mapping[str, str]:
+    """Name in the table → name on disk."""
+    stored = {name: name for name in tree.arrays if name.startswith(PARAMETERS)}
+    if stored:
+        return stored
+    for name in tree.arrays:
+        path = name.removeprefix("params/").removesuffix(_VALUE)
+        if name.endswith(_VALUE) and path.startswith(_MODULES) and _RANDOM not in path:
+            stored[PARAMETERS + path] = name
+    return stored

@@ -1,0 +1,114 @@
+"""What `mappings` lists: the formats, one format's table, or every tensor of a model in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from gemma_convert.arrays.dtypes import DTypePolicy, TensorSpec
+from gemma_convert.errors import UsageError
+from gemma_convert.layouts.registry import LAYOUTS
+from gemma_convert.mapping.listing import Entry, TableEntry, list_table, list_tensors
+from gemma_convert.mapping.plan import plan_to_native
+from gemma_convert.mapping.table import load_table
+from gemma_convert.model.architecture import Architecture
+from gemma_convert.published.models import named_model
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What one model is in one format: tensors that are converted, equal to another, or carried."""
+
+    tensors: int
+    equal: int
+    carried: int
+    arrays: int
+    filled: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class FormatSummary:
+    """One format. `refused` says which models it cannot hold, or with a model, why it cannot."""
+
+    format: str
+    framework: str
+    rows: int
+    scans: bool
+    refused: tuple[str, ...]
+    model: ModelSizes | None
+
+
+@dataclass(frozen=True)
+class MappingsReport:
+    """A listing: of the formats, or of the rows of one, or of the tensors of a model in it."""
+
+    format: str | None
+    model: str | None
+    family: str | None
+    scanned: bool
+    formats: tuple[FormatSummary, ...] = ()
+    rows: tuple[TableEntry, ...] = ()
+    tensors: tuple[Entry, ...] = ()
+
+    def as_json(self) -> dict[str, object]:
+        """The listing for `--json`."""
+        return {"schema": "gemma-convert/mappings/1", **asdict(self)}
+
+
+def list_mappings(
+    layout: str | None = None, model: str | None = None, *, scan_layers: bool = False
+) -> MappingsReport:
+    """A listing of the format `layout`, for `model`, a published name or a path; of all without.
+
+    Raises UsageError for a format that there is none of, for a model that it has no place for and
+    for scanned layers that it does not have; SourceError where there is no such model.
+    """
+    if scan_layers and (layout is None or model is None):
+        raise UsageError(
+            "Layers are scanned in one format and in blocks that only a model has.",
+            do="add --format and --model, or drop --scan-layers",
+        )
+    found = None if model is None else named_model(model)
+    family = None if found is None else found[0].family
+    if layout is None:
+        return MappingsReport(None, model, family, False, formats=_summaries(found))
+    table = load_table(layout)
+    if model is None or found is None:
+        return MappingsReport(layout, None, None, False, rows=list_table(table))
+    architecture, source = found
+    plan = plan_to_native(
+        architecture, table, source, DTypePolicy(), scanned=scan_layers, where=model
+    )
+    return MappingsReport(
+        layout, model, family, scan_layers, tensors=list_tensors(plan, table, source)
+    )
+
+
+def _summaries(
+    found: tuple[Architecture, Mapping[str, TensorSpec]] | None,
+) -> tuple[FormatSummary, ...]:
+    summaries = []
+    for name, layout in LAYOUTS.items():
+        table = load_table(name)
+        refused: tuple[str, ...] = tuple(entry.why for entry in table.refused)
+        sizes = None
+        if found is not None:
+            architecture, source = found
+            refused = tuple(e.why for e in table.refused if e.when.holds(architecture, {}))
+            sizes = None if refused else _sizes(name, architecture, source)
+        rows, scans = len(table.rows), bool(table.placements)
+        summaries.append(FormatSummary(name, layout.framework, rows, scans, refused, sizes))
+    return tuple(summaries)
+
+
+def _sizes(layout: str, architecture: Architecture, source: Mapping[str, TensorSpec]) -> ModelSizes:
+    plan = plan_to_native(architecture, load_table(layout), source, DTypePolicy())
+    return ModelSizes(
+        tensors=len(plan.sources),
+        equal=len(plan.equal),
+        carried=len(plan.carried),
+        arrays=len(plan.targets),
+        filled=len(plan.filled),
+        bytes=plan.target_bytes,
+    )

@@ -1,0 +1,144 @@
+"""What a conversion to a native layout did, as data for people and for `--json`."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from gemma_convert.checkpoint.layout import Layout
+from gemma_convert.engine.transfer import TransferResult
+from gemma_convert.mapping.plan import Plan
+
+
+@dataclass(frozen=True)
+class LossyRow:
+    """A row whose values were rounded: `values` of them do not come back bit for bit."""
+
+    row: str
+    tensor: str
+    reason: str
+    values: int
+
+
+@dataclass(frozen=True)
+class ToNativeReport:
+    """What a conversion did, or with `dry_run` what it would do."""
+
+    source: str
+    target: str
+    layout: str
+    scanned: bool
+    family: str
+    dry_run: bool
+    tensors_converted: int
+    bytes_read: int
+    arrays_written: int
+    bytes_written: int
+    tensors_carried: int
+    bytes_carried: int
+    carried_why: dict[str, int]
+    tied: tuple[str, ...]
+    shared: int
+    filled: tuple[str, ...]
+    lossy_rows: tuple[LossyRow, ...]
+    exceptions: int
+    files_carried: tuple[str, ...]
+    not_carried: tuple[str, ...]
+    framework: str
+    settings: dict[str, str]
+    seconds: float
+    bytes_per_second: float
+    peak_memory_bytes: int
+    already_complete: bool = False
+    """With `resume`: the target was there, and is what this run would have written."""
+    plan: Plan | None = None
+
+    def as_json(self) -> dict[str, object]:
+        """The report for `--json`; the plan's arrays are listed on a dry run."""
+        values = asdict(replace(self, plan=None))
+        del values["plan"]
+        if self.plan is not None and self.dry_run:
+            values["arrays"] = {
+                name: {
+                    "dtype": target.spec.dtype,
+                    "shape": target.spec.shape,
+                    "chunk": target.chunk,
+                }
+                for name, target in self.plan.targets.items()
+            }
+        return {"schema": "gemma-convert/to-native/1", **values}
+
+
+def native_report(
+    source: Path,
+    target: Path,
+    plan: Plan,
+    layout: Layout,
+    result: TransferResult,
+    started: float,
+    dry_run: bool,
+) -> ToNativeReport:
+    """The parts of a report that the plan and the transfer tell."""
+    seconds = time.monotonic() - started
+    return ToNativeReport(
+        source=str(source),
+        target=str(target),
+        layout=plan.layout,
+        scanned=plan.scanned,
+        family=plan.architecture.family,
+        dry_run=dry_run,
+        tensors_converted=len(plan.sources),
+        bytes_read=plan.source_bytes,
+        arrays_written=len(plan.targets),
+        bytes_written=plan.target_bytes,
+        tensors_carried=0,
+        bytes_carried=0,
+        carried_why={},
+        tied=tuple(plan.tied),
+        shared=len(plan.shared),
+        filled=tuple(plan.filled),
+        lossy_rows=lossy_rows(plan, result),
+        exceptions=exceptions(result),
+        files_carried=(),
+        not_carried=(),
+        framework=layout.framework,
+        settings=layout.settings(plan, target),
+        seconds=seconds,
+        bytes_per_second=0.0 if dry_run else plan.source_bytes / seconds,
+        peak_memory_bytes=peak_memory(),
+        plan=plan,
+    )
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes.
+
+    On Linux that is VmHWM: ru_maxrss keeps what the process was before it was replaced by exec.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def lossy_rows(plan: Plan, result: TransferResult) -> tuple[LossyRow, ...]:
+    """Rows that the dtype policy rounds, with the number of values that do not come back."""
+    return tuple(
+        LossyRow(plan.sources[name].copies[0].row, name, reason, _lost(result, name))
+        for name, reason in plan.rounded.items()
+    )
+
+
+def _lost(result: TransferResult, name: str) -> int:
+    losses = result.losses.get(name)
+    return losses.count if losses is not None else 0
+
+
+def exceptions(result: TransferResult) -> int:
+    return sum(len(places) for losses in result.losses.values() for places in losses.places)
