@@ -22,7 +22,7 @@ from trees import read_safetensors, restore, same_bits
 from gemma_convert import SourceError, TargetError, UsageError, to_native
 from gemma_convert.mapping import plan as planning
 from gemma_convert.model.config import read_architecture
-from gemma_convert.stores.orbax.writer import reader as orbax_reader
+from gemma_convert.stores.orbax import reader as orbax_reader
 from gemma_convert.tasks.to_hf import ToHFReport, to_hf
 
 INDEX = "model.safetensors.index.json"

@@ -25,7 +25,7 @@ from test_cli import fails
 from trees import read_safetensors
 
 from gemma_convert import SourceError, UsageError, inspect, to_hf, to_native, verify
-from gemma_convert.layouts.fast_llm.layout import layout as fast_llm
+from gemma_convert.layouts.fast_llm import layout as fast_llm
 from gemma_convert.layouts.registry import open_native
 from gemma_convert.model.config import read_architecture
 

@@ -19,7 +19,7 @@ from native_checkpoints import passes
 from gemma_convert import to_hf, to_native, verify
 from gemma_convert.checkpoint.native import plan_native
 from gemma_convert.checkpoint.original import open_original
-from gemma_convert.layouts.fast_llm.layout import layout as fast_llm
+from gemma_convert.layouts.fast_llm import layout as fast_llm
 from gemma_convert.layouts.fast_llm.metadata import differences, fast_llm_metadata
 from gemma_convert.layouts.registry import LAYOUTS, open_native
 from gemma_convert.model.config import parse_architecture, read_architecture

@@ -22,8 +22,8 @@ from native_checkpoints import sums
 
 from gemma_convert import SourceError, TargetError, inspect, to_hf, to_native
 from gemma_convert.engine import transfer as transferring
+from gemma_convert.stores.orbax import raw_chunks
 from gemma_convert.stores.orbax.reader import OrbaxArray
-from gemma_convert.stores.orbax.writer import raw_chunks
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 
 DIRECTIONS = {

@@ -16,8 +16,8 @@ from gemma_convert.errors import SourceError
 from gemma_convert.forward import decoder
 from gemma_convert.forward.prompt import Prompt
 from gemma_convert.forward.restore import gemma_jax_facts, restore_gemma_jax
+from gemma_convert.layouts.gemma_jax import forward as gemma_jax
 from gemma_convert.layouts.gemma_jax.forward import GemmaJaxLayer, GemmaJaxWeights
-from gemma_convert.layouts.gemma_jax.layout import forward as gemma_jax
 from gemma_convert.layouts.gemma_jax.shapes import check_shapes
 from gemma_convert.logits.divergence import compare
 from gemma_convert.model.config import parse_architecture, read_architecture

@@ -11,8 +11,8 @@ from gemma_convert.errors import SourceError
 from gemma_convert.forward import decoder
 from gemma_convert.forward.prompt import Prompt
 from gemma_convert.forward.restore import maxtext_facts, restore_maxtext
+from gemma_convert.layouts.maxtext import forward as maxtext
 from gemma_convert.layouts.maxtext.forward import MaxTextLayer, MaxTextWeights
-from gemma_convert.layouts.maxtext.layout import forward as maxtext
 from gemma_convert.layouts.maxtext.shapes import check_shapes
 from gemma_convert.logits.divergence import compare
 from gemma_convert.model.config import parse_architecture, read_architecture

@@ -15,8 +15,8 @@ from test_tiny import processor_of
 from gemma_convert.forward import decoder
 from gemma_convert.forward.arithmetic import head, visible
 from gemma_convert.forward.prompt import Prompt
-from gemma_convert.layouts.gemma_jax.layout import forward as gemma_jax
-from gemma_convert.layouts.maxtext.layout import forward as maxtext
+from gemma_convert.layouts.gemma_jax import forward as gemma_jax
+from gemma_convert.layouts.maxtext import forward as maxtext
 from gemma_convert.logits.divergence import compare
 from gemma_convert.model.config import read_architecture
 

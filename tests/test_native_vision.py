@@ -14,8 +14,8 @@ from gemma_jax_by_hand import gemma_jax_tree
 from gemma_convert.errors import SourceError
 from gemma_convert.forward.restore import restore_gemma_jax, restore_maxtext
 from gemma_convert.forward.vision import pool, rotary
-from gemma_convert.layouts.gemma_jax.layout import vision as gemma_jax_vision
-from gemma_convert.layouts.maxtext.layout import vision as maxtext_vision
+from gemma_convert.layouts.gemma_jax import vision as gemma_jax_vision
+from gemma_convert.layouts.maxtext import vision as maxtext_vision
 from gemma_convert.mapping.notation import split_path
 from gemma_convert.model.config import parse_architecture, read_architecture
 

@@ -11,8 +11,8 @@ import pytest
 import tensorstore as ts
 
 from gemma_convert import to_hf, to_native
+from gemma_convert.stores.orbax import raw_chunks as module
 from gemma_convert.stores.orbax.raw_chunks import Place, contiguous, ocdbt_places, raw_chunks
-from gemma_convert.stores.orbax.writer import raw_chunks as module
 
 SHAPE, CHUNK = (5, 6, 7), (2, 3, 7)
 

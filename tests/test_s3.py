@@ -17,9 +17,9 @@ from gemma_convert.engine.processes import OneProcess
 from gemma_convert.errors import SourceError, TargetError, UsageError
 from gemma_convert.files.unfinished import JOURNAL
 from gemma_convert.stores.orbax.writer import OrbaxWriter
+from gemma_convert.stores.remote import mirror as remote
+from gemma_convert.stores.remote import target as remote_target
 from gemma_convert.stores.remote.locations import local, local_target
-from gemma_convert.stores.remote.mirror import mirror as remote
-from gemma_convert.stores.remote.mirror import target as remote_target
 from gemma_convert.stores.remote.object_store import file_system, parse_url
 
 URL = f"s3://{BUCKET}"

@@ -306,20 +306,20 @@ def test_every_array_of_a_tree_has_named_axes_of_its_own_shape(jobs, name):
     architecture = read_architecture(Path(jobs[name]["hf"]))
     folder = Path(jobs[name]["native"])
     if layout == "maxtext":
-        from gemma_convert.layouts.maxtext.layout import shapes
-        from gemma_convert.layouts.maxtext.layout import vision as tower
+        from gemma_convert.layouts.maxtext import shapes
+        from gemma_convert.layouts.maxtext import vision as tower
 
         facts = maxtext_facts(folder / "0" / "items")
     else:
-        from gemma_convert.layouts.gemma_jax.layout import shapes
-        from gemma_convert.layouts.gemma_jax.layout import vision as tower
+        from gemma_convert.layouts.gemma_jax import shapes
+        from gemma_convert.layouts.gemma_jax import vision as tower
 
         facts = gemma_jax_facts(folder)
     axes = dict(shapes.text_axes(architecture.text))
     if layout == "gemma-jax" or family != "e2b":
         axes |= tower.axes(architecture)
     if layout == "gemma-jax" and architecture.audio is not None:
-        from gemma_convert.layouts.gemma_jax.layout import audio as gemma_jax_audio
+        from gemma_convert.layouts.gemma_jax import audio as gemma_jax_audio
 
         axes |= gemma_jax_audio.axes(architecture)
     lengths = {}
@@ -363,16 +363,16 @@ def forward_passes(job, layout):
     tokens = np.arange(6, dtype=np.int32)[None]
     if layout == "maxtext":
         from gemma_convert.forward.restore import restore_maxtext
-        from gemma_convert.layouts.maxtext.layout import forward as maxtext
-        from gemma_convert.layouts.maxtext.layout import vision as maxtext_vision
+        from gemma_convert.layouts.maxtext import forward as maxtext
+        from gemma_convert.layouts.maxtext import vision as maxtext_vision
 
         tree = restore_maxtext(folder / "0" / "items")
         forward, vision = maxtext.forward, maxtext_vision.encode_image
     else:
         from gemma_convert.forward.restore import restore_gemma_jax
-        from gemma_convert.layouts.gemma_jax.layout import audio as gemma_jax_audio
-        from gemma_convert.layouts.gemma_jax.layout import forward as gemma_jax
-        from gemma_convert.layouts.gemma_jax.layout import vision as gemma_jax_vision
+        from gemma_convert.layouts.gemma_jax import audio as gemma_jax_audio
+        from gemma_convert.layouts.gemma_jax import forward as gemma_jax
+        from gemma_convert.layouts.gemma_jax import vision as gemma_jax_vision
 
         tree = restore_gemma_jax(folder)
         forward, vision = gemma_jax.forward, gemma_jax_vision.encode_image
