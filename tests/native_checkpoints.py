@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from gemma_jax_by_hand import flat
 from trees import listed_tree, read_safetensors, restore, same_bits
 
 from gemma_convert import VerifyReport, verify
+from gemma_convert.checkpoint.manifest import write_manifest
 
 Arrays = dict[str, np.ndarray]
 Edit = Callable[[np.ndarray], np.ndarray]
@@ -32,10 +34,25 @@ def sums(folder: Path) -> dict[str, str]:
 
 
 def manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a converted checkpoint, without the regions, which depend on the order."""
+    """The manifest of a converted checkpoint, without what depends on order, time and blocks."""
     content = json.loads((folder / OURS / "manifest.json").read_text())
-    del content["regions"]
+    for key in ("regions", "array_metadata", "files", "sha256"):
+        del content[key]
     return content
+
+
+def edit_manifest(folder: Path, **changes: object) -> None:
+    """Changes entries of a manifest, and seals it again."""
+    path = folder / OURS / "manifest.json"
+    content = json.loads(path.read_text())
+    kept = {key: content[key] for key in content if key not in ("schema", "sha256")}
+    write_manifest(path, kept | changes)
+
+
+def damaged(report: VerifyReport) -> list[str]:
+    """What differs, but for the database of Orbax that is another when a value in it is."""
+    database = re.compile(r"(.*/)?(manifest\.ocdbt|d/[0-9a-f]{32})")
+    return [name for name in report.different if not database.fullmatch(name)]
 
 
 def nested_tree(folder: Path) -> dict[str, Any]:

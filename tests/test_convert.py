@@ -19,6 +19,7 @@ from trees import read_safetensors, restore, same_bits
 from gemma_convert import SourceError, TargetError, UsageError, to_native
 from gemma_convert.mapping import plan as planning
 from gemma_convert.model.config import read_architecture
+from gemma_convert.version import __version__
 
 OURS = Path("hf", "gemma-convert")
 
@@ -282,7 +283,6 @@ def test_small_blocks_give_the_same_checkpoint(shallow, tmp_path, monkeypatch, f
     to_native(source, tmp_path / "whole", scan_layers=scanned)
     monkeypatch.setattr(planning, "BLOCK_BYTES", 3000)
     monkeypatch.setattr(planning, "GATHER_BYTES", 64)
-    monkeypatch.setattr("gemma_convert.engine.transfer.GATHER_BYTES", 64)
     report = to_native(source, tmp_path / "cut", scan_layers=scanned)
     chunks = [math.prod(t.chunk) * t.spec.itemsize for t in report.plan.targets.values()]
     assert max(chunks) <= 3000
@@ -311,7 +311,7 @@ def test_plain_orbax_checkpointers_restore_it(shallow, tmp_path):
     ):
         assert same_bits(np.asarray(left), np.asarray(right))
     step = json.loads((items.parent / "_CHECKPOINT_METADATA").read_text())
-    assert step["custom_metadata"] == {"scan_layers": False}
+    assert step["custom_metadata"] == {"scan_layers": False, "gemma_convert": __version__}
     assert (items.parent / "commit_success.txt").exists()
 
 

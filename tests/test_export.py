@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from cases import CASES, FAMILIES
 from maxtext_by_hand import maxtext_tree
+from native_checkpoints import edit_manifest
 from trees import read_safetensors, restore, same_bits
 
 from gemma_convert import SourceError, TargetError, UsageError, to_native
@@ -259,11 +260,10 @@ def test_parts_as_small_as_those_of_real_models_come_back(
     if not whole_chunks:
         monkeypatch.setattr(planning, "BLOCK_BYTES", 4000)
         monkeypatch.setattr(planning, "GATHER_BYTES", 64)
-        monkeypatch.setattr("gemma_convert.engine.transfer.GATHER_BYTES", 64)
     source = shallow(family, scanned, shards=3)
     to_native(source, tmp_path / "native", scan_layers=scanned)
-    monkeypatch.setattr("gemma_convert.checkpoint.native.BLOCK_BYTES", 1000)
-    monkeypatch.setattr("gemma_convert.tasks.to_hf.PIECE_BYTES", 1022)
+    monkeypatch.setattr(planning, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr("gemma_convert.stores.safetensors.writer.PIECE_BYTES", 1022)
     monkeypatch.setattr("gemma_convert.stores.safetensors.writer.LET_GO_BYTES", 5000)
     report = to_hf(tmp_path / "native", tmp_path / "back", like=source)
     assert digests(tmp_path / "back") == digests(source)
@@ -709,7 +709,7 @@ def test_arrays_sharded_over_devices_come_back(shallow, tmp_path, monkeypatch):
     assert chunks["params/params/token_embedder/embedding"] == (317, 17)
     for block in (None, 500):
         if block is not None:
-            monkeypatch.setattr("gemma_convert.checkpoint.native.BLOCK_BYTES", block)
+            monkeypatch.setattr(planning, "BLOCK_BYTES", block)
         report = to_hf(tmp_path / "run", tmp_path / f"back{block}", like=source)
         assert digests(tmp_path / f"back{block}") == digests(source)
         assert not report.rounded
@@ -993,11 +993,6 @@ def test_array_whose_data_is_gone(unpacked, tmp_path):
     refused(tmp_path, SourceError, "layers_3/mlp/wo/kernel", unpacked, tmp_path / "back")
 
 
-def edit_manifest(native: Path, **changes: object) -> None:
-    path = native / OURS / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 @pytest.mark.parametrize(
     "file",
     [
@@ -1043,7 +1038,7 @@ def test_sidecar_with_parts_missing(native, tmp_path):
     header.write_bytes(kept[:-50])
     refused(tmp_path, SourceError, "header", native, tmp_path / "back")
     header.unlink()
-    refused(tmp_path, SourceError, "kept header", native, tmp_path / "back")
+    refused(tmp_path, SourceError, "header is missing", native, tmp_path / "back")
     (native / OURS / "manifest.json").unlink()
     refused(tmp_path, SourceError, "no manifest", native, tmp_path / "back")
 
@@ -1135,7 +1130,7 @@ def test_dry_run_reads_no_values_and_writes_nothing(shallow, tmp_path, monkeypat
         raise AssertionError("a value was read")
 
     monkeypatch.setattr(orbax_reader.OrbaxArray, "read", refuse)
-    monkeypatch.setattr("gemma_convert.checkpoint.original.Original.read", refuse)
+    monkeypatch.setattr("gemma_convert.checkpoint.original.Original.read_bytes", refuse)
     report = to_hf(tmp_path / "native", tmp_path / "back", dry_run=True, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["native"]
     monkeypatch.undo()

@@ -21,8 +21,7 @@ import pytest
 from native_checkpoints import sums
 
 from gemma_convert import SourceError, TargetError, inspect, to_hf, to_native
-from gemma_convert.engine import transfer as transferring
-from gemma_convert.stores.orbax import raw_chunks
+from gemma_convert.engine import casting, restoring
 from gemma_convert.stores.orbax.reader import OrbaxArray
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 
@@ -215,13 +214,8 @@ def test_a_worker_that_fails(direction, source, tmp_path, monkeypatch):
     def fail():
         raise MemoryError("no memory for this block")
 
-    module = transferring if DIRECTIONS[direction][1] else raw_chunks
-    name = "convert" if module is transferring else "contiguous"
-    if direction == "fast-llm to hf":
-        from gemma_convert.tasks import to_hf as module
-
-        name = "restore_exactly"
-    after(10, module, name, monkeypatch, fail)
+    module = casting if DIRECTIONS[direction][1] else restoring
+    after(10, module, "convert", monkeypatch, fail)
     with pytest.raises(MemoryError):
         run(direction, source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -10,7 +10,6 @@ import pytest
 from native_checkpoints import arrays_of, differing
 
 from gemma_convert import to_native
-from gemma_convert.engine import transfer as transferring
 from gemma_convert.engine.journal import Journal
 from gemma_convert.mapping import plan as planning
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
@@ -26,8 +25,7 @@ FINISHED = 8
 def small_blocks(monkeypatch):
     """Blocks smaller than one expert, so that they are cut where gate and up part."""
     monkeypatch.setattr(planning, "BLOCK_BYTES", 4_000)
-    for module in (planning, transferring):
-        monkeypatch.setattr(module, "GATHER_BYTES", 2_000)
+    monkeypatch.setattr(planning, "GATHER_BYTES", 2_000)
 
 
 class Run:

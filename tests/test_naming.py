@@ -137,8 +137,8 @@ def test_names_of_modules(before, shallow, tmp_path):
     to_hf(native, tmp_path / "back")
     assert files(tmp_path / "back") == files(source)
     assert {*verify(native, against=plain).different} == {
-        "model-00001-of-00002.safetensors.header",
-        "model-00002-of-00002.safetensors.header",
+        "hf/gemma-convert/headers/model-00001-of-00002.safetensors.header",
+        "hf/gemma-convert/headers/model-00002-of-00002.safetensors.header",
         "hf/model.safetensors.index.json",
     }
     assert logit_check(source, native, tokens=5).passed

@@ -125,7 +125,7 @@ def all_bits(native: Path, source: Path) -> tuple[np.ndarray, np.ndarray]:
     """
     with open_native(native) as opened:
         ours = [
-            opened.open_whole(name, 0).read(tuple((0, size) for size in spec.shape))
+            opened.opener(name, 0).read(tuple((0, size) for size in spec.shape))
             for name, spec in opened.specs.items()
             if name not in EMBEDDINGS
         ]

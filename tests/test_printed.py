@@ -13,6 +13,7 @@ import pytest
 from commands import said
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_checkpoints import edit_manifest
 from test_confined import copied
 
 from gemma_convert.errors import SourceError
@@ -106,6 +107,7 @@ def test_a_manifest_that_speaks_to_the_terminal(tiny, converted, tmp_path) -> No
         manifest |= {"lossy_rows": [row], "not_carried": [EVIL], "tool": EVIL}
 
     alter(folder, MANIFEST, change)
+    edit_manifest(folder)
     out = tmp_path / "out"
     seen = ""
     for command in (

@@ -20,10 +20,8 @@ from test_convert import _patch
 
 from gemma_convert import SourceError, TargetError, UsageError, to_hf, to_native, verify
 from gemma_convert.arrays.dtypes import DTypePolicy
-from gemma_convert.engine import transfer as transferring
 from gemma_convert.engine.processes import OneProcess, join
 from gemma_convert.mapping import plan as planning
-from gemma_convert.mapping import split as splitting
 from gemma_convert.mapping.region import blocks
 from gemma_convert.mapping.split import split_sources
 from gemma_convert.mapping.table import load_table
@@ -96,8 +94,7 @@ def together(count, source, target, *, each=None, **options):
 def small_blocks(monkeypatch):
     """Blocks so small that arrays of tiny models are cut, and few are put together in memory."""
     monkeypatch.setattr(planning, "BLOCK_BYTES", 20_000)
-    for module in (planning, transferring, splitting):
-        monkeypatch.setattr(module, "GATHER_BYTES", 2_000)
+    monkeypatch.setattr(planning, "GATHER_BYTES", 2_000)
 
 
 def planned(source, layout, scanned=False):

@@ -14,9 +14,9 @@ from gemma_convert import TargetError
 from gemma_convert.arrays.dtypes import TensorSpec
 from gemma_convert.checkpoint.accounted import beside_huggingface
 from gemma_convert.engine import processes, staging
-from gemma_convert.engine.process_results import leave_part, take_part
+from gemma_convert.engine.casting import Losses
+from gemma_convert.engine.process_results import TransferResult, leave_part, take_part
 from gemma_convert.engine.staging import StagedFolder
-from gemma_convert.engine.transfer import Losses, TransferResult
 from gemma_convert.files.unfinished import LOCK
 
 

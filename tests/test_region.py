@@ -328,23 +328,3 @@ def assert_whole_chunks(box, chunk, shape):
     for (start, length), step, size in zip(box, chunk, shape, strict=True):
         assert start % step == 0
         assert length % step == 0 or start + length == size
-
-
-@given(st.data())
-def test_runs_are_the_elements_of_the_region_in_order(data):
-    count = data.draw(st.integers(0, 4))
-    words = [f"axis{number}" for number in range(count)]
-    extents, ranges = [], {}
-    for word in words:
-        size = data.draw(st.integers(1, 4))
-        at = data.draw(st.none() | st.integers(0, size - 1))
-        extents.append(Extent(word, size, at))
-        if at is None and data.draw(st.booleans()):
-            low = data.draw(st.integers(0, size - 1))
-            ranges[word] = (low, data.draw(st.integers(low + 1, size)))
-    region = Region("tensor", tuple((extent,) for extent in extents))
-    elements = np.arange(prod(region.shape)).reshape(region.shape)
-    taken = elements[tuple(slice(*extent.range(ranges)) for extent in extents)].ravel()
-    run, places = region.runs(ranges)
-    found = [place + step for place in places for step in range(run)]
-    assert found == taken.tolist()

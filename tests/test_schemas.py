@@ -13,7 +13,9 @@ import pytest
 from jsonschema import Draft202012Validator
 from models import DENSE, FOLDER
 from test_cli import run
+from test_verification import change
 
+from gemma_convert import to_hf
 from gemma_convert.cli.app import app
 
 SCHEMAS = Path(__file__).parents[1] / "docs" / "schemas"
@@ -70,6 +72,14 @@ def tiny_reports(source, edited, folder, shallow, converted):
     yield printed("tiny", "e2b", folder / "made")
 
 
+def trained(out: Path, folder: Path) -> Path:
+    """A copy of a conversion with another value in an array, and a file that nobody wrote."""
+    shutil.copytree(out, folder)
+    change(folder / "0" / "items", "params/params/decoder/decoder_norm/scale", lambda v: v + 1)
+    (folder / "notes.txt").write_text("trained")
+    return folder
+
+
 def to_native_reports(source, edited, folder, shallow, converted):
     lossy = ("--dtype", "bfloat16", "--scaled-dtype", "bfloat16")
     yield printed("to-native", edited, folder / "a", "--format", "maxtext", *lossy)
@@ -77,6 +87,8 @@ def to_native_reports(source, edited, folder, shallow, converted):
     omitted = shallow("e2b", kv_shared="omit")
     yield printed("to-native", omitted, folder / "c", "--format", "gemma-jax", "--dry-run")
     yield printed("to-native", source, folder / "d", "--format", "fast-llm", "--text-only")
+    changed = trained(converted(source, "maxtext"), folder / "trained")
+    yield printed("to-native", changed, folder / "e", "--format", "gemma-jax")
 
 
 def to_hf_reports(source, edited, folder, shallow, converted):
@@ -84,6 +96,7 @@ def to_hf_reports(source, edited, folder, shallow, converted):
     yield printed("to-hf", out, folder / "back")
     yield printed("to-hf", converted(edited, "maxtext"), folder / "b", "--dtype", "bfloat16")
     yield printed("to-hf", out, folder / "other", "--like", edited, "--dry-run")
+    yield printed("to-hf", trained(out, folder / "trained"), folder / "changed")
 
 
 def verify_reports(source, edited, folder, shallow, converted):
@@ -93,6 +106,10 @@ def verify_reports(source, edited, folder, shallow, converted):
     yield printed("verify", out, "--against", shallow("31b", seed=1), code=1)
     rounded = converted(edited, "maxtext", scaled_dtype="bfloat16")
     yield printed("verify", rounded, "--against", edited)
+    to_hf(out, folder / "back")
+    shutil.copytree(out, folder / "bare")
+    shutil.rmtree(folder / "bare" / "hf")
+    yield printed("verify", folder / "back", "--against", folder / "bare")
 
 
 def inspect_reports(source, edited, folder, shallow, converted):
@@ -169,6 +186,9 @@ NEVER_HERE = {
     "inspect": {"/extras"},  # of a training run
     "manifest": set(),
 }
+VERSIONS = {"to-native": 2, "to-hf": 2, "verify": 2, "manifest": 2}
+"""Of the schemas that have had others before."""
+
 REPORTS = {
     "tiny": tiny_reports,
     "to-native": to_native_reports,
@@ -187,7 +207,7 @@ REPORTS = {
 def test_what_is_printed_is_what_the_schema_says(
     name, source, edited, tmp_path, shallow, converted
 ):
-    schema = load(SCHEMAS / f"{name}-1.json")
+    schema = load(SCHEMAS / f"{name}-{VERSIONS.get(name, 1)}.json")
     validator = Draft202012Validator(schema)
     folder = tmp_path / "work"
     folder.mkdir()
@@ -249,7 +269,7 @@ def test_every_field_is_described_and_closed(file):
             assert part["additionalProperties"] is False, place
             assert set(part["required"]) <= set(part["properties"]), place
             optional = set(part["properties"]) - set(part["required"])
-            assert optional == ({"arrays"} if file.stem == "to-native-1" and not place else set())
+            assert optional == ({"arrays"} if file.stem == "to-native-2" and not place else set())
         elif "object" in part.get("type", ()):
             assert isinstance(part["additionalProperties"], dict), place
 
@@ -257,7 +277,7 @@ def test_every_field_is_described_and_closed(file):
 def test_every_command_has_its_schema():
     commands = {command.name for command in app.registered_commands}
     assert commands | {"manifest"} == set(REPORTS)
-    assert {file.stem for file in FILES} == {f"{name}-1" for name in REPORTS}
+    assert {file.stem for file in FILES} == {f"{name}-{VERSIONS.get(name, 1)}" for name in REPORTS}
 
 
 def test_an_error_prints_no_json(tmp_path):

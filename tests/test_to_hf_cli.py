@@ -60,7 +60,7 @@ def test_json_report(native, out):
     done = run("to-hf", native, out, "--max-shard-size", "200kB", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["schema"] == "gemma-convert/to-hf/1"
+    assert report["schema"] == "gemma-convert/to-hf/2"
     assert report["bit_for_bit"] is True
     assert report["different"] == []
     assert report["identical"] == report["tensors"]
@@ -187,7 +187,7 @@ def test_interrupt_exits_130_and_is_forgotten_by_the_next_run(native, out, where
     code = (
         "import os, sys, time\n"
         f"sys.argv = ['gemma-convert', 'to-hf', {str(native)!r}, {str(out)!r}]\n"
-        "from gemma_convert.stores import sidecar\n"
+        "from gemma_convert.checkpoint import sidecar\n"
         "from gemma_convert.stores.orbax.reader import OrbaxArray\n"
         f"owner = {'OrbaxArray' if '.' in where else 'sidecar'}\n"
         f"word = {where.rpartition('.')[2]!r}\n"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from gemma_convert.checkpoint import sidecar
+from gemma_convert.checkpoint.manifest import MANIFEST, read_manifest
 from gemma_convert.errors import SourceError, TargetError
 from gemma_convert.files.json_file import read_object
 from gemma_convert.model.huggingface_files import INDEX, SINGLE
@@ -37,7 +38,7 @@ _OWN = "|".join(
         rf"{sidecar.FOLDER}(/{sidecar.OWN}(/{sidecar.HEADERS}(/[^/]+\.header)?)?)?",
         *(
             rf"{sidecar.FOLDER}/{sidecar.OWN}/{re.escape(name)}"
-            for name in (sidecar.MANIFEST, sidecar.CARRIED, sidecar.EXCEPTIONS)
+            for name in (MANIFEST, sidecar.CARRIED, sidecar.EXCEPTIONS)
         ),
     )
 )
@@ -97,7 +98,7 @@ def _orbax(items: Path) -> Iterator[str]:
 def _listed(folder: Path) -> set[str]:
     """The other files that the manifest of a sidecar lists."""
     try:
-        manifest = sidecar.read_manifest(folder) or {}
+        manifest = read_manifest(folder, damaged=True) or {}
     except SourceError:
         return set()
     return _with_folders(f"{sidecar.FOLDER}/{name}" for name in manifest.get("files_sha256", {}))

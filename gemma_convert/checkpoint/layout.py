@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gemma_convert.arrays.values import Array
+from gemma_convert.files.value_file import ValuesFrom
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.region import Box
 from gemma_convert.stores.orbax.writer import OrbaxFormat
+
+CONVERTER = "gemma_convert"
+"""Under this key a checkpoint's own metadata has the version of the package that converted it."""
 
 
 class NativeStore(Protocol):
@@ -29,6 +33,12 @@ class NativeStore(Protocol):
 
     def close(self) -> None:
         """Lets go of open files, whether it was completed or not."""
+
+    def value_file(self, path: Path) -> ValuesFrom | None:
+        """Where values begin of which the regions' checksums say all; None for any other file."""
+
+    def array_metadata(self) -> dict[str, str]:
+        """Array → sha256 of what the store says of it, where that has no file of its own."""
 
 
 class Layout(Protocol):

@@ -1,13 +1,71 @@
-"""What the manifest of a converted checkpoint may say: checked once, so that nobody asks again."""
+"""The manifest of a converted checkpoint: written last, sealed by its own digest, checked once."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gemma_convert.errors import SourceError, short
+from gemma_convert.files.json_file import parse_object, read_regular
 from gemma_convert.stores.safetensors.reader import plain_name
+
+MANIFEST = "manifest.json"
+PLACE = "hf/gemma-convert/manifest.json"
+"""Where the manifest lies below the folder of a checkpoint."""
+
+SCHEMA = "gemma-convert/manifest/2"
+OLDER = "gemma-convert/manifest/1"
+"""It knows no digests of headers, exceptions, the framework's files and its own."""
+
+MAX_BYTES = 256 << 20
+
+_SEAL = ',\n "sha256": "{}"\n}}\n'
+
+
+def write_manifest(path: Path, manifest: Mapping[str, object]) -> None:
+    """Writes the manifest; its last line is the sha256 of all bytes before it."""
+    text = json.dumps({"schema": SCHEMA, **manifest}, indent=1).removesuffix("\n}")
+    seal = _SEAL.format(hashlib.sha256(text.encode("ascii")).hexdigest())
+    path.write_text(text + seal, encoding="ascii")
+
+
+def read_manifest(checkpoint: Path, *, damaged: bool = False) -> dict[str, Any] | None:
+    """The manifest of a converted checkpoint, or None where it has no sidecar.
+
+    Raises SourceError for a manifest that is not one, and, unless it may be `damaged`, for one that
+    is not what was written.
+    """
+    path = checkpoint / PLACE
+    try:
+        data = read_regular(path, "The manifest", MAX_BYTES)
+    except FileNotFoundError:
+        return None
+    manifest = parse_object(data, "The manifest", path)
+    if manifest.get("schema") not in (SCHEMA, OLDER):
+        raise SourceError(
+            "The manifest is of another version.",
+            where=path,
+            expected=f"{SCHEMA} or {OLDER}",
+            found=short(manifest.get("schema")),
+        )
+    check_manifest(manifest, path)
+    if not damaged and manifest["schema"] == SCHEMA and not is_sealed(data):
+        raise SourceError(
+            "The manifest is not what it was when the checkpoint was written.",
+            where=path,
+            do=f"convert the original again, or go on knowingly with --accept-damage {PLACE}",
+        )
+    return manifest
+
+
+def is_sealed(data: bytes) -> bool:
+    """Whether the last line of a manifest is the digest of what stands before it."""
+    seal = _SEAL.format("0" * 64)
+    body = data[: -len(seal)]
+    return data[len(body) :] == _SEAL.format(hashlib.sha256(body).hexdigest()).encode("ascii")
 
 
 def check_manifest(manifest: Mapping[str, Any], where: Path) -> None:
@@ -57,6 +115,17 @@ def _file(entry: tuple[str, Any]) -> bool:
     return inside and isinstance(digest, str)
 
 
+def _sealed_file(entry: tuple[str, Any]) -> bool:
+    name, facts = entry
+    return (
+        _file((name, ""))
+        and isinstance(facts, dict)
+        and isinstance(facts.get("sha256"), str)
+        and _size(facts.get("size"))
+        and (facts.get("values_from") is None or _size(facts["values_from"]))
+    )
+
+
 def _regions(entry: tuple[str, Any]) -> bool:
     _, regions = entry
     return isinstance(regions, list) and all(
@@ -82,5 +151,7 @@ _LISTS: Mapping[str, Callable[[Any], bool]] = {
 _MAPPINGS: Mapping[str, Callable[[Any], bool]] = {
     "tensors": _tensor,
     "files_sha256": _file,
+    "files": _sealed_file,
+    "array_metadata": lambda entry: isinstance(entry[1], str),
     "regions": _regions,
 }

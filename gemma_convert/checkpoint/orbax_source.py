@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from gemma_convert.checkpoint.native import NativeSource
-from gemma_convert.stores.orbax.reader import OrbaxArray, OrbaxTree, open_array
+from gemma_convert.stores.orbax.reader import (
+    OrbaxArray,
+    OrbaxTree,
+    array_metadata,
+    converted_by,
+    open_array,
+)
 
 
 def orbax_source(
@@ -24,5 +30,7 @@ def orbax_source(
         chunks={name: tree.chunks[path] for name, path in stored.items()},
         opener=read,
         scanned=scanned,
+        array_metadata=lambda: array_metadata(tree),
+        converted=converted_by(tree.folder) is not None,
         beside=(*(name for name in tree.arrays if name not in used), *tree.others),
     )

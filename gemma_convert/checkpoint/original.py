@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import numpy as np
 from gemma_convert.arrays.dtypes import TensorSpec, numpy_dtype
 from gemma_convert.arrays.values import Array
 from gemma_convert.checkpoint import sidecar
+from gemma_convert.checkpoint.manifest import MANIFEST, read_manifest
 from gemma_convert.errors import SourceError
 from gemma_convert.files.json_file import read_object, read_regular
+from gemma_convert.mapping.region import Box
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import read_architecture
 from gemma_convert.model.huggingface_files import INDEX, SINGLE
@@ -65,17 +68,38 @@ class Original:
         """Whether the tensor's values are at hand."""
         return self.stored is not None and name in self.stored.tensors
 
-    def read(self, name: str, start: int, count: int) -> Array:
-        """Elements `start` to `start + count` of a tensor that is at hand, flat."""
+    def read_bytes(self, name: str, offset: int, data: Array) -> None:
+        """Fills `data` with the bytes of a tensor from `offset` on, if it is at hand."""
         if self.stored is None or name not in self.stored.tensors:
-            raise SourceError(
-                "A tensor of the original is not at hand.", where=self.folder, found=name
-            )
-        tensor = self.stored.tensors[name]
-        dtype = numpy_dtype(tensor.spec.dtype)
-        values = np.empty(count, dtype)
-        self.stored.read_into(tensor, start * dtype.itemsize, values.view(np.uint8).data)
-        return values
+            raise self.not_at_hand(name)
+        self.stored.read_into(self.stored.tensors[name], offset, data.data)
+
+    def not_at_hand(self, name: str) -> SourceError:
+        """What the user is told of a tensor that is needed and not at hand."""
+        return SourceError(
+            "A tensor is neither in the native tree nor in the sidecar.",
+            where=self.folder,
+            found=name,
+            do="name the Hugging Face original with --like, or leave the tensor out: --text-only",
+        )
+
+    def read_box(self, name: str, box: Box) -> Array:
+        """The values in `box` of a tensor that is at hand; whole rows of it are read."""
+        if self.stored is None or name not in self.stored.tensors:
+            raise self.not_at_hand(name)
+        spec = self.stored.specs[name]
+        (start, count), *inner = box or [(0, 1)]
+        row = prod(spec.shape[1:])
+        rows = np.empty(count * row, numpy_dtype(spec.dtype))
+        self.read_bytes(name, start * row * spec.itemsize, rows.view(np.uint8))
+        shaped = rows.reshape(count, *spec.shape[1:]) if spec.shape else rows.reshape(())
+        within = (slice(None), *(slice(first, first + length) for first, length in inner))
+        return shaped[within] if spec.shape else shaped
+
+
+def is_huggingface(folder: Path) -> bool:
+    """Whether a folder holds the weights of a Hugging Face checkpoint."""
+    return any((folder / name).exists() for name in (SINGLE, INDEX))
 
 
 def open_original(native: Path, like: Path | None) -> Original:
@@ -84,7 +108,7 @@ def open_original(native: Path, like: Path | None) -> Original:
     `like` is a Hugging Face folder or a converted checkpoint with a sidecar. Raises SourceError
     where there is neither.
     """
-    if like is not None and any((like / name).exists() for name in (SINGLE, INDEX)):
+    if like is not None and is_huggingface(like):
         return _from_folder(like)
     if like is not None and not like.is_dir():
         raise SourceError("There is no such checkpoint.", where=like)
@@ -113,9 +137,9 @@ def _from_folder(folder: Path) -> Original:
 def _from_sidecar(root: Path) -> Original:
     folder = root / sidecar.FOLDER
     own = folder / sidecar.OWN
-    manifest = sidecar.read_manifest(root)
+    manifest = read_manifest(root, damaged=True)
     if manifest is None:
-        raise SourceError("The sidecar has no manifest.", where=own, expected=sidecar.MANIFEST)
+        raise SourceError("The sidecar has no manifest.", where=own, expected=MANIFEST)
     headers = tuple(_shard(own, entry) for entry in manifest["shards"])
     naming = find_naming((tensor.name for shard in headers for tensor in shard.tensors), own)
     shards = named_shards(headers, naming)
@@ -124,7 +148,8 @@ def _from_sidecar(root: Path) -> Original:
         for name, entry in manifest.get("tensors", {}).items()
         if entry["xxh3_128"] is not None
     }
-    files, _ = sidecar.other_files(folder, [])
+    kept = sorted(map(Path, manifest.get("files_sha256", {})))
+    files = [file for file in kept if (folder / file).is_file()]
     stored = None
     if (own / sidecar.CARRIED).exists():
         stored = SafetensorsFolder(own, [sidecar.CARRIED])

@@ -10,37 +10,29 @@ hf/gemma-convert/exceptions.safetensors  values that do not come back: index and
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
 from gemma_convert.arrays.dtypes import TensorSpec
 from gemma_convert.arrays.values import Array
-from gemma_convert.checkpoint.manifest import check_manifest
-from gemma_convert.errors import SourceError, short
+from gemma_convert.checkpoint.seal import file_pieces
+from gemma_convert.errors import SourceError
 from gemma_convert.files.confined import NEVER_READ, check_confined
-from gemma_convert.files.json_file import read_object
 from gemma_convert.output import Progress
-from gemma_convert.stores.remote.mirror import WEIGHT_SUFFIXES, remote_file
+from gemma_convert.stores.remote.mirror import WEIGHT_SUFFIXES
 from gemma_convert.stores.safetensors.header import safetensors_header, write_safetensors
 from gemma_convert.stores.safetensors.reader import Shard
 
 FOLDER = "hf"
 OWN = "gemma-convert"
-MANIFEST = "manifest.json"
 CARRIED = "carried.safetensors"
 EXCEPTIONS = "exceptions.safetensors"
 HEADERS = "headers"
 
-MANIFEST_SCHEMA = "gemma-convert/manifest/1"
-MAX_MANIFEST_BYTES = 64 << 20
-
-COPY_BYTES = 16 << 20
 
 _SKIPPED_FOLDERS = {*NEVER_READ, OWN}
 
@@ -100,19 +92,22 @@ def sha256(file: Path) -> str:
 
 
 def _pieces(path: Path) -> Iterator[bytes]:
-    remote = remote_file(path)
-    if remote is not None:
-        for start in range(0, remote.entry.size, COPY_BYTES):
-            yield remote.read(start, min(COPY_BYTES, remote.entry.size - start))
-        return
     try:
-        with path.open("rb") as reader:
-            while piece := reader.read(COPY_BYTES):
-                yield piece
+        yield from file_pieces(path)
     except OSError as error:
         raise SourceError(
             "A file of the source cannot be read.", where=path, found=error.strerror
         ) from None
+
+
+def sha256_of(data: bytes) -> str:
+    """The sha256 of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def head(file: Path, count: int) -> bytes:
+    """The first `count` bytes of a file, wherever it is."""
+    return b"".join(file_pieces(file, count))
 
 
 def write_headers(folder: Path, shards: Sequence[Shard]) -> None:
@@ -156,12 +151,6 @@ def write_exceptions(folder: Path, values: Mapping[str, tuple[Array, Array]]) ->
     write_safetensors(folder / EXCEPTIONS, arrays)
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, object]) -> None:
-    """Writes manifest.json."""
-    text = json.dumps({"schema": MANIFEST_SCHEMA, **manifest}, indent=1)
-    (folder / MANIFEST).write_text(text + "\n", encoding="ascii")
-
-
 def sidecar_root(native: Path) -> Path | None:
     """The folder of a converted checkpoint whose sidecar belongs to `native`, or None.
 
@@ -173,24 +162,3 @@ def sidecar_root(native: Path) -> Path | None:
     if root is not None:
         check_confined(root, FOLDER)
     return root
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
-    """The manifest of a converted checkpoint, or None where it has no sidecar.
-
-    Raises SourceError for a manifest that is not one.
-    """
-    path = checkpoint / FOLDER / OWN / MANIFEST
-    try:
-        manifest = read_object(path, "The manifest", MAX_MANIFEST_BYTES)
-    except FileNotFoundError:
-        return None
-    if manifest.get("schema") != MANIFEST_SCHEMA:
-        raise SourceError(
-            "The manifest is of another version.",
-            where=path,
-            expected=MANIFEST_SCHEMA,
-            found=short(manifest.get("schema")),
-        )
-    check_manifest(manifest, path)
-    return manifest

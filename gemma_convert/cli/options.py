@@ -39,6 +39,15 @@ Overwrite = Annotated[
         rich_help_panel=RUNNING,
     ),
 ]
+AcceptDamage = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--accept-damage",
+        metavar="NAME",
+        help="Go on although this file of SRC is not what was written; may be given several times.",
+        rich_help_panel=RUNNING,
+    ),
+]
 Resume = Annotated[
     bool,
     typer.Option(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gemma_convert.cli.options import (
     RUNNING,
+    AcceptDamage,
     AsJson,
     DType,
     KVShared,
@@ -53,6 +55,7 @@ def command(
             "--dry-run", help="Say what would be written, and stop.", rich_help_panel=RUNNING
         ),
     ] = False,
+    accept_damage: AcceptDamage = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
     as_json: AsJson = False,
@@ -79,6 +82,7 @@ def command(
         text_only=text_only,
         memory=parse_size("--memory", memory),
         dry_run=dry_run,
+        accept_damage=accept_damage or (),
         overwrite=overwrite,
         resume=resume,
         progress=ProgressBar,
@@ -113,6 +117,9 @@ def _summary(report: ToHFReport) -> Facts:
     if report.rounded:
         count = sum(report.rounded.values())
         table.add_row("rounded", f"{count:,} values in {len(report.rounded)} tensors")
+    table.add_row("checkpoint", _against_seal(report))
+    if report.added_files:
+        table.add_row("left behind", f"added since the conversion: {_some(report.added_files)}")
     table.add_row("original", _against_original(report))
     table.add_row(
         "time",
@@ -122,12 +129,26 @@ def _summary(report: ToHFReport) -> Facts:
     return table
 
 
+def _against_seal(report: ToHFReport) -> str:
+    if not report.sealed:
+        return "has no manifest to compare its arrays with"
+    if report.changed_arrays:
+        return (
+            f"{len(report.changed_arrays)} arrays are not what was converted (trained since, or "
+            f"damaged): {_some(report.changed_arrays)}"
+        )
+    return "intact: the arrays and files are what was converted"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
 def _against_original(report: ToHFReport) -> str:
     if report.bit_for_bit:
         return f"bit for bit: all {report.tensors} tensors have the checksums of the manifest"
     if report.different:
-        more = f" and {len(report.different) - SHOWN} more" if len(report.different) > SHOWN else ""
-        names = ", ".join(report.different[:SHOWN]) + more
-        count = len(report.different)
+        names, count = _some(report.different), len(report.different)
         return f"{report.identical} tensors equal the manifest's, {count} differ: {names}"
     return f"{report.unchecked} tensors have no checksum to compare with"

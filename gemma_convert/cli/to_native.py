@@ -10,6 +10,7 @@ import typer
 
 from gemma_convert.cli.options import (
     RUNNING,
+    AcceptDamage,
     AsJson,
     Coordinator,
     Distributed,
@@ -91,6 +92,7 @@ def command(
             rich_help_panel=RUNNING,
         ),
     ] = False,
+    accept_damage: AcceptDamage = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
     verify: Annotated[
@@ -137,6 +139,7 @@ def command(
         compression=compression.value,
         memory=parse_size("--memory", memory),
         dry_run=dry_run,
+        accept_damage=accept_damage or (),
         overwrite=overwrite,
         resume=resume,
         progress=ProgressBar,
@@ -191,10 +194,10 @@ def _summary(report: ToNativeReport) -> Facts:
 
     table = Facts()
     form = ", scanned" if report.scanned else ""
-    done = "would convert" if report.dry_run else "converted"
+    words = "would convert" if report.dry_run else "converted"
     if report.already_complete:
-        done = "was converted"
-    table.add_row(done, f"{report.family} to {report.layout}{form}")
+        words = "was converted"
+    table.add_row(words, f"{report.family} to {report.layout}{form}")
     table.add_row(
         "tensors",
         f"{report.tensors_converted} ({human_bytes(report.bytes_read)}) into "
@@ -216,7 +219,13 @@ def _summary(report: ToNativeReport) -> Facts:
         table.add_row("exceptions", f"{report.exceptions} values kept with their original bits")
     for row in report.lossy_rows:
         table.add_row("lossy", f"{row.tensor}: {row.reason}, {row.values} of its values")
-    if not report.dry_run and not report.already_complete:
+    done = not report.dry_run and not report.already_complete
+    if report.sealed and done:
+        count = len(report.changed_arrays)
+        intact = "intact: its arrays and files are what was converted"
+        changed = f"{count} arrays are not what was converted (trained since, or damaged)"
+        table.add_row("source", changed if count else intact)
+    if done:
         table.add_row(
             "time",
             f"{report.seconds:.1f} s, {human_bytes(report.bytes_per_second)}/s, "

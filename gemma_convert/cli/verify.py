@@ -21,13 +21,13 @@ def command(
     ],
     against: Annotated[
         str | None,
-        typer.Option(help="What it was converted from; the manifest's checksums by default."),
+        typer.Option(help="What it was converted from; the seal in its manifest by default."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read a converted checkpoint again and compare every value with where it came from.
+    """Read a converted checkpoint again and compare every part of it with where it came from.
 
-    Exits 1, and names the tensors, where something differs.
+    Exits 1, and names the arrays, tensors and files, where something differs.
 
     \b
     Examples:
@@ -54,9 +54,10 @@ def _table(report: VerifyReport) -> Facts:
     table = Facts()
     table.add_row("verified" if report.passed else "DIFFERENT", f"{report.path}")
     table.add_row("against", report.against)
-    table.add_row("read again", f"{report.checked} tensors, {human_bytes(report.bytes)}")
-    if report.within_rounding:
-        table.add_row("rounding", f"{report.within_rounding:,} values are equal but for it")
+    files = f" and {report.files} other files" if report.files else ""
+    table.add_row("read again", f"{report.checked} tensors{files}, {human_bytes(report.bytes)}")
+    for sentence in report.notes:
+        table.add_row("note", sentence)
     for name, how in list(report.different.items())[:SHOWN]:
         table.add_row(name, how)
     if len(report.different) > SHOWN:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from gemma_convert.arrays.dtypes import TensorSpec
 from gemma_convert.checkpoint import sidecar
 from gemma_convert.checkpoint.original import read_exceptions
-from gemma_convert.engine.transfer import Losses, TransferResult
+from gemma_convert.engine.casting import Losses
 from gemma_convert.mapping.region import Box
 
 Regions = dict[str, dict[Box, str]]
@@ -20,6 +21,14 @@ Regions = dict[str, dict[Box, str]]
 
 _NAME = ".gemma-convert.part-{}"
 _RESULT = "result.json"
+
+
+@dataclass
+class TransferResult:
+    """Checksums (xxh3_128) of the source tensors, and the losses of those that have any."""
+
+    checksums: dict[str, str] = field(default_factory=dict)
+    losses: dict[str, Losses] = field(default_factory=dict)
 
 
 def leave_part(folder: Path, index: int, result: TransferResult, regions: Regions) -> None:

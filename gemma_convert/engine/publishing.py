@@ -24,6 +24,13 @@ ProgressFactory = Callable[[str, int], AbstractContextManager[Progress]]
 T = TypeVar("T")
 
 
+def progress_bar(
+    progress: ProgressFactory | None, title: str, total: int
+) -> AbstractContextManager[Progress]:
+    """A bar over `total` bytes, or one that shows nothing."""
+    return progress(title, total) if progress else nullcontext(NoProgress())
+
+
 def publish(
     target: Path,
     key: str,
@@ -55,7 +62,7 @@ def publish(
         return _contribute(write, target, processes)
     with (
         StagedFolder(target, overwrite=overwrite, resume=resume, strangers=strangers) as staged,
-        progress(title, total) if progress else nullcontext(NoProgress()) as bar,
+        progress_bar(progress, title, total) as bar,
     ):
         with _told(target, processes):
             if resume and not matches(staged.folder, key):
@@ -82,14 +89,13 @@ def _publish_remotely(
     progress: ProgressFactory | None,
 ) -> T:
     """What `write` returns, when all that it wrote is in the object store."""
-    start = progress or (lambda title, total: nullcontext(NoProgress()))
     with (
         _told(mirror.folder, OneProcess()),
         staged_objects(mirror, overwrite=overwrite) as mark,
     ):
-        with start(title, total) as bar:
+        with progress_bar(progress, title, total) as bar:
             result = write(mirror.folder, bar)
-        with start("upload", upload_bytes(mirror)) as bar:
+        with progress_bar(progress, "upload", upload_bytes(mirror)) as bar:
             upload(mirror, mark, bar)
     return result
 

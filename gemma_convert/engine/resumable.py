@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gemma_convert.arrays.dtypes import TensorSpec, numpy_dtype
-from gemma_convert.checkpoint.layout import Layout, NativeStore
+from gemma_convert.checkpoint.layout import NativeStore
 from gemma_convert.engine.journal import Journal, journal_key
-from gemma_convert.engine.process_results import Regions, leave_part, take_part
+from gemma_convert.engine.process_results import Regions, TransferResult, leave_part, take_part
 from gemma_convert.engine.processes import OneProcess, Processes
-from gemma_convert.engine.transfer import BlockReader, Transfer, TransferResult
+from gemma_convert.engine.transfer import BlockReader, Transfer, Values
+from gemma_convert.files.value_file import ValuesFrom
 from gemma_convert.mapping.plan import Plan, TargetTensor
 from gemma_convert.mapping.region import Box, blocks
 from gemma_convert.mapping.split import split_sources
 from gemma_convert.output import Progress
-from gemma_convert.stores.orbax.writer import OrbaxFormat, sync_folder
+from gemma_convert.stores.orbax.writer import sync_folder
 from gemma_convert.version import __version__
 
 SPARE_BYTES = 16 << 20
@@ -30,19 +31,22 @@ SPARE_BYTES = 16 << 20
 
 @dataclass
 class ResumableTransfer:
-    """One plan on its way into a store. `source` identifies what is read, for resuming.
+    """One plan on its way into the store that `create(folder, part)` opens.
 
-    Of several `processes` each transfers its share of the source tensors; the one that leads
-    completes the checkpoint.
+    `source` identifies what is read and how it is stored, for resuming. Of several `processes` each
+    transfers its share of the source tensors; the one that leads completes the checkpoint.
     """
 
     plan: Plan
-    layout: Layout
     reader: BlockReader
-    form: OrbaxFormat
+    values: Values
+    create: Callable[[Path, int], NativeStore]
     source: Mapping[str, object]
     processes: Processes = field(default_factory=OneProcess)
-    regions: dict[str, dict[Box, str]] = field(default_factory=dict)
+    regions: Regions = field(default_factory=dict)
+    array_metadata: Mapping[str, str] = field(default_factory=dict)
+    value_file: Callable[[Path], ValuesFrom | None] = lambda _: None
+    """As the store says it, once all is written."""
 
     @property
     def key(self) -> str:
@@ -55,10 +59,9 @@ class ResumableTransfer:
         return journal_key(
             {
                 "version": __version__,
-                "layout": self.layout.name,
+                "layout": self.plan.layout,
                 "targets": targets,
                 "copies": copies,
-                "form": asdict(self.form),
                 "source": self.source,
                 "processes": self.processes.count,
             }
@@ -79,39 +82,23 @@ class ResumableTransfer:
         index = self.processes.index
         with (
             closing(Journal(folder, self.key, index)) as journal,
-            closing(self.layout.create(folder, self.plan, self.form, index)) as store,
+            closing(self.create(folder, index)) as store,
         ):
             result = self._transfer(journal, store, folder, progress)
             if not index:
                 store.complete(started, self.processes.count)
+                self.array_metadata, self.value_file = store.array_metadata(), store.value_file
         return result
 
     def _transfer(
         self, journal: Journal, store: NativeStore, folder: Path, progress: Progress
     ) -> TransferResult:
         """Checksums and losses, when every array is written."""
-        index, count = self.processes.index, self.processes.count
-        share = split_sources(self.plan, count)[index]
         done = self._resume(journal, store, progress)
-
-        def finished(name: str, checksum: str) -> None:
-            regions = {
-                array: [[box, store.regions[array][box]] for box in boxes]
-                for array, boxes in self._boxes(name).items()
-            }
-            journal.add({"tensor": name, "checksum": checksum, "regions": regions})
-
-        rest = {
-            name: source
-            for name, source in self.plan.sources.items()
-            if name in share and name not in done
-        }
-        transfer = Transfer(
-            replace(self.plan, sources=rest), self.reader, store, progress, finished
-        )
-        result = transfer.run()
-        result.checksums |= done
+        checksums = self._rest(done, journal, store, progress)
+        result = TransferResult(checksums | done, self.values.losses)
         self.regions = store.regions
+        index, count = self.processes.index, self.processes.count
         if index:
             leave_part(folder, index, result, self.regions)
         self.processes.wait("transferred")
@@ -126,6 +113,31 @@ class ResumableTransfer:
             for box, values in filling(target):
                 store.write(name, box, values).result()
         return result
+
+    def _rest(
+        self, done: Mapping[str, str], journal: Journal, store: NativeStore, progress: Progress
+    ) -> dict[str, str]:
+        """Transfers what is not done of this process's share; the checksums of its sources."""
+        share = split_sources(self.plan, self.processes.count)[self.processes.index]
+
+        def finished(name: str, checksum: str) -> None:
+            notes = self.values.notes(name)
+            if notes is None:
+                return
+            regions = {
+                array: [[box, store.regions[array][box]] for box in boxes]
+                for array, boxes in self._boxes(name).items()
+            }
+            entry = {"tensor": name, "checksum": checksum, "notes": notes, "regions": regions}
+            journal.add(entry)
+
+        rest = {
+            name: source
+            for name, source in self.plan.sources.items()
+            if name in share and name not in done
+        }
+        plan = replace(self.plan, sources=rest)
+        return Transfer(plan, self.reader, store, self.values, progress, finished).run()
 
     def _specs(self) -> dict[str, TensorSpec]:
         return {name: source.spec for name, source in self.plan.sources.items()}
@@ -144,10 +156,10 @@ class ResumableTransfer:
         """
         done = {}
         for entry in journal.entries:
-            name, regions = str(entry.get("tensor")), entry.get("regions")
+            name, regions, notes = str(entry.get("tensor")), entry.get("regions"), _notes(entry)
             if not isinstance(entry.get("checksum"), str) or not isinstance(regions, dict):
                 continue
-            if name not in self.plan.sources:
+            if name not in self.plan.sources or notes is None:
                 continue
             boxes = self._boxes(name)
             stored = {array: _parse(listed) for array, listed in regions.items()}
@@ -157,6 +169,7 @@ class ResumableTransfer:
                 continue
             if all(store.holds(array, found) for array, found in stored.items()):
                 done[name] = str(entry.get("checksum"))
+                self.values.take(name, notes)
                 progress.advance(self.plan.sources[name].spec.nbytes, name)
         return done
 
@@ -166,8 +179,8 @@ class ResumableTransfer:
         boxes: dict[str, list[Box]] = {}
         for ranges in blocks(source.region, source.steps):
             for copy in source.copies:
-                if copy.source.meets(ranges):
-                    boxes.setdefault(copy.target.tensor, []).append(copy.target.box(ranges))
+                for part in copy.parts(ranges):
+                    boxes.setdefault(copy.target.tensor, []).append(copy.target.box(part))
         return boxes
 
 
@@ -188,3 +201,10 @@ def _parse(listed: Any) -> dict[Box, str]:
         }
     except (TypeError, ValueError):
         return {}
+
+
+def _notes(entry: Mapping[str, Any]) -> dict[str, int] | None:
+    """What the journal notes of a source; None where it is no such thing."""
+    notes = entry.get("notes")
+    valid = isinstance(notes, dict) and all(isinstance(count, int) for count in notes.values())
+    return notes if valid else None

@@ -10,9 +10,8 @@ import contextlib
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Protocol
 
@@ -20,8 +19,9 @@ import numpy as np
 import xxhash
 
 from gemma_convert.arrays.dtypes import numpy_dtype
-from gemma_convert.arrays.values import Array, bits, convert, lost_places, may_lose
-from gemma_convert.mapping.plan import GATHER_BYTES, Plan, SourceTensor
+from gemma_convert.arrays.values import Array
+from gemma_convert.engine.casting import Losses
+from gemma_convert.mapping.plan import Plan, SourceTensor
 from gemma_convert.mapping.region import Box, Ranges, RegionCopy, blocks, selection
 from gemma_convert.output import Progress
 from gemma_convert.stores.orbax.writer import write_error
@@ -30,12 +30,9 @@ WORKERS = 2
 SOURCE_BUFFERS = 3
 TARGET_BUFFERS = 4
 
-EXCEPTION_SHARE = 0.01
-"""Above this share of values that do not come back, a tensor's original is carried whole."""
-
 
 class BlockReader(Protocol):
-    """Something that gives blocks of Hugging Face tensors, in the order of their bytes."""
+    """Something that gives blocks of the source tensors of a plan."""
 
     def read_block(self, source: SourceTensor, ranges: Ranges, offset: int, data: Array) -> None:
         """Fills `data` (bytes) with the block that begins at byte `offset` of the tensor."""
@@ -50,23 +47,23 @@ class Writer(Protocol):
     def write(self, name: str, box: Box, values: Array) -> Any: ...
 
 
-@dataclass
-class Losses:
-    """Values of one source tensor that do not come back bit for bit from its target."""
+class Values(Protocol):
+    """What happens to values on their way."""
 
-    count: int = 0
-    places: list[Array] = field(default_factory=list)
-    originals: list[Array] = field(default_factory=list)
-    whole: bool = False
-    """Too many to list, so that the original is carried whole."""
+    @property
+    def losses(self) -> dict[str, Losses]:
+        """Source tensors with values that do not come back."""
 
+    def fill(
+        self, copy: RegionCopy, ranges: Ranges, part: Array, values: Array, source: SourceTensor
+    ) -> None:
+        """Fills `values` with what `part` becomes; both have the target's order of free axes."""
 
-@dataclass
-class TransferResult:
-    """Checksums (xxh3_128) of the source tensors, and the losses of those that have any."""
+    def notes(self, name: str) -> dict[str, int] | None:
+        """What is to be known of a finished source; None where it must be read again."""
 
-    checksums: dict[str, str] = field(default_factory=dict)
-    losses: dict[str, Losses] = field(default_factory=dict)
+    def take(self, name: str, notes: Mapping[str, int]) -> None:
+        """Takes over the notes of an earlier run on a source that it had finished."""
 
 
 class _Buffers:
@@ -86,12 +83,10 @@ class _Buffers:
 
 
 class Transfer:
-    """Runs one plan from an open safetensors folder into a writer.
+    """Runs one plan from a reader into a writer; `values` says what happens on the way.
 
     `finished(name, checksum)` is called when all regions of a source tensor are committed, except
-    for those that go into gathered targets. Values that do not come back are listed with their
-    original bits; where the dtype policy rounds a tensor by its nature (`plan.rounded`) they are
-    only counted.
+    for those that go into gathered targets.
     """
 
     def __init__(
@@ -99,13 +94,14 @@ class Transfer:
         plan: Plan,
         reader: BlockReader,
         writer: Writer,
+        values: Values,
         progress: Progress,
         finished: Callable[[str, str], None] | None = None,
     ) -> None:
         self.plan, self.reader, self.writer = plan, reader, writer
-        self.progress, self._finished = progress, finished
+        self.values, self.progress, self._finished = values, progress, finished
         self._open: Counter[str] = Counter()
-        self.result = TransferResult()
+        self.checksums: dict[str, str] = {}
         self._sources, self._targets = _Buffers(SOURCE_BUFFERS), _Buffers(TARGET_BUFFERS)
         self._gathered: dict[str, tuple[Array, int]] = {}
         self._lock = threading.Lock()
@@ -113,8 +109,8 @@ class Transfer:
         self._failure: BaseException | None = None
         self._pending: set[Any] = set()
 
-    def run(self) -> TransferResult:
-        """Checksums and losses, when every region is committed.
+    def run(self) -> dict[str, str]:
+        """Checksums (xxh3_128) of the source tensors, when every region is committed.
 
         Raises SourceError where the source cannot be read or changes, TargetError where the target
         cannot be written.
@@ -132,7 +128,7 @@ class Transfer:
         if self._failure is not None:
             raise self._failure
         self.reader.check_unchanged()
-        return self.result
+        return self.checksums
 
     def _drain(self) -> None:
         """Waits until no write is under way, so that nothing writes behind our back."""
@@ -158,7 +154,7 @@ class Transfer:
             self._hold(name)
             yield ranges, buffer
             self.progress.advance(size, name)
-        self.result.checksums[name] = digest.hexdigest()
+        self.checksums[name] = digest.hexdigest()
         self._release(name)
 
     def _hold(self, name: str) -> None:
@@ -171,11 +167,11 @@ class Transfer:
             self._open[name] -= 1
             ended = not self._open[name] and not self._failed.is_set()
         gathered = any(
-            self.plan.targets[copy.target.tensor].spec.nbytes <= GATHER_BYTES
+            self.plan.targets[copy.target.tensor].gathered
             for copy in self.plan.sources[name].copies
         )
-        if ended and self._finished and not gathered and name not in self.result.losses:
-            self._finished(name, self.result.checksums[name])
+        if ended and self._finished and not gathered:
+            self._finished(name, self.checksums[name])
 
     def _guarded(self, source: SourceTensor, ranges: Ranges, buffer: Array) -> None:
         try:
@@ -192,27 +188,25 @@ class Transfer:
         dtype = numpy_dtype(source.spec.dtype)
         block = buffer[: prod(lengths) * dtype.itemsize].view(dtype).reshape(lengths)
         for copy in source.copies:
-            if copy.source.meets(ranges):
-                part = block[selection(copy, ranges)].transpose(copy.permutation)
-                self._write(copy, ranges, part, source)
+            for part in copy.parts(ranges):
+                values = block[selection(copy, ranges, part)].transpose(copy.permutation)
+                self._write(copy, part, values, source)
 
     def _write(self, copy: RegionCopy, ranges: Ranges, part: Array, source: SourceTensor) -> None:
-        target = self.plan.targets[copy.target.tensor].spec
-        dtype = numpy_dtype(target.dtype)
+        target = self.plan.targets[copy.target.tensor]
+        dtype = numpy_dtype(target.spec.dtype)
         box = copy.target.box(ranges)
         shape = tuple(length for _, length in box)
-        if target.nbytes <= GATHER_BYTES:
+        if target.gathered:
             values = np.empty(part.shape, dtype)
-            convert(part, values, copy.scale)
-            self._note_losses(copy, ranges, part, values, source)
-            self._gather(copy, target.shape, box, values.reshape(shape))
+            self.values.fill(copy, ranges, part, values, source)
+            self._gather(copy, target.spec.shape, box, values.reshape(shape))
             return
         size = part.size * dtype.itemsize
         buffer = self._targets.take(size)
         try:
             values = buffer[:size].view(dtype).reshape(part.shape)
-            convert(part, values, copy.scale)
-            self._note_losses(copy, ranges, part, values, source)
+            self.values.fill(copy, ranges, part, values, source)
             future = self.writer.write(copy.target.tensor, box, values.reshape(shape))
         except BaseException:
             self._targets.give(buffer)
@@ -250,39 +244,7 @@ class Transfer:
 
         future.add_done_callback(done)
 
-    def _note_losses(
-        self, copy: RegionCopy, ranges: Ranges, part: Array, values: Array, source: SourceTensor
-    ) -> None:
-        if not may_lose(source.spec.dtype, values.dtype.name, copy.scale):
-            return
-        places = lost_places(part, values, copy.scale)
-        if not len(places):
-            return
-        with self._lock:
-            losses = self.result.losses.setdefault(copy.source.tensor, Losses())
-            losses.count += len(places)
-            if losses.whole or copy.source.tensor in self.plan.rounded:
-                return
-            if losses.count > EXCEPTION_SHARE * source.spec.size:
-                losses.whole = True
-                losses.places.clear()
-                losses.originals.clear()
-                return
-            losses.places.append(_flat_places(copy, ranges, places, source))
-            losses.originals.append(bits(part)[tuple(places.T)])
-
     def _fail(self, error: BaseException) -> None:
         with self._lock:
             self._failure = self._failure or error
         self._failed.set()
-
-
-def _flat_places(copy: RegionCopy, ranges: Ranges, places: Array, source: SourceTensor) -> Array:
-    """Places in the target's order of axes → flat indices into the source tensor."""
-    by_axis = dict(zip(copy.target.axes, places.T, strict=True))
-    flat = np.zeros(len(places), np.int64)
-    for extent in copy.source.extents:
-        start = extent.range(ranges)[0]
-        value = start + by_axis[extent.axis] if extent.at is None else extent.at
-        flat = flat * extent.size + value
-    return flat

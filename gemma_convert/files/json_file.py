@@ -50,8 +50,13 @@ def read_object(path: Path, name: str, most: int) -> dict[str, Any]:
 
     Raises SourceError where it is not JSON or no object, FileNotFoundError where it is not there.
     """
+    return parse_object(read_regular(path, name, most), name, path)
+
+
+def parse_object(data: bytes, name: str, path: Path) -> dict[str, Any]:
+    """The JSON object in `data`, which `path` holds; SourceError where it is none."""
     try:
-        values = parse_json(read_regular(path, name, most))
+        values = parse_json(data)
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{name} is not valid JSON.", where=path, found=error) from None
     if not isinstance(values, dict):

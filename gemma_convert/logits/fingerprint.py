@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma_convert.checkpoint.sidecar import MAX_MANIFEST_BYTES, sidecar_root
+from gemma_convert.checkpoint.manifest import MAX_BYTES as MAX_MANIFEST_BYTES
+from gemma_convert.checkpoint.sidecar import sidecar_root
 from gemma_convert.errors import SourceError
 from gemma_convert.files.json_file import parse_json, read_regular
 from gemma_convert.logits.golden import weight_files

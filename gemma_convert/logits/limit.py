@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from gemma_convert.checkpoint.sidecar import MAX_MANIFEST_BYTES, sidecar_root
+from gemma_convert.checkpoint.manifest import MAX_BYTES as MAX_MANIFEST_BYTES
+from gemma_convert.checkpoint.sidecar import sidecar_root
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.files.json_file import read_object
 from gemma_convert.model.architecture import Architecture

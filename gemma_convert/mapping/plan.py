@@ -31,6 +31,12 @@ BLOCK_BYTES = 32 << 20
 It is the largest chunk of a target too.
 """
 
+
+def block_limit(asked: int | None) -> int:
+    """Bytes of the largest block: those that were asked for, or the default."""
+    return asked or BLOCK_BYTES
+
+
 GATHER_BYTES = 1 << 20
 """Targets up to this size that take several copies are gathered in memory and written at once."""
 
@@ -47,6 +53,11 @@ class TargetTensor:
     scale: float | None
     row: str
     fill: int | None = None
+
+    @property
+    def gathered(self) -> bool:
+        """Whether its parts are put together in memory: it is small, and one chunk."""
+        return self.spec.nbytes <= GATHER_BYTES and self.chunk == self.spec.shape
 
 
 @dataclass(frozen=True)
@@ -155,7 +166,7 @@ def plan_to_native(
     )
     widths = _widths(copies, source, targets)
     sources = {
-        name: _source(name, group, source[name], widths[group[0].row], block_bytes or BLOCK_BYTES)
+        name: _source(name, group, source[name], widths[group[0].row], block_limit(block_bytes))
         for name, group in copies.items()
     }
     return Plan(

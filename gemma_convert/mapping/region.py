@@ -62,24 +62,19 @@ class Region:
         """
         return tuple(_span(dim, ranges) for dim in self.dims)
 
-    def runs(self, ranges: Ranges) -> tuple[int, Iterator[int]]:
-        """Length of the pieces without gaps that make up the region, and where each begins.
+    def parts(self, ranges: Ranges) -> Iterator[Ranges]:
+        """`ranges`, cut so that each part of the region is one box of the tensor.
 
-        Both count elements of the tensor; the region is restricted to `ranges`.
+        Where an axis is restricted, those before it in its group are taken one by one.
         """
-        strides = [1]
-        for extent in reversed(list(self.extents)):
-            strides.append(strides[-1] * extent.size)
-        outer = list(zip(self.extents, reversed(strides[:-1]), strict=True))
-        run, base = 1, 0
-        while outer:
-            extent, stride = outer.pop()
-            low, high = extent.range(ranges)
-            run, base = (high - low) * stride, low * stride
-            if high - low < extent.size:
-                break
-        places = [[at * stride for at in range(*extent.range(ranges))] for extent, stride in outer]
-        return run, (base + sum(place) for place in itertools.product(*places))
+        single: list[Extent] = []
+        for dim in self.dims:
+            cut = [place for place, extent in enumerate(dim) if not _is_whole(extent, ranges)]
+            single += [e for e in dim[: cut[-1]] if e.at is None] if cut else []
+        spans = [[(at, at + 1) for at in range(*extent.range(ranges))] for extent in single]
+        for combination in itertools.product(*spans):
+            axes = (extent.axis for extent in single)
+            yield {**ranges, **dict(zip(axes, combination, strict=True))}
 
     def lengths(self, ranges: Ranges) -> tuple[int, ...]:
         """Length of every free axis under `ranges`, slowest first."""
@@ -93,6 +88,11 @@ class Region:
             for extent in self.extents
             if extent.at is not None and extent.axis in ranges
         )
+
+
+def _is_whole(extent: Extent, ranges: Ranges) -> bool:
+    low, high = extent.range(ranges)
+    return high - low == extent.size
 
 
 def _span(dim: tuple[Extent, ...], ranges: Ranges) -> tuple[int, int]:
@@ -117,23 +117,27 @@ class RegionCopy:
     target: Region
     scale: float | None
 
+    def parts(self, ranges: Ranges) -> Iterator[Ranges]:
+        """The parts of a block that the copy takes, each one box of its target."""
+        if self.source.meets(ranges):
+            yield from self.target.parts(ranges)
+
     @cached_property
     def permutation(self) -> tuple[int, ...]:
         """Places of the target's free axes among the source's."""
         return tuple(self.source.axes.index(axis) for axis in self.target.axes)
 
 
-def selection(copy: RegionCopy, block: Ranges, ranges: Ranges | None = None) -> tuple[Any, ...]:
+def selection(copy: RegionCopy, block: Ranges, part: Ranges | None = None) -> tuple[Any, ...]:
     """Index of a copy's part in a block that has one dimension for every axis of the source tensor.
 
-    `block` says where the block begins; `ranges` restricts the free axes, counted from there.
+    `block` says where the block begins; `part`, within it, restricts the free axes further.
     """
-    places = (
-        slice(*(ranges or {}).get(extent.axis, (None,)))
-        if extent.at is None
-        else extent.at - block.get(extent.axis, (0, 0))[0]
-        for extent in copy.source.extents
-    )
+    places: list[Any] = []
+    for extent in copy.source.extents:
+        first = block.get(extent.axis, (0, 0))[0]
+        start, stop = extent.range(part if part is not None else block)
+        places.append(slice(start - first, stop - first) if extent.at is None else start - first)
     return (*places, ...)
 
 
@@ -162,8 +166,9 @@ def split_steps(
 
 
 def blocks(region: Region, steps: Mapping[str, int]) -> Iterator[Ranges]:
-    """The ranges of every block of a tensor, in the order in which its bytes lie."""
-    cut = [extent for extent in region.extents if extent.axis in steps]
+    """The ranges of every block of a tensor; the first axis of `steps` is the slowest."""
+    extents = {extent.axis: extent for extent in region.extents}
+    cut = [extents[axis] for axis in steps]
     spans: Sequence[list[tuple[int, int]]] = [
         [
             (start, min(start + steps[extent.axis], extent.size))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gemma_convert.mapping.plan import GATHER_BYTES, Plan
+from gemma_convert.mapping.plan import Plan
 
 
 def split_sources(plan: Plan, count: int) -> list[frozenset[str]]:
@@ -27,7 +27,7 @@ def _together(plan: Plan) -> list[set[str]]:
     first: dict[str, str] = {}
     for copy in plan.copies:
         target, name = copy.target.tensor, copy.source.tensor
-        if name not in group_of or plan.targets[target].spec.nbytes > GATHER_BYTES:
+        if name not in group_of or not plan.targets[target].gathered:
             continue
         one, other = group_of[first.setdefault(target, name)], group_of[name]
         if one is not other:

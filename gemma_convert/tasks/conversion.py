@@ -20,17 +20,24 @@ from gemma_convert.arrays.values import Array
 from gemma_convert.checkpoint import sidecar
 from gemma_convert.checkpoint.accounted import beside_native
 from gemma_convert.checkpoint.layout import Layout
-from gemma_convert.engine.process_results import Regions
+from gemma_convert.checkpoint.manifest import PLACE, write_manifest
+from gemma_convert.checkpoint.opening import Checkpoint
+from gemma_convert.checkpoint.seal import seal_files
+from gemma_convert.engine.casting import Casting, Losses
+from gemma_convert.engine.process_results import TransferResult
 from gemma_convert.engine.processes import OneProcess, Processes
 from gemma_convert.engine.publishing import ProgressFactory, publish
 from gemma_convert.engine.resumable import SPARE_BYTES, ResumableTransfer
-from gemma_convert.engine.transfer import BlockReader, Losses, TransferResult
+from gemma_convert.engine.transfer import BlockReader
 from gemma_convert.errors import SourceError
+from gemma_convert.files.identity import Unchanged
+from gemma_convert.files.value_file import ValuesFrom
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.table import HUGGINGFACE, table_file
 from gemma_convert.output import Progress, shown
 from gemma_convert.stores.orbax.writer import OrbaxFormat
 from gemma_convert.stores.remote.mirror import file_size, find_mirror
+from gemma_convert.stores.safetensors.header import safetensors_header
 from gemma_convert.stores.safetensors.naming import Naming
 from gemma_convert.stores.safetensors.reader import Shard
 from gemma_convert.tasks.reports import (
@@ -69,7 +76,10 @@ class Inherited:
 
 @dataclass
 class Conversion:
-    """One conversion. `files` are relative to `root`; `identity` tells the source from others."""
+    """One conversion. `files` are relative to `root`; `identity` tells the source from others.
+
+    Where the source is a native `checkpoint`, `native_arrays` are those that are read of it.
+    """
 
     source: Path
     target: Path
@@ -84,6 +94,9 @@ class Conversion:
     identity: Mapping[str, object]
     inherited: Inherited
     naming: Naming
+    unchanged: Unchanged
+    checkpoint: Checkpoint | None = None
+    native_arrays: Sequence[str] = ()
     processes: Processes = field(default_factory=OneProcess)
 
     def needed_bytes(self) -> int:
@@ -112,13 +125,18 @@ class Conversion:
             check_equal(self.plan, self.tensors, self.source)
         carried = sum(self._spec(name).nbytes for name in self.plan.carried)
         transfer = ResumableTransfer(
-            self.plan, self.layout, self.tensors, self.form, self.identity, self.processes
+            self.plan,
+            self.tensors,
+            Casting(self.plan.rounded),
+            lambda folder, part: self.layout.create(folder, self.plan, self.form, part),
+            {"form": asdict(self.form), **self.identity},
+            self.processes,
         )
 
         def write(folder: Path, bar: Progress) -> TransferResult:
             result = transfer.write(folder, bar)
             if leads:
-                self._write_sidecar(folder / sidecar.FOLDER, result, transfer.regions, bar)
+                self._write_sidecar(folder, result, transfer, bar)
             return result
 
         return publish(
@@ -135,12 +153,10 @@ class Conversion:
         )
 
     def _write_sidecar(
-        self,
-        folder: Path,
-        result: TransferResult,
-        regions: Regions,
-        progress: Progress,
+        self, root: Path, result: TransferResult, transfer: ResumableTransfer, progress: Progress
     ) -> None:
+        """Writes all that the arrays do not hold, and the seal of the whole checkpoint."""
+        folder = root / sidecar.FOLDER
         own = folder / sidecar.OWN
         own.mkdir(parents=True)
         self._carry_other_dtypes(result)
@@ -153,7 +169,6 @@ class Conversion:
             if name in self.plan.carried or name in whole
         }
         checksums = sidecar.write_carried(own, specs, self.tensors.pieces, progress)
-        self.tensors.check_unchanged()
         listed = {
             name: (np.concatenate(losses.places), np.concatenate(losses.originals))
             for name, losses in result.losses.items()
@@ -161,9 +176,26 @@ class Conversion:
         }
         if listed or self.inherited.exceptions:
             sidecar.write_exceptions(own, {**self.inherited.exceptions, **listed})
+        if self.checkpoint is not None:
+            self.checkpoint.check_carried({**result.checksums, **checksums})
+            self.checkpoint.read_rest(self.native_arrays)
+        self.tensors.check_unchanged()
+        self.unchanged.check()
+        carried = own / sidecar.CARRIED
+
+        def value_file(path: Path) -> ValuesFrom | None:
+            if path == carried:
+                return ValuesFrom(len(safetensors_header(specs)))
+            return transfer.value_file(path)
+
         manifest = self._manifest(result, checksums, digests)
-        listed_regions = {name: list(boxes.items()) for name, boxes in regions.items()}
-        sidecar.write_manifest(own, manifest | {"regions": listed_regions})
+        regions = {name: list(boxes.items()) for name, boxes in transfer.regions.items()}
+        seal = {
+            "regions": regions,
+            "array_metadata": transfer.array_metadata,
+            "files": seal_files(root, value_file, PLACE),
+        }
+        write_manifest(root / PLACE, manifest | seal)
 
     def _carry_other_dtypes(self, result: TransferResult) -> None:
         """Single values are kept in the original's dtype; a tensor in another is carried whole."""
@@ -189,6 +221,7 @@ class Conversion:
             "dtype": plan.policy.dtype,
             "scaled_dtype": plan.policy.scaled,
             "compression": self.form.compression,
+            "settings": self._settings(),
             "names": list(self.naming.wrappers),
             "mapping_sha256": _mapping_digests(plan.layout),
             "lossy_rows": [
@@ -220,6 +253,11 @@ class Conversion:
             "files_sha256": digests,
             "not_carried": list(self.listed),
         }
+
+    def _settings(self) -> dict[str, str]:
+        """How the framework loads the checkpoint, but for where it lies."""
+        settings = self.layout.settings(self.plan, self.target)
+        return {key: text for key, text in settings.items() if str(self.target) not in text}
 
     def _checksum(self, name: str, spec: TensorSpec, result: TransferResult) -> str | None:
         """Checksum of the original's tensor, where it is known."""
@@ -265,6 +303,8 @@ class Conversion:
             carried_why=dict(Counter(carried.values())),
             files_carried=tuple(map(str, self.files)),
             not_carried=tuple(self.listed),
+            sealed=self.checkpoint is not None and self.checkpoint.arrays is not None,
+            changed_arrays=() if self.checkpoint is None else self.checkpoint.changed_arrays,
         )
 
 

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gemma_convert.arrays.dtypes import CONVERTED, Choice, TensorSpec
+from gemma_convert.checkpoint.native import NativeSource
 from gemma_convert.checkpoint.original import Original, index_metadata
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.mapping.inventory import hf_tensors
 from gemma_convert.mapping.plan import Plan
+from gemma_convert.mapping.reverse import Arrays, Wanted, reverse_plan
 from gemma_convert.model.huggingface_files import CONFIG, INDEX, SINGLE
 from gemma_convert.stores.remote.mirror import file_size
 from gemma_convert.stores.safetensors.reader import Shard
@@ -53,8 +55,10 @@ def plan_export(
     max_shard_size: int | None,
     kv_shared: KVShared,
     text_only: bool,
+    *,
+    groups: Sequence[Sequence[str]] | None = None,
 ) -> Export:
-    """The shards and files of an export.
+    """The shards and files of an export; `groups` is a division of its tensors that is asked for.
 
     Raises SourceError where a tensor is neither on the native side nor at hand in the original, and
     UsageError for options that leave nothing to do.
@@ -72,8 +76,13 @@ def plan_export(
                 found=origin,
                 do="name the Hugging Face original with --like, or export with --text-only",
             )
-    unchanged = max_shard_size is None and all(
-        origin == name and original.specs[origin] == specs[name] for origin, name in names.items()
+    unchanged = (
+        max_shard_size is None
+        and groups is None
+        and all(
+            origin == name and original.specs[origin] == specs[name]
+            for origin, name in names.items()
+        )
     )
     edited: dict[str, str] = {}
     whole = unchanged and len(names) == len(original.specs)
@@ -82,7 +91,7 @@ def plan_export(
     else:
         cut = text_only and not plan.architecture.text_only
         renamed = {} if cut else original.naming.stored
-        shards = tuple(_new_shards(original, names, specs, max_shard_size, renamed))
+        shards = tuple(_new_shards(original, names, specs, max_shard_size, renamed, groups))
         if len(shards) > 1:
             edited = {INDEX: _index(original, shards, renamed)}
     files = [file for file in original.files if whole or str(file) != INDEX]
@@ -92,6 +101,20 @@ def plan_export(
         edited[CONFIG] = config
     equal = {names[name]: names[other] for name, other in plan.equal.items() if name in names}
     return Export(shards, names, stored, equal, tuple(files), edited)
+
+
+def reversed_plan(
+    plan: Plan, native: NativeSource, original: Original, export: Export
+) -> tuple[Plan, dict[str, int], dict[str, str]]:
+    """The plan of the export, array → bytes to keep decoded, and tensor → the original's name."""
+    specs = {tensor.name: tensor.spec for shard in export.shards for tensor in shard.tensors}
+    wanted = Wanted(specs, export.names, export.stored, export.equal)
+    stored = {} if original.stored is None else original.stored.specs
+    back, caches = reverse_plan(
+        plan, Arrays(native.specs, native.chunks), wanted, stored, native.block_bytes
+    )
+    origins = {name: origin for origin, name in export.names.items()}
+    return back, caches, origins
 
 
 def _names(
@@ -122,12 +145,15 @@ def _new_shards(
     specs: Mapping[str, TensorSpec],
     max_shard_size: int | None,
     stored: Mapping[str, str],
+    division: Sequence[Sequence[str]] | None,
 ) -> Iterator[OutputShard]:
     """Shards with headers of our own: the original's division, or one by size.
 
     `stored` has the names of the original's files, where they are others than those of the tables.
     """
-    if max_shard_size is None:
+    if division is not None:
+        groups = [list(group) for group in division]
+    elif max_shard_size is None:
         groups = [
             [names[tensor.name] for tensor in shard.tensors if tensor.name in names]
             for shard in original.shards
@@ -135,7 +161,7 @@ def _new_shards(
         groups = [group for group in groups if group]
     else:
         groups = list(_by_size(specs, max_shard_size))
-    kept = max_shard_size is None and len(groups) == len(original.shards)
+    kept = max_shard_size is None and division is None and len(groups) == len(original.shards)
     files = [shard.file for shard in original.shards] if kept else _file_names(len(groups))
     metadata = _metadata(original.shards[0])
     for file, group in zip(files, groups, strict=True):

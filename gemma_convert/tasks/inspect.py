@@ -12,6 +12,7 @@ from typing import Any
 
 from gemma_convert.arrays.dtypes import DTypePolicy, TensorSpec
 from gemma_convert.checkpoint import sidecar
+from gemma_convert.checkpoint.manifest import read_manifest
 from gemma_convert.checkpoint.native import NativeSource
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.layouts.registry import is_native, open_native
@@ -129,7 +130,7 @@ def _native(path: Path, native: NativeSource) -> InspectReport:
         scanned=native.scanned,
         extras=extras,
         config=config,
-        manifest=sidecar.read_manifest(root),
+        manifest=read_manifest(root, damaged=True),
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from gemma_convert.checkpoint.layout import Layout
-from gemma_convert.engine.transfer import TransferResult
+from gemma_convert.engine.process_results import TransferResult
 from gemma_convert.mapping.plan import Plan
 
 
@@ -52,6 +52,10 @@ class ToNativeReport:
     seconds: float
     bytes_per_second: float
     peak_memory_bytes: int
+    sealed: bool = False
+    """Whether the source is a native checkpoint whose arrays were compared with its seal."""
+    changed_arrays: tuple[str, ...] = ()
+    """Arrays of such a source that are not what was sealed: trained since, or damaged."""
     already_complete: bool = False
     """With `resume`: the target was there, and is what this run would have written."""
     plan: Plan | None = None
@@ -69,7 +73,7 @@ class ToNativeReport:
                 }
                 for name, target in self.plan.targets.items()
             }
-        return {"schema": "gemma-convert/to-native/1", **values}
+        return {"schema": "gemma-convert/to-native/2", **values}
 
 
 def native_report(

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 from gemma_convert.arrays.dtypes import Choice, DTypePolicy, ScaledChoice
 from gemma_convert.checkpoint import sidecar
-from gemma_convert.checkpoint.huggingface_view import plan_relayout
-from gemma_convert.checkpoint.original import open_original
+from gemma_convert.checkpoint.opening import open_checkpoint
+from gemma_convert.engine.huggingface_view import plan_relayout
 from gemma_convert.engine.memory import block_bytes
+from gemma_convert.engine.process_results import TransferResult
 from gemma_convert.engine.processes import OneProcess, Processes
 from gemma_convert.engine.publishing import ProgressFactory
 from gemma_convert.engine.staging import check_apart, check_space, check_target
-from gemma_convert.engine.transfer import TransferResult
 from gemma_convert.errors import UsageError
-from gemma_convert.layouts.registry import LAYOUTS, is_native, open_native
+from gemma_convert.files.identity import Unchanged
+from gemma_convert.layouts.registry import LAYOUTS, is_native
 from gemma_convert.mapping.plan import plan_to_native
 from gemma_convert.mapping.table import load_table
 from gemma_convert.model.config import read_architecture
@@ -44,6 +45,7 @@ def to_native(
     ocdbt: bool = True,
     compression: Compression = "none",
     memory: int | None = None,
+    accept_damage: Sequence[str] = (),
     dry_run: bool = False,
     overwrite: bool = False,
     resume: bool = False,
@@ -81,6 +83,7 @@ def to_native(
                 text_only=text_only,
                 form=form,
                 limit=limit,
+                accept=accept_damage,
             )
         else:
             if like is not None:
@@ -127,6 +130,9 @@ def _from_huggingface(
     form: OrbaxFormat,
     limit: int | None,
 ) -> Conversion:
+    found, others = sidecar.other_files(source, [])
+    weights = (name for name in others if name.endswith(".safetensors") and "/" not in name)
+    unchanged = Unchanged(source, [*found, *weights])
     architecture = read_architecture(source)
     reader = stack.enter_context(SafetensorsFolder(source))
     plan = plan_to_native(
@@ -141,7 +147,6 @@ def _from_huggingface(
     )
     files, listed = sidecar.other_files(source, [shard.file for shard in reader.shards])
     shards = [(shard.file, shard.size, shard.modified) for shard in reader.shards]
-    headers = [hashlib.sha256(shard.header).hexdigest() for shard in reader.shards]
     return Conversion(
         source=source,
         target=target,
@@ -153,9 +158,10 @@ def _from_huggingface(
         files=files,
         listed=listed,
         form=form,
-        identity={"source": shards, "headers": headers},
+        identity={"source": shards, "files": unchanged.files},
         inherited=Inherited(),
         naming=reader.naming,
+        unchanged=unchanged,
     )
 
 
@@ -171,9 +177,10 @@ def _from_native(
     text_only: bool,
     form: OrbaxFormat,
     limit: int | None,
+    accept: Sequence[str],
 ) -> Conversion:
-    native = stack.enter_context(open_native(source, limit))
-    original = stack.enter_context(open_original(native.folder, like))
+    checkpoint = open_checkpoint(source, like, stack, block_bytes=limit, accept=accept)
+    native, original = checkpoint.native, checkpoint.original
     plan, view = plan_relayout(
         native, original, layout, policy, scanned=scanned, text_only=text_only
     )
@@ -198,4 +205,7 @@ def _from_native(
             rounded=view.rounded,
         ),
         naming=original.naming,
+        unchanged=Unchanged(original.folder, original.files),
+        checkpoint=checkpoint,
+        native_arrays=view.arrays(plan.sources),
     )

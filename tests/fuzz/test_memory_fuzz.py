@@ -31,7 +31,7 @@ def read(folder):
     with open_native(folder) as native:
         for name, spec in native.specs.items():
             if spec.shape in {(6, 7), (5, 4, 3), ()}:
-                native.open_whole(name, 0).read(tuple((0, size) for size in spec.shape))
+                native.opener(name, 0).read(tuple((0, size) for size in spec.shape))
     raise GemmaConvertError("everything is read")
 
 CALLS = {

@@ -52,7 +52,7 @@ def folder(tmp_path_factory) -> Path:
 def read(folder: Path) -> dict[str, bytes]:
     with open_native(folder) as native:
         return {
-            name: native.open_whole(name, 0).read(tuple((0, n) for n in spec.shape)).tobytes()
+            name: native.opener(name, 0).read(tuple((0, n) for n in spec.shape)).tobytes()
             for name, spec in native.specs.items()
         }
 

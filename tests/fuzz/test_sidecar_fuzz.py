@@ -19,14 +19,15 @@ from seeds import JOURNALS, MANIFESTS
 from gemma_convert import to_hf, to_native, verify
 from gemma_convert.arrays.dtypes import TensorSpec
 from gemma_convert.checkpoint import sidecar
+from gemma_convert.checkpoint.manifest import read_manifest
 from gemma_convert.checkpoint.original import read_exceptions
-from gemma_convert.engine import transfer
 from gemma_convert.engine.journal import NAME, Journal
 from gemma_convert.engine.staging import StagedFolder, staged_folder
 from gemma_convert.errors import GemmaConvertError, TargetError
 from gemma_convert.files.unfinished import LOCK
 from gemma_convert.mapping import plan as planning
 from gemma_convert.stores.safetensors.header import write_safetensors
+from gemma_convert.tasks import conversion
 
 OWN = Path("hf", "gemma-convert")
 SPECS = {"a": TensorSpec("float32", (40,)), "b": TensorSpec("bfloat16", (3, 4))}
@@ -58,7 +59,7 @@ def test_manifests(native, data):
         folder.mkdir(parents=True)
         manifest = small(json.loads((native / OWN / "manifest.json").read_text()))
         (folder / "manifest.json").write_bytes(data.draw(altered(manifest)))
-        outcome(lambda: sidecar.read_manifest(Path(outer)))
+        outcome(lambda: read_manifest(Path(outer), damaged=True))
 
 
 @share(8, cost=30)
@@ -244,12 +245,11 @@ def stop(*_: object) -> None:
 def test_a_run_resumed_with_a_broken_journal(tiny, monkeypatch, data):
     """What a broken journal says is not believed: the result is the same, or a clear error."""
     source = tiny("31b", text_only=True)
-    for module in (planning, transfer):
-        monkeypatch.setattr(module, "GATHER_BYTES", 2_000)  # smaller tensors are not noted
+    monkeypatch.setattr(planning, "GATHER_BYTES", 2_000)  # smaller tensors are not noted
     with tempfile.TemporaryDirectory() as outer:
         out = Path(outer, "out")
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(sidecar, "write_manifest", stop)
+            patch.setattr(conversion, "write_manifest", stop)
             to_native(source, out, layout="gemma-jax")
         path = staged_folder(out) / NAME
         key, *lines = path.read_bytes().splitlines(keepends=True)

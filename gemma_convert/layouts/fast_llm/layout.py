@@ -7,16 +7,15 @@ tensor is never split.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import numpy as np
 
-from gemma_convert.arrays.checksums import checksum
 from gemma_convert.arrays.dtypes import TensorSpec, numpy_dtype
 from gemma_convert.arrays.values import Array
+from gemma_convert.checkpoint.layout import CONVERTER
 from gemma_convert.checkpoint.native import NativeSource
 from gemma_convert.errors import SourceError, short
 from gemma_convert.files.unfinished import refuse_unfinished
@@ -66,44 +65,23 @@ class FastLLM:
         return {f"{METADATA}: {path}": how for path, how in differences(expected, found)}
 
 
-class FastLLMWriter:
-    """The files of a checkpoint, written region by region."""
+class FastLLMWriter(SafetensorsWriter):
+    """The files of a checkpoint, and metadata.yaml when they are complete."""
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         self._folder, self._plan = folder, plan
-        self.regions: dict[str, dict[Box, str]] = {}
         specs = {name: target.spec for name, target in plan.targets.items()}
         self._files = {
             f"model_{number}.safetensors": library_order(group)
             for number, group in enumerate(_files(specs))
         }
-        self._writer = SafetensorsWriter(
-            folder, [output_shard(file, group) for file, group in self._files.items()]
-        )
-
-    def write(self, name: str, box: Box, values: Array) -> Future[None]:
-        self.regions.setdefault(name, {})[box] = checksum(values)
-        self._writer.array(name)[_place(box)] = values
-        self._writer.let_go(values.nbytes)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-    def holds(self, name: str, regions: Mapping[Box, str]) -> bool:
-        array = self._writer.array(name)
-        if any(checksum(array[_place(box)]) != expected for box, expected in regions.items()):
-            return False
-        self.regions.setdefault(name, {}).update(regions)
-        return True
+        super().__init__(folder, [output_shard(file, group) for file, group in self._files.items()])
 
     def complete(self, started_ns: int, parts: int = 1) -> None:
         del started_ns, parts
         self.close()
         state_index = {name: file for file, group in self._files.items() for name in group}
         write_metadata(self._folder, fast_llm_metadata(self._plan.architecture, state_index))
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 @dataclass(frozen=True)
@@ -193,6 +171,7 @@ def fast_llm_source(folder: Path) -> NativeSource:
         chunks={name: (1, *spec.shape[1:]) for name, spec in reader.specs.items()},
         opener=read,
         scanned=False,
+        converted=CONVERTER in metadata.get("metadata", {}),
         release=reader.close,
     )
 
@@ -206,10 +185,6 @@ def _files(specs: Mapping[str, TensorSpec]) -> Iterator[dict[str, TensorSpec]]:
             group = {}
     if group:
         yield group
-
-
-def _place(box: Box) -> tuple[slice, ...]:
-    return tuple(slice(start, start + length) for start, length in box)
 
 
 def _rows(values: Array) -> Array:

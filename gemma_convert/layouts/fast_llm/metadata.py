@@ -12,9 +12,11 @@ from typing import Any
 
 import yaml
 
+from gemma_convert.checkpoint.layout import CONVERTER
 from gemma_convert.errors import SourceError, UsageError, short
 from gemma_convert.files.json_file import read_regular
 from gemma_convert.model.architecture import Architecture, Layer, Rope, TextArchitecture
+from gemma_convert.version import __version__
 
 METADATA = "metadata.yaml"
 VERSION = "0.4.0"
@@ -47,7 +49,7 @@ def fast_llm_metadata(architecture: Architecture, state_index: Mapping[str, str]
         "model": "gpt",
         "shards": ["weights"],
         "config": {"type": "gpt", "base_model": _base_model(architecture.text)},
-        "metadata": {"state_index": dict(state_index)},
+        "metadata": {"state_index": dict(state_index), CONVERTER: __version__},
     }
 
 

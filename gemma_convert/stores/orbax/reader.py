@@ -21,6 +21,7 @@ from gemma_convert.files.unfinished import refuse_unfinished
 from gemma_convert.mapping.notation import join_path, split_path
 from gemma_convert.mapping.region import Box
 from gemma_convert.stores.orbax.raw_chunks import Places, RawChunks, ocdbt_places, raw_chunks
+from gemma_convert.stores.orbax.writer import CONVERTER, ocdbt_metadata
 from gemma_convert.stores.remote.mirror import find_mirror, kvstore
 
 METADATA = "_METADATA"
@@ -189,6 +190,27 @@ def open_array(tree: OrbaxTree, name: str, cache_bytes: int = 0) -> OrbaxArray:
     if not remote:
         raw = raw_chunks(tree.folder, _key(name), metadata, spec.itemsize, tree.places)
     return OrbaxArray(name, tree.folder, spec, tree.chunks[name], store, raw)
+
+
+def array_metadata(tree: OrbaxTree) -> dict[str, str]:
+    """Array → sha256 of its zarr metadata, where that has no file of its own."""
+    if not tree.form.ocdbt:
+        return {}
+    return ocdbt_metadata(tree.folder, [*tree.arrays, *tree.others], tree.form.zarr3, tree.context)
+
+
+def converted_by(items: Path) -> str | None:
+    """What the checkpoint's own metadata says to have converted it; None where it says nothing."""
+    for folder in (items, items.parent):
+        try:
+            path = folder / "_CHECKPOINT_METADATA"
+            metadata = read_object(path, "Orbax' metadata", MAX_METADATA_BYTES)
+        except (FileNotFoundError, SourceError):
+            continue
+        custom = metadata.get("custom_metadata")
+        if isinstance(custom, dict) and isinstance(custom.get(CONVERTER), str):
+            return str(custom[CONVERTER])
+    return None
 
 
 def _context(cache_bytes: int) -> Any:

@@ -8,10 +8,12 @@ Orbax, MaxText and the gemma library restore as they are; `_METADATA` is Orbax's
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,14 +24,21 @@ from numpy.typing import NDArray
 from gemma_convert.arrays.checksums import checksum
 from gemma_convert.arrays.dtypes import TensorSpec, numpy_dtype
 from gemma_convert.errors import TargetError
+from gemma_convert.files.value_file import ValuesFrom
 from gemma_convert.mapping.notation import split_path
 from gemma_convert.mapping.region import Box
-from gemma_convert.stores.remote.mirror import kvstore
+from gemma_convert.stores.remote.mirror import find_mirror, kvstore
+from gemma_convert.version import __version__
 
 Compression = Literal["none", "zstd"]
 
 ZSTD_LEVEL = {"zarr3": 3, "zarr2": 1}
 """The levels that Orbax itself uses."""
+
+CONVERTER = "gemma_convert"
+"""Key of the version of this package in the custom metadata of a checkpoint."""
+
+_CHUNK = re.compile(r"\d+(\.\d+)*", re.ASCII)
 
 _DICT_KEY = 2
 """orbax.checkpoint KeyType.DICT."""
@@ -65,6 +74,7 @@ class OrbaxWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self._context = ts.Context({"file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}})
         self._arrays: dict[str, Any] = {}
+        self._layouts: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         self.regions: dict[str, dict[Box, str]] = {}
         """array → the regions written, each with its checksum."""
 
@@ -87,6 +97,10 @@ class OrbaxWriter:
                 transaction.commit_async().result()
         except ValueError as error:
             raise write_error(error, self.folder) from None
+        self._layouts |= {
+            ".".join(split_path(name)): (spec.shape, chunk)
+            for name, (spec, chunk) in arrays.items()
+        }
         self._arrays |= {name: store.with_transaction(None) for name, store in stores.items()}
 
     def holds(self, name: str, regions: Mapping[Box, str]) -> bool:
@@ -143,6 +157,36 @@ class OrbaxWriter:
         """Lets go of the arrays."""
         self._arrays.clear()
 
+    def value_file(self, path: Path) -> ValuesFrom | None:
+        """What a file holds of the arrays' values; None for a file that holds none.
+
+        All of a file counts where the checksums of regions do not say everything: the database's
+        root, compressed chunks, and chunks that reach beyond their array.
+        """
+        if not path.is_relative_to(self.folder):
+            return None
+        folder, _, file = path.relative_to(self.folder).as_posix().rpartition("/")
+        if self.form.ocdbt:
+            data = folder.rpartition("/")[2] == "d"
+            return ValuesFrom(0 if data else None) if data or file == "manifest.ocdbt" else None
+        if folder not in self._layouts or not _CHUNK.fullmatch(file):
+            return None
+        shape, chunk = self._layouts[folder]
+        inside = self.form.compression == "none" and all(
+            (int(at) + 1) * step <= size
+            for at, size, step in zip(file.split("."), shape, chunk, strict=False)
+        )
+        return ValuesFrom(0 if inside and shape else None)
+
+    def array_metadata(self) -> dict[str, str]:
+        """Array → sha256 of its zarr metadata, where that has no file of its own.
+
+        Nothing of a database in an object store, which checks the objects that it keeps.
+        """
+        if not self.form.ocdbt or find_mirror(self.folder) is not None:
+            return {}
+        return ocdbt_metadata(self.folder, list(self._arrays), self.form.uses_zarr3, self._context)
+
     def write_tree(self, extra: Mapping[str, Mapping[str, object]]) -> None:
         """Writes `_METADATA`; `extra` are leaves without arrays (name → value_metadata)."""
         leaves: dict[str, Mapping[str, object]] = {
@@ -179,6 +223,19 @@ class OrbaxWriter:
             return kvstore(self.folder, path)
         base = kvstore(self.folder, f"ocdbt.process_{part}/" if part else "")
         return {"driver": "ocdbt", "base": base, "path": path}
+
+
+def ocdbt_metadata(folder: Path, names: Iterable[str], zarr3: bool, context: Any) -> dict[str, str]:
+    """Array → sha256 of what an OCDBT database holds of it beside its values."""
+    import tensorstore as ts
+
+    spec = {"driver": "ocdbt", "base": kvstore(folder)}
+    database = ts.KvStore.open(spec, context=context).result()
+    file = "zarr.json" if zarr3 else ".zarray"
+    read = {name: database.read(".".join(split_path(name)) + f"/{file}") for name in names}
+    return {
+        name: hashlib.sha256(future.result().value).hexdigest() for name, future in read.items()
+    }
 
 
 def write_error(error: BaseException, where: object) -> TargetError:
@@ -235,7 +292,7 @@ def write_checkpoint_metadata(
         "performance_metrics": {},
         "init_timestamp_nsecs": started_ns,
         "commit_timestamp_nsecs": time.time_ns(),
-        "custom_metadata": dict(custom),
+        "custom_metadata": {**custom, CONVERTER: __version__},
     }
     (folder / "_CHECKPOINT_METADATA").write_text(json.dumps(metadata), encoding="utf-8")
     items = () if isinstance(handlers, str) else handlers

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from gemma_convert.arrays.dtypes import TensorSpec, numpy_dtype
@@ -142,6 +143,13 @@ class SafetensorsFolder:
             piece = buffer[: min(PIECE_BYTES, tensor.spec.nbytes - offset)]
             self.read_into(tensor, offset, piece)
             yield piece
+
+    def checksum(self, name: str) -> str:
+        """xxh3_128 of a whole tensor."""
+        digest = xxhash.xxh3_128()
+        for piece in self.pieces(name):
+            digest.update(piece)
+        return digest.hexdigest()
 
     def mapped(self, tensor: StoredTensor) -> NDArray[Any]:
         """The tensor as a read-only view of its file, for files that nobody else changes.

@@ -7,17 +7,24 @@ soon, and space is reserved beforehand, since a full disk kills a process that w
 from __future__ import annotations
 
 import contextlib
+import itertools
 import mmap
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
+from gemma_convert.arrays.checksums import checksum
 from gemma_convert.arrays.dtypes import TensorSpec, numpy_dtype
-from gemma_convert.arrays.values import Array
+from gemma_convert.arrays.values import Array, bits
 from gemma_convert.files.new_file import MODE
+from gemma_convert.files.value_file import ValuesFrom
+from gemma_convert.mapping.region import Box
 from gemma_convert.stores.safetensors.header import (
     StoredTensor,
     library_order,
@@ -26,6 +33,10 @@ from gemma_convert.stores.safetensors.header import (
 )
 
 LET_GO_BYTES = 32 << 20
+PIECE_BYTES = 16 << 20
+
+SHORT_RUN_BYTES = 4 << 10
+"""Shorter pieces are written through the map: a call of the system for each would cost more."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +74,11 @@ class SafetensorsWriter:
     """Open shards that take values; use as a context manager. A full disk is an OSError."""
 
     def __init__(self, folder: Path, shards: Sequence[OutputShard]) -> None:
+        self.regions: dict[str, dict[Box, str]] = {}
         self._maps: dict[str, mmap.mmap] = {}
         self._descriptors: dict[str, int] = {}
         self._tensors: dict[str, StoredTensor] = {}
+        self._headers = {folder / shard.file: len(shard.header) for shard in shards}
         self._written = 0
         try:
             for shard in shards:
@@ -110,19 +123,84 @@ class SafetensorsWriter:
         )
         return flat.view(numpy_dtype(tensor.spec.dtype)).reshape(tensor.spec.shape)
 
-    def write(self, name: str, start: int, values: Array) -> None:
-        """Writes contiguous `values` over the tensor's elements from `start` on."""
+    def write(self, name: str, box: Box, values: Array) -> Future[None]:
+        """Writes `values` [lengths of `box`], which are contiguous: long runs one by one."""
+        self.regions.setdefault(name, {})[box] = checksum(values)
         tensor = self._tensors[name]
-        data = values.reshape(-1).view(np.uint8).data
+        run, places = _runs(box, tensor.spec.shape)
+        if run * values.itemsize < SHORT_RUN_BYTES:
+            bits(self.array(name))[_slices(box)] = bits(values)
+            self._let_go(values.nbytes)
+        else:
+            flat = values.reshape(-1)
+            for number, place in enumerate(places):
+                self._put(tensor, place, flat[number * run : (number + 1) * run])
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def holds(self, name: str, regions: Mapping[Box, str]) -> bool:
+        """Whether the regions of a tensor have these checksums; if so they count as written."""
+        array = self.array(name)
+        for box, expected in regions.items():
+            part = array[_slices(box)]
+            if checksum(part) != expected:
+                return False
+            self._let_go(part.nbytes)
+        self.regions.setdefault(name, {}).update(regions)
+        return True
+
+    def complete(self, started_ns: int, parts: int = 1) -> None:
+        """Files whose headers stand need nothing more."""
+
+    def value_file(self, path: Path) -> ValuesFrom | None:
+        """Where the values of tensors begin in one of the files; None for any other file."""
+        return ValuesFrom(self._headers[path]) if path in self._headers else None
+
+    def array_metadata(self) -> dict[str, str]:
+        """Nothing: what is said of tensors stands in the headers."""
+        return {}
+
+    def checksum(self, name: str) -> str:
+        """xxh3_128 of the whole tensor, read from its file."""
+        digest, data = xxhash.xxh3_128(), self.array(name).reshape(-1).view(np.uint8)
+        for start in range(0, data.size, PIECE_BYTES):
+            digest.update(data[start : start + PIECE_BYTES].data)
+            self._let_go(PIECE_BYTES)
+        return digest.hexdigest()
+
+    def _put(self, tensor: StoredTensor, start: int, values: Array) -> None:
+        data = values.view(np.uint8).data
         place = tensor.start + start * tensor.spec.itemsize
         while data:
             count = os.pwrite(self._descriptors[tensor.file], data, place)
             data, place = data[count:], place + count
 
-    def let_go(self, count: int) -> None:
+    def _let_go(self, count: int) -> None:
         """Says that `count` bytes more were written; now and then their pages are let go."""
         self._written += count
         if self._written >= LET_GO_BYTES:
             self._written = 0
             for mapped in self._maps.values():
                 mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(start, start + length) for start, length in box)
+
+
+def _runs(box: Box, shape: tuple[int, ...]) -> tuple[int, Iterator[int]]:
+    """Length of the pieces without gaps that a box is made of, and where each begins."""
+    whole = len(shape)
+    while whole and box[whole - 1] == (0, shape[whole - 1]):
+        whole -= 1
+    outer = box[: max(whole - 1, 0)]
+    strides = [prod(shape[place + 1 :]) for place in range(len(shape))]
+    inner = box[whole - 1] if whole else (0, 1)
+    stride = strides[whole - 1] if whole else prod(shape)
+    spans = [
+        range(start * step, (start + length) * step, step)
+        for (start, length), step in zip(outer, strides, strict=False)
+    ]
+    first = inner[0] * stride
+    return inner[1] * stride, (first + sum(place) for place in itertools.product(*spans))

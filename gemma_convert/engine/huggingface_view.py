@@ -7,7 +7,7 @@ Where both scale it alike it is neither cast nor scaled, and bits are copied.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -15,19 +15,13 @@ import numpy as np
 
 from gemma_convert.arrays.buffers import ThreadBuffer
 from gemma_convert.arrays.dtypes import DTypePolicy, TensorSpec, numpy_dtype, widest
-from gemma_convert.arrays.values import (
-    Array,
-    convert,
-    count_rounded,
-    keep_exact,
-    keep_originals,
-    restore_exactly,
-)
-from gemma_convert.checkpoint.native import NativeArray, NativeSource, copies_by_array, plan_native
+from gemma_convert.arrays.values import Array, convert, count_rounded
+from gemma_convert.checkpoint.native import NativeSource, StoredArray, plan_native
 from gemma_convert.checkpoint.original import Original
-from gemma_convert.errors import SourceError
-from gemma_convert.mapping.plan import Plan, SourceTensor, plan_to_native
-from gemma_convert.mapping.region import Ranges, blocks, selection
+from gemma_convert.engine.restoring import Restorer
+from gemma_convert.mapping.cutting import cut_by_chunks
+from gemma_convert.mapping.plan import Plan, SourceTensor, block_limit, plan_to_native
+from gemma_convert.mapping.region import Ranges, RegionCopy, blocks, selection
 from gemma_convert.mapping.table import load_table
 
 OPEN_ARRAYS = 4
@@ -50,15 +44,16 @@ class HuggingFaceView:
     rounded: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._groups = copies_by_array(self.plan)
-        self._arrays: dict[str, NativeArray] = {}
+        self._copies = _copies_by_array(self.plan)
+        self._arrays: dict[str, StoredArray] = {}
         self._buffer = ThreadBuffer()
+        self._restorer = Restorer(self.original)
 
     def read_block(self, source: SourceTensor, ranges: Ranges, offset: int, data: Array) -> None:
         """Fills `data` with the block `ranges` of one tensor, which begins at byte `offset`."""
         name = source.region.tensor
         if name not in self.plan.sources:
-            self._stored(name, offset, data)
+            self.original.read_bytes(name, offset, data)
             return
         scale = None if name in self.raw else self.plan.sources[name].copies[0].scale
         values = data.view(numpy_dtype(source.spec.dtype)).reshape(source.region.lengths(ranges))
@@ -68,9 +63,8 @@ class HuggingFaceView:
         dtype = native_dtype(self.native, self.plan.sources[name])
         scaled = np.empty(values.shape, numpy_dtype(dtype))
         self._assemble(name, ranges, scaled)
-        back = restore_exactly(scaled, source.spec.dtype, scale)
-        keep_exact(scaled, back, self.original.specs[name].dtype, scale)
-        self._keep_originals(name, offset // source.spec.itemsize, scaled, back, scale)
+        box = source.region.box(ranges)
+        back = self._restorer.restore(name, box, scaled, source.spec.dtype, scale)
         lost = count_rounded(scaled, back, scale)
         if lost:
             self.rounded[name] = self.rounded.get(name, 0) + lost
@@ -82,7 +76,7 @@ class HuggingFaceView:
         planned = self.plan.sources.get(name)
         if planned is None:
             if not self.original.holds(name) or self.original.stored is None:
-                raise self._not_at_hand(name)
+                raise self.original.not_at_hand(name)
             yield from self.original.stored.pieces(name)
             return
         source, offset = replace(planned, spec=self.specs[name]), 0
@@ -93,57 +87,44 @@ class HuggingFaceView:
             offset += data.size
             yield data.data
 
+    def arrays(self, names: Iterable[str]) -> list[str]:
+        """The native arrays that these tensors are put together from."""
+        sources = (self.plan.sources[name] for name in names if name in self.plan.sources)
+        return sorted({copy.target.tensor for source in sources for copy in source.copies})
+
     def check_unchanged(self) -> None:
+        """Raises SourceError where the checkpoint has changed since it was opened."""
         self.native.check_unchanged()
-
-    def _stored(self, name: str, offset: int, data: Array) -> None:
-        stored = self.original.stored
-        if stored is None or name not in stored.tensors:
-            raise self._not_at_hand(name)
-        stored.read_into(stored.tensors[name], offset, data.data)
-
-    def _not_at_hand(self, name: str) -> SourceError:
-        return SourceError(
-            "A tensor is neither in the native tree nor in the sidecar.",
-            where=self.original.folder,
-            found=name,
-            do="name the Hugging Face original with --like, or convert with --text-only",
-        )
 
     def _assemble(self, name: str, ranges: Ranges, block: Array) -> None:
         """Fills `block`, which has the tensor's own order of axes, with native values."""
         for copy in self.plan.sources[name].copies:
             if copy.source.meets(ranges):
-                array = self._array(copy.target.tensor)
-                values = array.read(copy.target.box(ranges), self._buffer)
+                array, box = self._array(copy.target.tensor), copy.target.box(ranges)
+                shape = tuple(length for _, length in box)
+                values = array.read(box, self._buffer.array(shape, numpy_dtype(array.spec.dtype)))
                 part = block[selection(copy, ranges)].transpose(copy.permutation)
                 convert(values.reshape(part.shape), part, None)
 
-    def _keep_originals(
-        self, name: str, start: int, scaled: Array, back: Array, scale: float
-    ) -> None:
-        """Puts back original values that the native dtype could not hold, if still theirs."""
-        if self.original.holds(name):
-            stored = self.original.read(name, start, back.size).reshape(back.shape)
-            if stored.dtype == back.dtype:
-                keep_originals(stored, scaled, back, scale)
-        elif name in self.original.exceptions and (
-            back.dtype.name == self.original.specs[name].dtype
-        ):
-            places, originals = self.original.exceptions[name]
-            here = (places >= start) & (places < start + back.size)
-            at = places[here] - start
-            kept = back.reshape(-1)[at]
-            keep_originals(originals[here].view(back.dtype), scaled.reshape(-1)[at], kept, scale)
-            back.reshape(-1)[at] = kept
-
-    def _array(self, name: str) -> NativeArray:
+    def _array(self, name: str) -> StoredArray:
         """The open array; only the last few stay open, since their decoded chunks are kept."""
         if name not in self._arrays:
             while len(self._arrays) >= OPEN_ARRAYS:
                 self._arrays.pop(next(iter(self._arrays)))
-            self._arrays[name] = self.native.open(name, self._groups[name])
+            spec, chunk = self.native.specs[name], self.native.chunks[name]
+            limit = block_limit(self.native.block_bytes)
+            cut = cut_by_chunks(self._copies[name], spec.shape, chunk, spec.itemsize, limit)
+            self._arrays[name] = self.native.opener(name, cut.cache_bytes)
         return self._arrays[name]
+
+
+def _copies_by_array(plan: Plan) -> dict[str, list[RegionCopy]]:
+    """Native array → its copies, read from right to left."""
+    groups: dict[str, list[RegionCopy]] = {}
+    for copy in plan.copies:
+        back = RegionCopy(copy.row, copy.target, copy.source, copy.scale)
+        groups.setdefault(copy.target.tensor, []).append(back)
+    return groups
 
 
 def native_dtype(native: NativeSource, source: SourceTensor) -> str:

@@ -1,0 +1,236 @@
+"""The seal of a checkpoint: what every file of it was when it was complete.
+
+The manifest lists each file below the checkpoint's folder but itself: its size, and the sha256 of
+the bytes at its beginning that the checksums of regions and tensors say nothing of. Of most files
+that is all of it; of safetensors files it is the header; of chunks that hold nothing but values it
+is nothing. What the store itself says of an array inside an OCDBT database has a digest as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma_convert.checkpoint.manifest import OLDER, PLACE
+from gemma_convert.errors import SourceError
+from gemma_convert.files.value_file import ValuesFrom
+from gemma_convert.stores.remote.mirror import RemoteFile, find_mirror, remote_file
+
+ValueFile = Callable[[Path], "ValuesFrom | None"]
+"""A file → from where on it holds values of arrays; None for a file that holds none."""
+
+PIECE_BYTES = 16 << 20
+
+CARRIED = "hf/gemma-convert/carried.safetensors"
+
+ADDED, CHANGED = "was added", "is not what it was when it was written"
+
+SHOWN = 8
+
+OWN_MARKS = ".gemma-convert."
+"""Names of what we keep in a folder only while it is being built begin so."""
+
+
+@dataclass(frozen=True)
+class SealedFile:
+    """What one file was: its size, and the sha256 of its first `head` bytes, or of all of it.
+
+    `values` says that it holds values of arrays.
+    """
+
+    size: int
+    sha256: str
+    head: int | None
+    values: bool
+
+    def as_json(self) -> dict[str, object]:
+        """The entry of the manifest."""
+        entry: dict[str, object] = {"size": self.size, "sha256": self.sha256}
+        if self.values:
+            entry["values_from"] = self.head
+        return entry
+
+
+def seal_files(root: Path, value_file: ValueFile, but: str) -> dict[str, dict[str, object]]:
+    """Relative name → entry of every file below `root`, but for the one called `but`."""
+    return {
+        name: _sealed(file, value_file(root / name)).as_json()
+        for name, file in sorted(_listed(root).items())
+        if name != but and not name.startswith(OWN_MARKS)
+    }
+
+
+def _sealed(file: _File, values: ValuesFrom | None) -> SealedFile:
+    head = None if values is None else values.byte
+    return SealedFile(file.size, file.digest(head), head, values is not None)
+
+
+def sealed_files(manifest: Mapping[str, Any]) -> dict[str, SealedFile]:
+    """Relative name → what the file was, by a manifest of version 2."""
+    return {
+        name: SealedFile(
+            entry["size"], entry["sha256"], entry.get("values_from"), "values_from" in entry
+        )
+        for name, entry in manifest.get("files", {}).items()
+    }
+
+
+def damaged_files(
+    root: Path, files: Mapping[str, SealedFile], but: str, below: str = ""
+) -> dict[str, str]:
+    """Relative name → how it differs from the seal: gone, another size, other bytes, or added.
+
+    `but` is the manifest; only names that begin with `below` are looked at.
+    """
+    listed = _listed(root)
+    found = {name: ADDED for name in listed if name not in files and name != but}
+    for name, file in files.items():
+        if not name.startswith(below):
+            continue
+        if name not in listed:
+            found[name] = "is missing"
+        elif listed[name].size != file.size:
+            found[name] = f"has {listed[name].size} bytes instead of {file.size}"
+        elif listed[name].digest(file.head) != file.sha256:
+            found[name] = CHANGED
+    return {name: how for name, how in sorted(found.items()) if name.startswith(below)}
+
+
+def refuse_damage(
+    root: Path, manifest: Mapping[str, Any], accept: Sequence[str], below: str = ""
+) -> dict[str, str]:
+    """The files below `root` that were added to what is sealed, with the word for it.
+
+    Raises SourceError where a sealed file is not what it was, unless `accept` names it. Files that
+    hold values are left to those who read the arrays.
+    """
+    files = sealed_files(manifest) if manifest.get("schema") != OLDER else {}
+    kept = f"{PLACE.partition('/')[0]}/"
+    values = {n for n, file in files.items() if file.values and not n.startswith(kept)}
+    folders = {name.rpartition("/")[0] for name in values}
+    found = {
+        name: how
+        for name, how in damage(root, manifest, below).items()
+        if name not in values and name.rpartition("/")[0] not in folders
+    }
+    added = {name: how for name, how in found.items() if how == ADDED}
+    refused = [f"{name} {how}" for name, how in found.items() if name not in {*added, *accept}]
+    if refused:
+        more = f", and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
+        raise SourceError(
+            "The checkpoint is damaged: a part of it is not what it was when it was written.",
+            where=root,
+            found="; ".join(refused[:SHOWN]) + more,
+            do="convert the original again, or go on knowingly with --accept-damage NAME",
+        )
+    return added
+
+
+def refuse_carried(
+    root: Path, manifest: Mapping[str, Any], checksums: Mapping[str, str], accept: Sequence[str]
+) -> None:
+    """Raises SourceError where a carried tensor that was read has another checksum than sealed.
+
+    Nothing where `accept` names the file of the carried tensors.
+    """
+    tensors = manifest.get("tensors", {})
+    wrong = [
+        name
+        for name, found in checksums.items()
+        if name in tensors
+        and tensors[name]["kept"] == "carried"
+        and tensors[name]["xxh3_128"] != found
+    ]
+    if wrong and CARRIED not in accept:
+        raise SourceError(
+            "The checkpoint is damaged: carried tensors are not what they were.",
+            where=root / CARRIED,
+            found=f"{len(wrong)} tensors, such as {wrong[0]}",
+            do=f"convert the original again, or go on knowingly with --accept-damage {CARRIED}",
+        )
+
+
+def damage(root: Path, manifest: Mapping[str, Any], below: str = "") -> dict[str, str]:
+    """Relative name → how a file below `root` differs from the seal.
+
+    A manifest of version 1 knows the digests of the original's other files, and nothing else.
+    """
+    if manifest.get("schema") != OLDER:
+        return damaged_files(root, sealed_files(manifest), PLACE, below)
+    kept = {f"hf/{name}": digest for name, digest in manifest.get("files_sha256", {}).items()}
+    there = _listed(root)
+    found = {name: "is missing" for name in kept if name not in there}
+    for name, digest in kept.items():
+        if name in there and there[name].digest(None) != digest:
+            found[name] = CHANGED
+    return found
+
+
+@dataclass(frozen=True)
+class _File:
+    """One file of a checkpoint: where it is here, or the object that it is in a store."""
+
+    path: Path
+    size: int
+    remote: RemoteFile | None = None
+
+    def digest(self, head: int | None) -> str:
+        """sha256 of the file, or of its first `head` bytes."""
+        digest = hashlib.sha256()
+        for piece in _pieces(self.path, self.remote, head):
+            digest.update(piece)
+        return digest.hexdigest()
+
+
+def _listed(root: Path) -> dict[str, _File]:
+    """Relative name → every file below `root`; a link counts as the file that it leads to."""
+    here = {name: _File(root / name, size) for name, size in _walk(root, "")}
+    found = find_mirror(root)
+    if found is None:
+        return here
+    mirror, below = found
+    start = f"{below}/" if below else ""
+    stored = {
+        name.removeprefix(start): _File(root / name, entry.size, RemoteFile(mirror, name, entry))
+        for name, entry in (mirror.entries or mirror.listed()).items()
+        if name.startswith(start) and name not in mirror.held
+    }
+    return here | stored
+
+
+def _walk(root: Path, below: str) -> Iterator[tuple[str, int]]:
+    for entry in os.scandir(root / below):
+        name = f"{below}{entry.name}"
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(root, f"{name}/")
+        else:
+            try:
+                status = entry.stat()
+            except OSError:
+                status = entry.stat(follow_symlinks=False)
+            yield name, status.st_size if stat.S_ISREG(status.st_mode) else -1
+
+
+def file_pieces(path: Path, head: int | None = None) -> Iterator[bytes]:
+    """The bytes of a file, wherever it is, or its first `head` bytes."""
+    yield from _pieces(path, remote_file(path), head)
+
+
+def _pieces(path: Path, remote: RemoteFile | None, head: int | None) -> Iterator[bytes]:
+    if head == 0:
+        return
+    if remote is not None:
+        size = remote.entry.size if head is None else min(head, remote.entry.size)
+        for start in range(0, size, PIECE_BYTES):
+            yield remote.read(start, min(PIECE_BYTES, size - start))
+        return
+    with path.open("rb") as reader:
+        left = head
+        while piece := reader.read(PIECE_BYTES if left is None else min(PIECE_BYTES, left)):
+            yield piece
+            left = None if left is None else left - len(piece)

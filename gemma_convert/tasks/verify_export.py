@@ -1,0 +1,158 @@
+"""An exported Hugging Face folder against the export that its native source gives."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+from gemma_convert.arrays.dtypes import CONVERTED, Choice
+from gemma_convert.arrays.values import Array
+from gemma_convert.checkpoint import sidecar
+from gemma_convert.checkpoint.native import NativeReader, plan_native
+from gemma_convert.checkpoint.opening import Checkpoint, open_checkpoint
+from gemma_convert.checkpoint.original import Original
+from gemma_convert.engine.comparing import Comparing, Comparison
+from gemma_convert.engine.publishing import ProgressFactory, progress_bar
+from gemma_convert.engine.restoring import Restoring
+from gemma_convert.engine.transfer import Transfer
+from gemma_convert.files.confined import NEVER_READ
+from gemma_convert.mapping.plan import Plan
+from gemma_convert.mapping.region import Box
+from gemma_convert.model.config import read_architecture
+from gemma_convert.stores.remote.mirror import file_size
+from gemma_convert.stores.safetensors.reader import SafetensorsFolder
+from gemma_convert.tasks.export_plan import Export, KVShared, plan_export, reversed_plan
+
+
+def verify_export(
+    path: Path, native: Path, found: Comparison, progress: ProgressFactory | None
+) -> None:
+    """Compares every tensor and every file of the export at `path` with what `native` gives."""
+    with ExitStack() as stack:
+        reader = stack.enter_context(SafetensorsFolder(path))
+        sealed = sidecar.sidecar_root(native) is not None
+        checkpoint = open_checkpoint(native, None if sealed else path, stack)
+        if not sealed:
+            found.notes.append(
+                "The native checkpoint has no sidecar, so nothing says what config.json, tokenizer "
+                "and other files are to be: they are not compared."
+            )
+        text_only = read_architecture(path).text_only
+        if text_only and not sealed:
+            checkpoint = replace(checkpoint, native=checkpoint.native.without_towers())
+        plan = plan_native(checkpoint.native, checkpoint.original)
+        export = _export_of(reader, plan, checkpoint.original, text_only)
+        _compare_tensors(checkpoint, plan, export, reader, found, progress)
+        if sealed:
+            _compare_files(path, checkpoint.original, export, found)
+        if checkpoint.changed_arrays:
+            found.notes.append(
+                f"{len(checkpoint.changed_arrays)} arrays of the native checkpoint are not what "
+                "was sealed: trained since, or damaged. They were taken as they are."
+            )
+
+
+def _export_of(
+    reader: SafetensorsFolder, plan: Plan, original: Original, text_only: bool
+) -> Export:
+    """The export with the options that the folder shows to have been given."""
+    there = set(reader.tensors)
+    cut = text_only and not original.architecture.text_only
+    kept = plan_export(plan, original, "keep", None, "keep", cut)
+    kv_shared: KVShared = "keep" if set(kept.names.values()) <= there else "omit"
+    dtypes = {
+        spec.dtype
+        for shard in kept.shards
+        for tensor in shard.tensors
+        if (spec := reader.specs.get(tensor.name, tensor.spec)) != tensor.spec
+        and spec.dtype in CONVERTED
+    }
+    dtype = cast(Choice, dtypes.pop() if len(dtypes) == 1 else "keep")
+    export = plan_export(plan, original, dtype, None, kv_shared, cut)
+    groups = [[tensor.name for tensor in shard.tensors] for shard in reader.shards]
+    planned = [{tensor.name for tensor in shard.tensors} for shard in export.shards]
+    if [set(group) for group in groups] == planned or there != set(export.names.values()):
+        return export
+    return plan_export(plan, original, dtype, None, kv_shared, cut, groups=groups)
+
+
+def _compare_tensors(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    export: Export,
+    reader: SafetensorsFolder,
+    found: Comparison,
+    progress: ProgressFactory | None,
+) -> None:
+    """The tensors that the export would have, and those that stand in the folder."""
+    native, original = checkpoint.native, checkpoint.original
+    back, caches, origins = reversed_plan(plan, native, original, export)
+    standing = {name: origins[other] for name, other in export.equal.items()}
+    for name, target in back.targets.items():
+        if name not in reader.tensors:
+            found.differ(name, "is missing")
+        elif reader.specs[name] != target.spec:
+            spec = reader.specs[name]
+            found.differ(name, f"is {spec.dtype} {list(spec.shape)}, not {target.spec.dtype}")
+        else:
+            found.note(name, target.spec.nbytes)
+    for name in reader.tensors:
+        if name not in back.targets:
+            found.differ(name, "is no tensor of this export")
+    wrong = set(found.different)
+    sources = {
+        name: replace(
+            source, copies=tuple(c for c in source.copies if c.target.tensor not in wrong)
+        )
+        for name, source in back.sources.items()
+    }
+    values = Restoring(original, origins | standing)
+
+    def read(name: str, box: Box) -> Array:
+        part = tuple(slice(start, start + length) for start, length in box)
+        values: Array = reader.mapped(reader.tensors[name])[part]
+        return values
+
+    with progress_bar(progress, "verify", back.source_bytes) as shown_bar:
+        rest = replace(back, sources={n: s for n, s in sources.items() if s.copies})
+        blocks = NativeReader(native, original, caches)
+        Transfer(rest, blocks, Comparing(read, found), values, shown_bar).run()
+
+
+def _compare_files(path: Path, original: Original, export: Export, found: Comparison) -> None:
+    """The headers of the shards, the other files, and what nobody wrote."""
+    for shard in export.shards:
+        file = path / shard.file
+        with_header = file.is_file() and sidecar.head(file, len(shard.header)) == shard.header
+        if not with_header or file_size(file) != shard.size:
+            found.differ(shard.file, "has another header than the export")
+    for file in export.files:
+        _compare_bytes(path, str(file), sidecar.sha256(original.folder / file), found)
+    for name, text in export.edited.items():
+        _compare_bytes(path, name, sidecar.sha256_of(text.encode()), found)
+    ours = {*map(str, export.files), *export.edited, *(shard.file for shard in export.shards)}
+    for name in _files(path, ""):
+        if name not in ours:
+            found.differ(name, "is no file of this export")
+
+
+def _compare_bytes(path: Path, name: str, digest: str, found: Comparison) -> None:
+    if not (path / name).is_file():
+        found.differ(name, "is missing")
+        return
+    found.note_file(file_size(path / name))
+    if sidecar.sha256(path / name) != digest:
+        found.differ(name, "is not what the export has")
+
+
+def _files(folder: Path, below: str) -> Iterator[str]:
+    for entry in sorted(os.scandir(folder / below), key=lambda entry: entry.name):
+        if entry.is_dir(follow_symlinks=False):
+            if entry.name not in NEVER_READ:
+                yield from _files(folder, f"{below}{entry.name}/")
+        else:
+            yield f"{below}{entry.name}"

@@ -1,0 +1,145 @@
+"""A native checkpoint against its original: what a conversion gives, and the sidecar."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from gemma_convert.arrays.dtypes import DTypePolicy, TensorSpec
+from gemma_convert.arrays.values import Array
+from gemma_convert.checkpoint import sidecar
+from gemma_convert.checkpoint.native import NativeSource, StoredArray, plan_native
+from gemma_convert.checkpoint.original import Original, open_original, read_exceptions
+from gemma_convert.engine.casting import Casting
+from gemma_convert.engine.comparing import Comparing, Comparison
+from gemma_convert.engine.publishing import ProgressFactory, progress_bar
+from gemma_convert.engine.resumable import filling
+from gemma_convert.engine.transfer import Transfer
+from gemma_convert.errors import SourceError
+from gemma_convert.layouts.registry import open_native
+from gemma_convert.mapping.plan import Plan
+from gemma_convert.mapping.region import Box
+from gemma_convert.stores.safetensors.reader import SafetensorsFolder
+from gemma_convert.tasks.verify_seal import verify_metadata
+
+CACHE_BYTES = 256 << 20
+
+
+def verify_original(
+    path: Path, source: Path, found: Comparison, progress: ProgressFactory | None
+) -> None:
+    """Compares the arrays and the sidecar of the native checkpoint at `path` with `source`."""
+    with (
+        open_native(path) as native,
+        SafetensorsFolder(source) as reader,
+        open_original(native.folder, source) as original,
+    ):
+        plan = _stored_plan(plan_native(native, original), native)
+        stored, casting = _Stored(native, found), Casting(plan.rounded)
+        writer = Comparing(stored.read, found)
+        with progress_bar(progress, "verify", plan.source_bytes) as shown_bar:
+            Transfer(plan, reader, writer, casting, shown_bar).run()
+        for name, target in plan.filled.items():
+            for box, values in filling(target):
+                writer.write(name, box, values)
+        for name, other in plan.equal.items():
+            found.note(name, reader.tensors[name].spec.nbytes)
+            if reader.checksum(name) != reader.checksum(other):
+                found.differ(name, f"is not {other}")
+        verify_metadata(native, plan, found)
+        root = sidecar.sidecar_root(native.folder)
+        if root is not None:
+            own = root / sidecar.FOLDER / sidecar.OWN
+            _compare_files(root / sidecar.FOLDER, source, original, found)
+            _compare_carried(own, reader, plan, casting, found)
+            _compare_exceptions(own, original, casting, found)
+
+
+def _stored_plan(plan: Plan, native: NativeSource) -> Plan:
+    """The plan with the dtypes that the arrays really have."""
+    targets = {
+        name: replace(target, spec=TensorSpec(native.specs[name].dtype, target.spec.shape))
+        for name, target in plan.targets.items()
+    }
+    return replace(plan, targets=targets, policy=DTypePolicy())
+
+
+class _Stored:
+    """The arrays of a native checkpoint, opened when the first value is asked for."""
+
+    def __init__(self, native: NativeSource, found: Comparison) -> None:
+        self._native, self._found = native, found
+        self._arrays: dict[str, StoredArray] = {}
+        self._lock = threading.Lock()
+
+    def read(self, name: str, box: Box) -> Array:
+        """The values in a box of an array."""
+        with self._lock:
+            if name not in self._arrays:
+                self._arrays[name] = self._native.opener(name, CACHE_BYTES)
+                self._found.note(name, self._arrays[name].spec.nbytes)
+            array = self._arrays[name]
+        return array.read(box)
+
+
+def _compare_files(folder: Path, source: Path, original: Original, found: Comparison) -> None:
+    """The other files and the headers of the shards."""
+    for file in original.files:
+        kept = folder / file
+        if not kept.is_file() or sidecar.sha256(kept) != sidecar.sha256(source / file):
+            found.differ(f"{sidecar.FOLDER}/{file}", "is not the source's")
+    for shard in original.shards:
+        name = f"{sidecar.FOLDER}/{sidecar.OWN}/{sidecar.HEADERS}/{shard.file}.header"
+        header = folder.parent / name
+        if not header.is_file() or header.read_bytes() != shard.header:
+            found.differ(name, "is not the source's")
+
+
+def _compare_carried(
+    own: Path, reader: SafetensorsFolder, plan: Plan, casting: Casting, found: Comparison
+) -> None:
+    """The tensors that the arrays do not hold, or not whole."""
+    wanted = [*plan.carried, *(name for name, one in casting.losses.items() if one.whole)]
+    if not wanted:
+        return
+    try:
+        carried = SafetensorsFolder(own, [sidecar.CARRIED])
+    except SourceError as error:
+        found.differ(sidecar.CARRIED, error.what)
+        return
+    with carried:
+        for name in wanted:
+            if name not in carried.tensors or carried.specs[name] != reader.specs[name]:
+                found.differ(name, "is not carried")
+                continue
+            found.note(name, reader.tensors[name].spec.nbytes)
+            if carried.checksum(name) != reader.checksum(name):
+                found.differ(name, "is carried with other values")
+
+
+def _compare_exceptions(own: Path, original: Original, casting: Casting, found: Comparison) -> None:
+    """The single values that do not come back from the arrays."""
+    try:
+        kept = read_exceptions(own, original.specs)
+    except SourceError as error:
+        found.differ(sidecar.EXCEPTIONS, error.what)
+        return
+    wanted = {
+        name: (np.concatenate(losses.places), np.concatenate(losses.originals))
+        for name, losses in casting.losses.items()
+        if losses.places
+    }
+    for name, (places, originals) in wanted.items():
+        theirs = kept.get(name)
+        if theirs is None or not _equal(theirs, (places, originals)):
+            found.differ(sidecar.EXCEPTIONS, f"does not hold what {name} loses")
+
+
+def _equal(one: tuple[Array, Array], other: tuple[Array, Array]) -> bool:
+    """Whether both list the same values, in whatever order."""
+    (left, a), (right, b) = one, other
+    first, second = np.argsort(left, kind="stable"), np.argsort(right, kind="stable")
+    return np.array_equal(left[first], right[second]) and np.array_equal(a[first], b[second])
