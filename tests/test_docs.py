@@ -23,7 +23,8 @@ from filelock import FileLock
 from test_cli import run
 
 from gemma_convert import inspect
-from gemma_convert.logits import check, prompts
+from gemma_convert.logits import check
+from gemma_convert.prompts import text
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -102,7 +103,7 @@ def checked_once(tmp_path_factory, monkeypatch) -> None:
             return pickle.loads(file.read_bytes())
 
     monkeypatch.setattr(check, "logit_check", once)
-    monkeypatch.setattr(prompts, "PROMPTS", {"english": prompts.PROMPTS["english"]})
+    monkeypatch.setattr(text, "PROMPTS", {"english": text.PROMPTS["english"]})
 
 
 def _same(hf: Path, native: Path, options: dict[str, object]) -> tuple[object, ...]:

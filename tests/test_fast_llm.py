@@ -146,9 +146,9 @@ def test_every_file_comes_back_and_is_verified(tiny, converted, tmp_path, family
 
 @pytest.mark.parametrize("family", LARGE)
 def test_small_blocks_give_the_same_files(shallow, converted, tmp_path, monkeypatch, family):
-    for module in ("mapping.plan", "native_source"):
+    for module in ("mapping.plan", "checkpoint.native"):
         monkeypatch.setattr(f"gemma_convert.{module}.BLOCK_BYTES", 10_000)
-    for module in ("mapping.plan", "transfer"):
+    for module in ("mapping.plan", "engine.transfer"):
         monkeypatch.setattr(f"gemma_convert.{module}.GATHER_BYTES", 1_000)
     native_of(shallow(family), tmp_path / "cut")
     whole = converted(shallow(family), "fast-llm")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import gemma_convert
@@ -21,6 +22,7 @@ ROOMS = (
     "stores",
     "checkpoint",
     "engine",
+    "prompts",
     "forward",
     "layouts",
     "flops",
@@ -73,3 +75,10 @@ def test_arrows_between_rooms_go_down():
         and (room(other) not in ROOMS or ROOMS.index(room(other)) > ROOMS.index(room(name)))
     ]
     assert not up
+
+
+def test_no_two_modules_import_each_other():
+    try:
+        TopologicalSorter(arrows()).prepare()
+    except CycleError as error:
+        raise AssertionError(" → ".join(error.args[1])) from None

@@ -15,9 +15,9 @@ from safetensors.numpy import load_file, save_file
 
 from gemma_convert.errors import SourceError
 from gemma_convert.layouts.fast_llm import forward as fast_llm
+from gemma_convert.layouts.fast_llm import forward_config as fast_llm_config
 from gemma_convert.layouts.fast_llm.forward import FastLLM
 from gemma_convert.layouts.fast_llm.forward_config import MAX_BYTES, read_fast_llm_config
-from gemma_convert.layouts.fast_llm.layout import forward_config as fast_llm_config
 from gemma_convert.logits.divergence import compare
 from gemma_convert.model.config import parse_architecture, read_architecture
 

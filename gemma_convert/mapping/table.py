@@ -13,7 +13,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from gemma_convert.errors import MappingError, UsageError
+from gemma_convert.errors import MappingError
+from gemma_convert.mapping.declared import declaration, is_own, module_folder
 from gemma_convert.mapping.notation import (
     Condition,
     Pattern,
@@ -25,7 +26,6 @@ from gemma_convert.mapping.notation import (
 from gemma_convert.mapping.record import Record
 
 HUGGINGFACE = "huggingface"
-NATIVE_LAYOUTS = ("maxtext", "gemma-jax", "fast-llm")
 
 TOWERS = ("vision", "audio")
 
@@ -111,6 +111,17 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class Files:
+    """What a checkpoint consists of that is no Orbax tree, as patterns of names in its folder.
+
+    A file for each that is `needed` is always there, one that is `allowed` may be.
+    """
+
+    needed: tuple[str, ...]
+    allowed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Inventory:
     """mappings/huggingface.toml: every tensor of the Hugging Face layout."""
 
@@ -123,7 +134,10 @@ class Inventory:
 
 @dataclass(frozen=True)
 class Table:
-    """One native layout: rows, what it carries and refuses, spellings of axes, placements."""
+    """One native layout: rows, what it carries and refuses, spellings of axes, placements.
+
+    `files` is None for a layout whose checkpoints are Orbax trees.
+    """
 
     layout: str
     rows: tuple[NativeRow, ...]
@@ -131,6 +145,7 @@ class Table:
     refused: tuple[Refusal, ...]
     spellings: Spellings
     placements: Mapping[str, Placement]
+    files: Files | None
     inventory: Inventory
 
     @cached_property
@@ -170,19 +185,29 @@ def load_inventory() -> Inventory:
 
 @cache
 def load_table(layout: str) -> Table:
-    """The table of a native layout, read once; raises UsageError for a layout that has none."""
-    if layout not in NATIVE_LAYOUTS:
-        raise UsageError(
-            f"There is no layout `{layout}`.",
-            expected=", ".join(NATIVE_LAYOUTS),
-            do="choose one with --format",
+    """The table of a native layout, read once; raises UsageError where there is no such layout."""
+    file = table_file(layout)
+    table = parse_table(*_read(file), load_inventory())
+    if table.layout != layout:
+        raise MappingError(
+            "The table is that of another layout.",
+            where=file.name,
+            expected=f'layout = "{layout}"',
+            found=table.layout,
         )
-    return parse_table(*_read(table_file(layout)), load_inventory())
+    return table
 
 
 def table_file(layout: str) -> Path:
-    """The file of a layout's table."""
-    return mappings_folder() / f"{layout.replace('-', '_')}.toml"
+    """The file of a layout's table: that of another package's lies beside its module.
+
+    Raises UsageError where there is no such layout.
+    """
+    name = f"{layout.replace('-', '_')}.toml"
+    if layout == HUGGINGFACE:
+        return mappings_folder() / name
+    declared = declaration(layout)
+    return (mappings_folder() if is_own(declared) else module_folder(declared)) / name
 
 
 def parse_inventory(data: Mapping[str, Any], file: str) -> Inventory:
@@ -222,7 +247,7 @@ def parse_inventory(data: Mapping[str, Any], file: str) -> Inventory:
 def parse_table(data: Mapping[str, Any], file: str, inventory: Inventory) -> Table:
     """The table in the parsed TOML of a native layout; its rows are joined to the inventory's."""
     top = Record(data, file).only(
-        "layout", "spellings", "carried", "refused", "placement", "section"
+        "layout", "files", "spellings", "carried", "refused", "placement", "section"
     )
     rows = [row for section in top.records("section") for row in _native_rows(section, inventory)]
     carried = tuple(_carried_row(record, inventory) for record in top.records("carried"))
@@ -237,6 +262,7 @@ def parse_table(data: Mapping[str, Any], file: str, inventory: Inventory) -> Tab
         refused=refused,
         spellings=top.spellings(),
         placements=placements,
+        files=_files(top.table("files")) if top.has("files") else None,
         inventory=inventory,
     )
     for row in inventory.rows:
@@ -347,6 +373,14 @@ def _placement(name: str, record: Record) -> Placement:
         raise record.error("`after` is a number of dimensions.", found=after)
     axis = record.checked(axis_of, record.text("axis"), name)
     return Placement(name, axis, after, refused, tuple(stacks))
+
+
+def _files(record: Record) -> Files:
+    record.only("needed", "allowed")
+    needed, allowed = (record.patterns(key) for key in ("needed", "allowed"))
+    if not needed:
+        raise record.error("`needed` has a pattern, by which a checkpoint is known.")
+    return Files(needed, allowed)
 
 
 def _refuse_twice(names: list[tuple[str, str]]) -> None:

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 
 from gemma_convert.arrays.dtypes import DTypePolicy, TensorSpec
 from gemma_convert.errors import UsageError
-from gemma_convert.layouts.registry import LAYOUTS
+from gemma_convert.layouts.registry import load_layout
+from gemma_convert.mapping.declared import layout_names
 from gemma_convert.mapping.listing import Entry, TableEntry, list_table, list_tensors
 from gemma_convert.mapping.plan import plan_to_native
 from gemma_convert.mapping.table import load_table
@@ -89,7 +90,7 @@ def _summaries(
     found: tuple[Architecture, Mapping[str, TensorSpec]] | None,
 ) -> tuple[FormatSummary, ...]:
     summaries = []
-    for name, layout in LAYOUTS.items():
+    for name in layout_names():
         table = load_table(name)
         refused: tuple[str, ...] = tuple(entry.why for entry in table.refused)
         sizes = None
@@ -98,7 +99,9 @@ def _summaries(
             refused = tuple(e.why for e in table.refused if e.when.holds(architecture, {}))
             sizes = None if refused else _sizes(name, architecture, source)
         rows, scans = len(table.rows), bool(table.placements)
-        summaries.append(FormatSummary(name, layout.framework, rows, scans, refused, sizes))
+        summaries.append(
+            FormatSummary(name, load_layout(name).framework, rows, scans, refused, sizes)
+        )
     return tuple(summaries)
 
 

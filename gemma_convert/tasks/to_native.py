@@ -18,7 +18,7 @@ from gemma_convert.engine.publishing import ProgressFactory
 from gemma_convert.engine.staging import check_apart, check_space, check_target
 from gemma_convert.engine.transfer import TransferResult
 from gemma_convert.errors import UsageError
-from gemma_convert.layouts.registry import LAYOUTS, is_native, open_native
+from gemma_convert.layouts.registry import is_native, load_layout, open_native
 from gemma_convert.mapping.plan import plan_to_native
 from gemma_convert.mapping.table import load_table
 from gemma_convert.model.config import read_architecture
@@ -145,7 +145,7 @@ def _from_huggingface(
     return Conversion(
         source=source,
         target=target,
-        layout=LAYOUTS[layout],
+        layout=load_layout(layout),
         plan=plan,
         tensors=reader,
         shards=reader.shards,
@@ -182,7 +182,7 @@ def _from_native(
     return Conversion(
         source=source,
         target=target,
-        layout=LAYOUTS[layout],
+        layout=load_layout(layout),
         plan=plan,
         tensors=view,
         shards=original.shards,

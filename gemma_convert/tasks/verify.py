@@ -31,7 +31,7 @@ from gemma_convert.engine.publishing import ProgressFactory
 from gemma_convert.engine.resumable import filling
 from gemma_convert.engine.transfer import Transfer
 from gemma_convert.errors import SourceError, UsageError
-from gemma_convert.layouts.registry import LAYOUTS, open_native
+from gemma_convert.layouts.registry import load_layout, open_native
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.region import Box, Ranges, RegionCopy
 from gemma_convert.model.huggingface_files import INDEX, SINGLE
@@ -235,7 +235,7 @@ def _verify_manifest(path: Path, progress: ProgressFactory | None) -> Comparison
 
 def _verify_metadata(native: NativeSource, plan: Plan, found: Comparison) -> None:
     """The files that tell the framework what the arrays are."""
-    for place, how in LAYOUTS[native.layout].check_metadata(native.folder, plan).items():
+    for place, how in load_layout(native.layout).check_metadata(native.folder, plan).items():
         found.differ(place, how)
 
 
