@@ -20,7 +20,7 @@ import yaml
 from cases import SHALLOW
 from documents import PAGES, ROOT, SHELLS, Block, Command, blocks, code_spans, command, excuses
 from filelock import FileLock
-from test_cli import run
+from test_cli import run, run_apart
 
 from gemma_convert import inspect
 from gemma_convert.logits import check
@@ -56,6 +56,12 @@ OF_OTHERS = {
 """Options that are mentioned and belong to no command."""
 
 REMOTE = re.compile(r"(?:s3|gs)://")
+FILE = re.compile(r"# ([\w-]+/[\w/.-]+\.(?:toml|py))\n")
+"""The first line of a block that is a file."""
+
+PACKAGES = Path("packages")
+"""Where a page installs packages of its own, which processes started later find."""
+
 REVISION = re.compile(r"(google/gemma-4-[\w-]+)@[\w.]+")
 
 runnable = [
@@ -82,6 +88,7 @@ def work(shallow, tmp_path, monkeypatch) -> Path:
         sound.setframerate(16000)
         sound.writeframes(generator.integers(-9999, 9999, 8000, np.int16).tobytes())
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / PACKAGES), prepend=os.pathsep)
     return tmp_path
 
 
@@ -126,10 +133,9 @@ def test_every_block_runs(document, work):
             _prepare(line, block)
         if block.excuse is not None:
             continue
-        if block.language == "toml" and block.text.startswith("# mappings/"):
-            file = Path(block.text.partition("\n")[0].removeprefix("# "))
-            file.parent.mkdir(exist_ok=True)
-            file.write_text(block.text, encoding="utf-8")
+        if file := FILE.match(block.text):
+            Path(file[1]).parent.mkdir(parents=True, exist_ok=True)
+            Path(file[1]).write_text(block.text, encoding="utf-8")
         elif block.language == "python":
             exec(compile(block.text, block.where, "exec"), names)
         elif block.language in SHELLS:
@@ -158,11 +164,30 @@ def _run(one: Command, block: Block) -> None:
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         known = extras["optional-dependencies"]
         for package in arguments[1:]:
+            if package.startswith("./"):
+                _install(Path(package))
+                continue
             name, _, chosen = package.partition("[")
             assert name == "gemma-convert", f"{block.where}: {one.text}"
             assert set(chosen.strip("]").split(",")) - {""} <= known.keys(), one.text
     else:
         _exists(one, block)
+
+
+def _install(folder: Path) -> None:
+    """A package of the page, without a network and beside the packages of the tests."""
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--target"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        *options,
+        str(PACKAGES),
+        str(folder.resolve()),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def _exists(one: Command, block: Block) -> None:
@@ -180,7 +205,7 @@ def _run_ours(one: Command, arguments: list[str], block: Block) -> None:
     arguments = [REVISION.sub(r"\1", REMOTE.sub("remote/", word)) for word in arguments]
     if arguments[0] == "tiny" and "--layers" not in arguments:
         arguments += ["--layers", str(SHALLOW[arguments[1]])]
-    done = run(*arguments)
+    done = (run_apart if PACKAGES.is_dir() else run)(*arguments)
     assert done.returncode == one.code, f"{block.where}: {one.text}\n{done.stderr}{done.stdout}"
     if pipe:
         done = subprocess.run(pipe, input=done.stdout, capture_output=True, text=True, check=True)

@@ -88,7 +88,7 @@ def eight_devices(folder):
     """The other side of the tests below, in a process of its own: logits and what devices hold."""
     import jax
 
-    from gemma_convert.forward import arithmetic, decoder, jax_model
+    from gemma_convert.forward import decoder, jax_model
 
     held = {"layer": [0, 0], "tower": [0, 0], "tree": [0, 0], "table": [0, 0]}
 
@@ -118,8 +118,8 @@ def eight_devices(folder):
     decoder.layer = layer
     jax_model.JaxModel._encoders = noted("tower", encoders)
     jax_model.JaxModel._whole = noted("tree", whole)
-    head = arithmetic.head
-    arithmetic.head = lambda table, *others: note("table", table) or head(table, *others)
+    head = jax_model.head
+    jax_model.head = lambda table, *others: note("table", table) or head(table, *others)
     assert jax.device_count() == DEVICES
     found = {}
     for name, job in json.loads((folder / "jobs.json").read_text()).items():

@@ -86,12 +86,19 @@ def is_native(path: Path) -> bool:
     if any((path / name).exists() for name in (SINGLE, INDEX)):
         return False
     folder = NativeFolder(path)
-    return folder.items is not None or next(_found(folder, []), None) is not None
+    return folder.items is not None or next(_found(folder), None) is not None
 
 
-def frameworks() -> list[str]:
-    """The frameworks of all layouts that can be used, for people."""
-    return [layout.framework for layout in _usable([])]
+def usable_layouts(unusable: list[UsageError] | None = None) -> Iterator[Layout]:
+    """All layouts but those that cannot be used, whose errors are added to `unusable`."""
+    for name in layout_names():
+        try:
+            layout = load_layout(name)
+        except UsageError as error:
+            if unusable is not None:
+                unusable.append(error)
+            continue
+        yield layout
 
 
 def _recognised(path: Path) -> tuple[Layout, Path]:
@@ -102,29 +109,20 @@ def _recognised(path: Path) -> tuple[Layout, Path]:
     raise SourceError(
         "The checkpoint holds no parameters in a layout that is known.",
         where=items,
-        expected=f"a checkpoint of {', '.join(frameworks())}",
+        expected=f"a checkpoint of {', '.join(one.framework for one in usable_layouts())}",
         found=", ".join(sorted({name.split("/")[0] for name in folder.arrays})[:8]) or "no arrays",
-        do=unusable[0].what + " " + str(unusable[0].do) if unusable else None,
+        do=f"{unusable[0].do}: {unusable[0].what}" if unusable else None,
     )
 
 
-def _found(folder: NativeFolder, unusable: list[UsageError]) -> Iterator[tuple[Layout, Path]]:
+def _found(
+    folder: NativeFolder, unusable: list[UsageError] | None = None
+) -> Iterator[tuple[Layout, Path]]:
     """The layouts that have a checkpoint in `folder`, and where."""
-    for layout in _usable(unusable):
+    for layout in usable_layouts(unusable):
         where = layout.find(folder)
         if where is not None:
             yield layout, where
-
-
-def _usable(unusable: list[UsageError]) -> Iterator[Layout]:
-    """All layouts but those that cannot be used, whose errors are added to `unusable`."""
-    for name in layout_names():
-        try:
-            layout = load_layout(name)
-        except UsageError as error:
-            unusable.append(error)
-            continue
-        yield layout
 
 
 def _lacking(found: Any, name: str) -> Iterator[str]:

@@ -7,8 +7,9 @@ declared in its own pyproject.toml.
 
 from __future__ import annotations
 
+import tomllib
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,25 +18,38 @@ from gemma_convert.errors import UsageError
 GROUP = "gemma_convert.layouts"
 
 _OWN = GROUP.partition(".")[0]
+_PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
 
 @cache
+def declarations() -> EntryPoints:
+    """What all packages declare, looked up once.
+
+    In a source checkout that is not installed, or was before it declared them, the layouts of this
+    package are read from its pyproject.toml.
+    """
+    found = entry_points(group=GROUP)
+    if any(map(is_own, found)) or not _PROJECT.is_file():
+        return found
+    project = tomllib.loads(_PROJECT.read_text(encoding="utf-8")).get("project", {})
+    own = project.get("entry-points", {}).get(GROUP, {})
+    return EntryPoints((*(EntryPoint(name, own[name], GROUP) for name in own), *found))
+
+
 def layout_names() -> tuple[str, ...]:
     """The names of all layouts: those of this package, then those of others."""
-    found = entry_points(group=GROUP)
+    found = declarations()
     return tuple(sorted(found.names, key=lambda name: (not is_own(found[name]), name)))
 
 
 def declaration(layout: str) -> EntryPoint:
     """What declares a layout. Raises UsageError where nothing does, or two packages do."""
-    found = list(entry_points(group=GROUP, name=layout))
+    found = list(declarations().select(name=layout))
     if not found:
         raise UsageError(
             f"There is no layout `{layout}`.",
-            expected=", ".join(layout_names()) or "one that is installed, and none is",
-            do="choose one with --format"
-            if layout_names()
-            else "install gemma-convert again: its own layouts are declared when it is installed",
+            expected=", ".join(layout_names()),
+            do="choose one with --format",
         )
     if len(found) > 1:
         raise UsageError(

@@ -13,8 +13,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from gemma_convert.errors import MappingError
-from gemma_convert.mapping.declared import declaration, is_own, module_folder
+from gemma_convert.errors import MappingError, UsageError
+from gemma_convert.mapping.declared import declaration, is_own, module_folder, package
 from gemma_convert.mapping.notation import (
     Condition,
     Pattern,
@@ -185,8 +185,26 @@ def load_inventory() -> Inventory:
 
 @cache
 def load_table(layout: str) -> Table:
-    """The table of a native layout, read once; raises UsageError where there is no such layout."""
-    file = table_file(layout)
+    """The table of a native layout, read once.
+
+    Raises UsageError where there is no such layout, or where another package's table is wrong.
+    """
+    declared, file = declaration(layout), table_file(layout)
+    try:
+        return _checked_table(layout, file)
+    except MappingError as error:
+        if is_own(declared):
+            raise
+        raise UsageError(
+            f"The table of the layout `{layout}` cannot be used.",
+            where=f"package {package(declared)}, {error.where}",
+            expected=error.expected,
+            found=f"{error.what} {error.found or ''}".rstrip(),
+            do=f"repair or remove the package {package(declared)}",
+        ) from None
+
+
+def _checked_table(layout: str, file: Path) -> Table:
     table = parse_table(*_read(file), load_inventory())
     if table.layout != layout:
         raise MappingError(

@@ -14,7 +14,7 @@ from gemma_convert.arrays.dtypes import DTypePolicy, TensorSpec
 from gemma_convert.checkpoint import sidecar
 from gemma_convert.checkpoint.native import NativeSource
 from gemma_convert.errors import SourceError, UsageError
-from gemma_convert.layouts.registry import frameworks, is_native, open_native
+from gemma_convert.layouts.registry import is_native, open_native, usable_layouts
 from gemma_convert.mapping.inventory import hf_tensors, huggingface_tensors
 from gemma_convert.mapping.plan import plan_to_native
 from gemma_convert.mapping.table import HUGGINGFACE, load_table
@@ -93,7 +93,8 @@ def _inspect(path: Path) -> InspectReport:
             where=path,
             expected=f"{SINGLE}, {INDEX}, an Orbax {METADATA}, or the files of a native layout",
             found=", ".join(listed[:5]) or "nothing",
-            do=f"give a checkpoint of Hugging Face or of {', '.join(frameworks())}",
+            do="give a checkpoint of Hugging Face or of "
+            + ", ".join(layout.framework for layout in usable_layouts()),
         )
     with open_native(path) as native:
         return _native(path, native)
