@@ -176,9 +176,9 @@ def test_a_text_only_checkpoint_stays_one_in_its_layout(tiny, converted, tmp_pat
 @pytest.fixture
 def small_blocks(monkeypatch) -> None:
     """Real arrays are read in many blocks; here blocks are made small."""
-    for module in ("mapping.plan", "native_source"):
+    for module in ("mapping.plan", "checkpoint.native"):
         monkeypatch.setattr(f"gemma_convert.{module}.BLOCK_BYTES", 20_000)
-    for module in ("mapping.plan", "transfer"):
+    for module in ("mapping.plan", "engine.transfer"):
         monkeypatch.setattr(f"gemma_convert.{module}.GATHER_BYTES", 2_000)
 
 

@@ -25,6 +25,7 @@ from test_cli import run, run_apart
 from gemma_convert import inspect
 from gemma_convert.logits import check
 from gemma_convert.prompts import text
+from gemma_convert.tasks.mappings import list_mappings
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -301,3 +302,23 @@ def _leaves(nav: object) -> set[str]:
         return {nav}
     parts = nav.values() if isinstance(nav, dict) else nav
     return set().union(*map(_leaves, parts))
+
+
+def test_the_table_of_what_is_supported_is_that_of_the_layouts():
+    """A row for every model in every layout, which says `refused` where the layout refuses it."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## What is supported\n")[1]
+    rows = re.findall(
+        r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|", section.split("\n## ")[0], re.MULTILINE
+    )
+    said = {
+        (model.lower(), layout.partition(",")[0].lower()): not cell.startswith("refused")
+        for models, layouts, cell in rows[1:]
+        for model in models.split(", ")
+        for layout in layouts.split("; ")
+    }
+    found = {
+        (model, one.format): not one.refused
+        for model in FOLDERS.values()
+        for one in list_mappings(model=model).formats
+    }
+    assert said == found

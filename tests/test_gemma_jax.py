@@ -244,9 +244,9 @@ def test_every_file_comes_back_and_is_verified(tiny, converted, tmp_path, family
 
 def test_small_blocks_give_the_same_checkpoint(tiny, tmp_path, monkeypatch):
     """Blocks of real models are cut along their slowest axes; here blocks are made tiny."""
-    for module in ("mapping.plan", "native_source"):
+    for module in ("mapping.plan", "checkpoint.native"):
         monkeypatch.setattr(f"gemma_convert.{module}.BLOCK_BYTES", 10_000)
-    for module in ("mapping.plan", "transfer"):
+    for module in ("mapping.plan", "engine.transfer"):
         monkeypatch.setattr(f"gemma_convert.{module}.GATHER_BYTES", 1_000)
     source = tiny("e2b", layers=10, kv_shared="omit", shards=3)
     report = to_native(source, tmp_path / "cut", layout="gemma-jax")

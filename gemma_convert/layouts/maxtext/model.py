@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gemma_convert.forward.jax_model import JaxLayout, JaxModel, Tower
+from gemma_convert.forward.jax_layout import JaxLayout, Tower
+from gemma_convert.forward.jax_model import JaxModel
 from gemma_convert.forward.orbax_tree import LIBRARIES
 from gemma_convert.forward.tree import Tree
 from gemma_convert.layouts.maxtext import forward, vision
