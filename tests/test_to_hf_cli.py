@@ -187,7 +187,7 @@ def test_interrupt_exits_130_and_is_forgotten_by_the_next_run(native, out, where
     code = (
         "import os, sys, time\n"
         f"sys.argv = ['gemma-convert', 'to-hf', {str(native)!r}, {str(out)!r}]\n"
-        "from gemma_convert.stores import sidecar\n"
+        "from gemma_convert.checkpoint import sidecar\n"
         "from gemma_convert.stores.orbax.reader import OrbaxArray\n"
         f"owner = {'OrbaxArray' if '.' in where else 'sidecar'}\n"
         f"word = {where.rpartition('.')[2]!r}\n"
