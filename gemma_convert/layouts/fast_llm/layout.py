@@ -30,6 +30,7 @@ from gemma_convert.stores.safetensors.reader import SafetensorsFolder, plain_nam
 
 if TYPE_CHECKING:
     from gemma_convert.forward.native_model import NativeModel
+    from gemma_convert.layouts.registry import RunnableLayout
 
 FILE_PARAMETERS = 1 << 32
 
@@ -129,3 +130,7 @@ def _groups(specs: Mapping[str, TensorSpec]) -> Iterator[dict[str, TensorSpec]]:
             group = {}
     if group:
         yield group
+
+
+if TYPE_CHECKING:
+    _: RunnableLayout = FastLLM()

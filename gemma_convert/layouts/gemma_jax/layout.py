@@ -20,6 +20,7 @@ from gemma_convert.stores.orbax.writer import OrbaxFormat, OrbaxWriter, write_ch
 
 if TYPE_CHECKING:
     from gemma_convert.forward.native_model import NativeModel
+    from gemma_convert.layouts.registry import RunnableLayout
 
 _EMBEDDING = "embedder/input_embedding"
 _BARE = re.compile(r"layer_\d+/mlp2?/(?:gating_einsum|linear)", re.ASCII)
@@ -60,3 +61,7 @@ class GemmaJaxWriter(OrbaxWriter):
         self.merge(parts)
         self.write_tree({})
         write_checkpoint_metadata(self.folder, _HANDLER, {}, started_ns)
+
+
+if TYPE_CHECKING:
+    _: RunnableLayout = GemmaJax()

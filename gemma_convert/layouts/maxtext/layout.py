@@ -21,6 +21,7 @@ from gemma_convert.stores.orbax.writer import OrbaxFormat, OrbaxWriter, write_ch
 
 if TYPE_CHECKING:
     from gemma_convert.forward.native_model import NativeModel
+    from gemma_convert.layouts.registry import RunnableLayout
 
 STEP, ITEMS = "0", "items"
 
@@ -90,3 +91,7 @@ def _of_nnx(arrays: Iterable[str]) -> Iterator[tuple[str, str]]:
         path = name.removeprefix("params/").removesuffix(_VALUE)
         if name.endswith(_VALUE) and path.startswith(_MODULES) and _RANDOM not in path:
             yield PARAMETERS + path, name
+
+
+if TYPE_CHECKING:
+    _: RunnableLayout = MaxText()
