@@ -94,7 +94,7 @@ def _parameter(key: str, hint: Any, default: object) -> Parameter:
     return Parameter(
         names=names,
         argument=argument,
-        value="" if flag or argument else info.metavar or _value(kind),
+        value="" if flag or argument else _choices(info.metavar) or _value(kind),
         default=said[1] if said else _shown(default, names),
         required=default is inspect.Parameter.empty,
         repeated=repeated,
@@ -115,6 +115,11 @@ def _names(key: str, info: OptionInfo, flag: bool) -> tuple[str, ...]:
     declared = (info.default, *(info.param_decls or ()))  # in Annotated the first one is `default`
     spelled = [name for one in declared if isinstance(one, str) for name in one.split("/")]
     return tuple(name for name in spelled if name.startswith("-")) or both
+
+
+def _choices(metavar: str | None) -> str:
+    """What stands for the value in `--help`; the brackets around choices are left out."""
+    return (metavar or "").strip("[]").replace("|", " | ")
 
 
 def _value(kind: Any) -> str:

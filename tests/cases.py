@@ -1,5 +1,10 @@
 """The models and forms that tests go through."""
 
+from gemma_convert.mapping.declared import layout_names
+
+LAYOUTS = layout_names()
+"""Every layout that is installed."""
+
 FAMILIES = ("e2b", "e4b", "26b-a4b", "31b")
 CASES = (
     ("e2b", False),

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from test_confined import copied, hf_readers, run
 
-from gemma_convert.logits.prompts import LONGEST_MADE, token_sequences
 from gemma_convert.model.config import read_architecture
+from gemma_convert.prompts.text import LONGEST_MADE, token_sequences
 
 HUGE = (10**9, 2**31 - 2)
 TEXT = (

@@ -17,10 +17,9 @@ from PIL import Image
 
 from gemma_convert import logit_check
 from gemma_convert.cli.app import main
+from gemma_convert.engine import lockstep
 from gemma_convert.engine.cluster import Cluster
-from gemma_convert.errors import SourceError, UsageError
-from gemma_convert.logits import distributed
-from gemma_convert.logits.distributed import (
+from gemma_convert.engine.lockstep import (
     in_step,
     is_leader,
     joined,
@@ -28,9 +27,10 @@ from gemma_convert.logits.distributed import (
     publish,
     published,
 )
+from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.logits.report import LogitReport
 
-ROOT = Path(distributed.__file__).parents[1]
+ROOT = Path(lockstep.__file__).parents[1]
 
 
 def free_port():
@@ -177,15 +177,15 @@ class Store:
 @pytest.fixture
 def group(monkeypatch):
     """group(process, **words): within `joined` as a process of three that hears these words."""
-    monkeypatch.setattr(distributed, "_stdout_kept", nullcontext)
+    monkeypatch.setattr(lockstep, "_stdout_kept", nullcontext)
     leaving = []
-    monkeypatch.setattr(distributed.atexit, "register", lambda *given: leaving.append(given))
+    monkeypatch.setattr(lockstep.atexit, "register", lambda *given: leaving.append(given))
 
     def join(process, words):
         store = Store()
         store.words = {f"gemma-convert/{key}": word for key, word in words.items()}
         cluster = Cluster(store, process, 3)
-        monkeypatch.setattr(distributed, "connect", lambda *given: cluster)
+        monkeypatch.setattr(lockstep, "connect", lambda *given: cluster)
         return store, joined("h:1", 3, process, False), leaving
 
     return join
@@ -250,7 +250,7 @@ def test_a_failure_before_the_first_step_is_reported_by_process_0(group, capsys)
     assert caught.value.code == 3 and capsys.readouterr() == ("", "") and not leaving
     assert said(store, "left/1") == "go"
     store, together, _ = group(0, {"ready/1": said(store, "ready/1"), "ready/2": "go"})
-    with pytest.raises(distributed.GemmaConvertError) as failed, together:
+    with pytest.raises(lockstep.GemmaConvertError) as failed, together:
         next(in_step("ab"))
     assert failed.value.exit_code == 2 and said(store, "step/0") == "2"
     assert failed.value.message == "Process 1 failed.\n  found: two words\n      found: x"
@@ -280,7 +280,7 @@ def test_a_failure_that_process_0_has_caused_is_not_told(group, capsys):
 
 
 def test_leaving_asks_nobody(tmp_path):
-    code = "import atexit\nfrom gemma_convert.logits.distributed import _leave\n"
+    code = "import atexit\nfrom gemma_convert.engine.lockstep import _leave\n"
     code += "atexit.register(print, 'late')\natexit.register(_leave, 5)\nprint('said')\n"
     done = run_python(code)
     assert (done.returncode, done.stdout) == (5, "said\n")
@@ -288,7 +288,7 @@ def test_leaving_asks_nobody(tmp_path):
 
 def test_the_standard_output_is_kept_from_libraries():
     code = (
-        "import os\nfrom gemma_convert.logits.distributed import _stdout_kept\nprint('before')\n"
+        "import os\nfrom gemma_convert.engine.lockstep import _stdout_kept\nprint('before')\n"
         "with _stdout_kept():\n    os.write(1, b'gloo\\n')\n    print('within')\nprint('behind')\n"
     )
     done = run_python(code)

@@ -20,10 +20,12 @@ import yaml
 from cases import SHALLOW
 from documents import PAGES, ROOT, SHELLS, Block, Command, blocks, code_spans, command, excuses
 from filelock import FileLock
-from test_cli import run
+from test_cli import run, run_apart
 
 from gemma_convert import inspect
-from gemma_convert.logits import check, prompts
+from gemma_convert.logits import check
+from gemma_convert.prompts import text
+from gemma_convert.tasks.mappings import list_mappings
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -55,6 +57,12 @@ OF_OTHERS = {
 """Options that are mentioned and belong to no command."""
 
 REMOTE = re.compile(r"(?:s3|gs)://")
+FILE = re.compile(r"# ([\w-]+/[\w/.-]+\.(?:toml|py))\n")
+"""The first line of a block that is a file."""
+
+PACKAGES = Path("packages")
+"""Where a page installs packages of its own, which processes started later find."""
+
 REVISION = re.compile(r"(google/gemma-4-[\w-]+)@[\w.]+")
 
 runnable = [
@@ -81,6 +89,7 @@ def work(shallow, tmp_path, monkeypatch) -> Path:
         sound.setframerate(16000)
         sound.writeframes(generator.integers(-9999, 9999, 8000, np.int16).tobytes())
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / PACKAGES), prepend=os.pathsep)
     return tmp_path
 
 
@@ -102,7 +111,7 @@ def checked_once(tmp_path_factory, monkeypatch) -> None:
             return pickle.loads(file.read_bytes())
 
     monkeypatch.setattr(check, "logit_check", once)
-    monkeypatch.setattr(prompts, "PROMPTS", {"english": prompts.PROMPTS["english"]})
+    monkeypatch.setattr(text, "PROMPTS", {"english": text.PROMPTS["english"]})
 
 
 def _same(hf: Path, native: Path, options: dict[str, object]) -> tuple[object, ...]:
@@ -125,10 +134,9 @@ def test_every_block_runs(document, work):
             _prepare(line, block)
         if block.excuse is not None:
             continue
-        if block.language == "toml" and block.text.startswith("# mappings/"):
-            file = Path(block.text.partition("\n")[0].removeprefix("# "))
-            file.parent.mkdir(exist_ok=True)
-            file.write_text(block.text, encoding="utf-8")
+        if file := FILE.match(block.text):
+            Path(file[1]).parent.mkdir(parents=True, exist_ok=True)
+            Path(file[1]).write_text(block.text, encoding="utf-8")
         elif block.language == "python":
             exec(compile(block.text, block.where, "exec"), names)
         elif block.language in SHELLS:
@@ -157,11 +165,30 @@ def _run(one: Command, block: Block) -> None:
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         known = extras["optional-dependencies"]
         for package in arguments[1:]:
+            if package.startswith("./"):
+                _install(Path(package))
+                continue
             name, _, chosen = package.partition("[")
             assert name == "gemma-convert", f"{block.where}: {one.text}"
             assert set(chosen.strip("]").split(",")) - {""} <= known.keys(), one.text
     else:
         _exists(one, block)
+
+
+def _install(folder: Path) -> None:
+    """A package of the page, without a network and beside the packages of the tests."""
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--target"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        *options,
+        str(PACKAGES),
+        str(folder.resolve()),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def _exists(one: Command, block: Block) -> None:
@@ -179,7 +206,7 @@ def _run_ours(one: Command, arguments: list[str], block: Block) -> None:
     arguments = [REVISION.sub(r"\1", REMOTE.sub("remote/", word)) for word in arguments]
     if arguments[0] == "tiny" and "--layers" not in arguments:
         arguments += ["--layers", str(SHALLOW[arguments[1]])]
-    done = run(*arguments)
+    done = (run_apart if PACKAGES.is_dir() else run)(*arguments)
     assert done.returncode == one.code, f"{block.where}: {one.text}\n{done.stderr}{done.stdout}"
     if pipe:
         done = subprocess.run(pipe, input=done.stdout, capture_output=True, text=True, check=True)
@@ -275,3 +302,23 @@ def _leaves(nav: object) -> set[str]:
         return {nav}
     parts = nav.values() if isinstance(nav, dict) else nav
     return set().union(*map(_leaves, parts))
+
+
+def test_the_table_of_what_is_supported_is_that_of_the_layouts():
+    """A row for every model in every layout, which says `refused` where the layout refuses it."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## What is supported\n")[1]
+    rows = re.findall(
+        r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|", section.split("\n## ")[0], re.MULTILINE
+    )
+    said = {
+        (model.lower(), layout.partition(",")[0].lower()): not cell.startswith("refused")
+        for models, layouts, cell in rows[1:]
+        for model in models.split(", ")
+        for layout in layouts.split("; ")
+    }
+    found = {
+        (model, one.format): not one.refused
+        for model in FOLDERS.values()
+        for one in list_mappings(model=model).formats
+    }
+    assert said == found

@@ -596,7 +596,7 @@ def test_optimizer_state_is_never_read(shallow, tmp_path, monkeypatch, ocdbt):
         read.add(self.name)
         return read_array(self, box, into)
 
-    monkeypatch.setattr("gemma_convert.checkpoint.orbax_source.open_array", spy_open)
+    monkeypatch.setattr("gemma_convert.checkpoint.orbax_layout.open_array", spy_open)
     monkeypatch.setattr(orbax_reader.OrbaxArray, "read", spy_read)
     to_hf(tmp_path / "run", tmp_path / "back", like=source)
     wanted = {f"params/params/{name}" for name in leaves}

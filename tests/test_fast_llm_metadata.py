@@ -21,7 +21,7 @@ from gemma_convert.checkpoint.native import plan_native
 from gemma_convert.checkpoint.original import open_original
 from gemma_convert.layouts.fast_llm import layout as fast_llm
 from gemma_convert.layouts.fast_llm.metadata import differences, fast_llm_metadata
-from gemma_convert.layouts.registry import LAYOUTS, open_native
+from gemma_convert.layouts.registry import load_layout, open_native
 from gemma_convert.model.config import parse_architecture, read_architecture
 
 LARGE = ("26b-a4b", "31b")
@@ -153,7 +153,7 @@ def checked(request, tiny, converted, monkeypatch):
 
     def check(metadata: dict[str, Any]) -> list[str]:
         monkeypatch.setattr(fast_llm, "read_metadata", lambda _: copy.deepcopy(metadata))
-        return list(LAYOUTS["fast-llm"].check_metadata(out, plan))
+        return list(load_layout("fast-llm").check_metadata(out, plan))
 
     return without_index(read(out)), check
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import models
 import pytest
+from cases import LAYOUTS
 from test_cli import fails, run, run_apart
 
 from gemma_convert.cli.app import app
@@ -156,7 +157,7 @@ def complete(shell: str, line: str, capture) -> list[str]:
 
 
 LINES = [
-    ("gemma-convert to-native --format ", ["maxtext", "gemma-jax", "fast-llm"]),
+    ("gemma-convert to-native --format ", list(LAYOUTS)),
     ("gemma-convert mappings --format m", ["maxtext"]),
     ("gemma-convert mappings --model ", ["e2b", "e4b", "12b", "26b-a4b", "31b"]),
     ("gemma-convert mappings --model 2", ["26b-a4b"]),

@@ -1,12 +1,15 @@
-"""The rooms of the package: what each may import, and that no two modules import each other."""
+"""The rooms of the package: what each may import and name, and that there is no circle."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import gemma_convert
+from gemma_convert.mapping.declared import declarations, layout_names
 
 PACKAGE = Path(gemma_convert.__file__).parent
 
@@ -21,6 +24,7 @@ ROOMS = (
     "stores",
     "checkpoint",
     "engine",
+    "prompts",
     "forward",
     "layouts",
     "flops",
@@ -73,3 +77,26 @@ def test_arrows_between_rooms_go_down():
         and (room(other) not in ROOMS or ROOMS.index(room(other)) > ROOMS.index(room(name)))
     ]
     assert not up
+
+
+def test_no_two_modules_import_each_other():
+    try:
+        TopologicalSorter(arrows()).prepare()
+    except CycleError as error:
+        raise AssertionError(" → ".join(error.args[1])) from None
+
+
+def test_a_layout_is_named_in_its_own_room_alone():
+    """Elsewhere it stands in examples of the help, in the public default, and in tiny models."""
+    example = re.compile(r'--format [a-z-]+|layout(?:: str )?= ?"[a-z-]+"')
+    for layout in layout_names():
+        own = PACKAGE.parent.joinpath(*declarations()[layout].module.split(".")).parent
+        name = re.compile(layout.replace("-", "[-_]"))
+        named = {
+            file
+            for file in PACKAGE.rglob("*.py")
+            if name.search(example.sub("", file.read_text(encoding="utf-8")))
+        }
+        assert {file for file in named if PACKAGE / "tiny" not in file.parents} <= {
+            *own.rglob("*.py")
+        }, layout

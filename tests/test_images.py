@@ -11,11 +11,11 @@ from cases import SHALLOW
 from PIL import Image
 
 from gemma_convert.errors import SourceError, UsageError
-from gemma_convert.logits import soft as soft_module
-from gemma_convert.logits.images import IMAGE, image_sequences
-from gemma_convert.logits.prompts import TokenSequence, token_sequences
 from gemma_convert.logits.reference import Reference, TransformersLogits
 from gemma_convert.model.config import read_architecture
+from gemma_convert.prompts import soft as soft_module
+from gemma_convert.prompts.images import IMAGE, image_sequences
+from gemma_convert.prompts.text import TokenSequence, token_sequences
 
 FAMILIES = ("e2b", "26b-a4b")
 POOLING = 3

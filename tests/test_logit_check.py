@@ -21,10 +21,10 @@ from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.logits import check as check_module
 from gemma_convert.logits.check import logit_check
 from gemma_convert.logits.golden import save_golden
-from gemma_convert.logits.images import image_sequences
 from gemma_convert.logits.limit import choose_limit, find_lossy_rows
 from gemma_convert.logits.report import render
 from gemma_convert.model.config import read_architecture
+from gemma_convert.prompts.images import image_sequences
 
 
 class Checkpoint:
@@ -260,7 +260,7 @@ def test_golden_logits_of_another_model_are_refused(others, golden, tmp_path):
 
 
 def test_short_golden_logits_warn_about_the_window(dense, native, tmp_path, monkeypatch):
-    from gemma_convert.logits import prompts
+    from gemma_convert.prompts import text as prompts
 
     monkeypatch.setattr(prompts, "BEYOND_WINDOW", -4)
     monkeypatch.setattr(prompts, "SHORT_LENGTH", 5)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from cases import LAYOUTS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -63,7 +64,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("layout", ["maxtext", "gemma-jax", "fast-llm"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", NAMINGS)
 def test_there_and_back(kind, layout, shallow, tmp_path):
     plain = shallow("31b", shards=3)

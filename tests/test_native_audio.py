@@ -11,7 +11,7 @@ from gemma_jax_by_hand import gemma_jax_tree
 from test_native_vision import nested
 
 from gemma_convert.errors import SourceError
-from gemma_convert.forward.restore import restore_gemma_jax
+from gemma_convert.layouts.gemma_jax import tree as gemma_jax_orbax
 from gemma_convert.layouts.gemma_jax.audio import encode_audio
 from gemma_convert.model.config import read_architecture
 
@@ -176,6 +176,6 @@ def test_a_model_without_audio_is_refused(tiny):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_features_of_the_librarys_own_tree(oracle, family):
     case = Case(oracle / "hf" / family)
-    case.tree = restore_gemma_jax(oracle / "gemma_jax" / family)
+    case.tree = gemma_jax_orbax.restore_tree(oracle / "gemma_jax" / family)
     for frames in (7, 48, 301):
         assert case.difference(case.features(frames)) < LIMIT

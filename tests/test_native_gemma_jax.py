@@ -15,8 +15,8 @@ from safetensors.numpy import load_file
 from gemma_convert.errors import SourceError
 from gemma_convert.forward import decoder
 from gemma_convert.forward.prompt import Prompt
-from gemma_convert.forward.restore import gemma_jax_facts, restore_gemma_jax
 from gemma_convert.layouts.gemma_jax import forward as gemma_jax
+from gemma_convert.layouts.gemma_jax import tree as gemma_jax_orbax
 from gemma_convert.layouts.gemma_jax.forward import GemmaJaxLayer, GemmaJaxWeights
 from gemma_convert.layouts.gemma_jax.shapes import check_shapes
 from gemma_convert.logits.divergence import compare
@@ -86,12 +86,12 @@ def test_forward_over_a_stored_tree_is_that_of_transformers(tiny, family, tmp_pa
     items = tmp_path / "items"
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(items, tree)
-    check_shapes(gemma_jax_facts(items), text, items)
+    check_shapes(gemma_jax_orbax.tree_facts(items), text, items)
     ids = np.random.default_rng(1).integers(80, text.vocab, (2, 40)).astype(np.int32)
     model = Gemma4ForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    restored = restore_gemma_jax(items, gemma_jax.text_modules(text))
+    restored = gemma_jax_orbax.restore_tree(items, gemma_jax.text_modules(text))
     expected = logits_of(model, ids)
     assert kl(expected, gemma_jax.forward(restored, text, ids)) < 1e-8
     assert expected.std() > 0.5
@@ -311,8 +311,8 @@ def test_restore_reads_what_orbax_writes(tmp_path, way, bare):
     with checkpointer() as writer:
         writer.save(items, tree)
     expected = flat(small(lambda array: {"w": array}))
-    found = flat(restore_gemma_jax(items))
-    facts = gemma_jax_facts(items)
+    found = flat(gemma_jax_orbax.restore_tree(items))
+    facts = gemma_jax_orbax.tree_facts(items)
     assert found.keys() == facts.keys() == expected.keys()
     assert "audio_encoder/'conformer/stacked_layers_0'/final_ln/scale" in facts
     assert {"layer_0/mlp/linear/w", "layer_0/mlp2/gating_einsum/w"} < facts.keys()
@@ -321,7 +321,7 @@ def test_restore_reads_what_orbax_writes(tmp_path, way, bare):
         np.testing.assert_array_equal(found[path], array)
         assert found[path].dtype == array.dtype
         assert (facts[path].shape, facts[path].dtype) == (array.shape, array.dtype.name)
-    part = restore_gemma_jax(items, ["layer_0", "final_norm"])
+    part = gemma_jax_orbax.restore_tree(items, ["layer_0", "final_norm"])
     assert set(part) == {"layer_0", "final_norm"}
     assert "layer_0/mlp/linear/w" in flat(part)
 
@@ -340,7 +340,7 @@ def test_restore_reads_the_wanted_modules_alone(tmp_path, monkeypatch):
         return await original(self, infos, args)
 
     monkeypatch.setattr(ocp.type_handlers.NumpyHandler, "deserialize", spy)
-    restore_gemma_jax(items, ["embedder", "final_norm"])
+    gemma_jax_orbax.restore_tree(items, ["embedder", "final_norm"])
     assert sorted(seen) == ["embedder.input_embedding", "final_norm.scale"]
 
 
@@ -355,15 +355,15 @@ def test_other_trees_are_refused(tmp_path):
     for name, (other, message) in others.items():
         with ocp.PyTreeCheckpointer() as writer:
             writer.save(tmp_path / name, other)
-        for read in (gemma_jax_facts, restore_gemma_jax):
+        for read in (gemma_jax_orbax.tree_facts, gemma_jax_orbax.restore_tree):
             with pytest.raises(SourceError, match=message):
                 read(tmp_path / name)
     with ocp.PyTreeCheckpointer() as writer:
         writer.save(tmp_path / "items", tree)
     with pytest.raises(SourceError, match="layer_1 in a tree"):
-        restore_gemma_jax(tmp_path / "items", ["embedder", "layer_1"])
+        gemma_jax_orbax.restore_tree(tmp_path / "items", ["embedder", "layer_1"])
     with pytest.raises(SourceError, match="no Orbax tree"):
-        gemma_jax_facts(tmp_path)
+        gemma_jax_orbax.tree_facts(tmp_path)
 
 
 def test_text_modules_leave_the_towers_out(case):
@@ -378,7 +378,7 @@ def test_shapes_that_do_not_fit_are_named(case, kind, tmp_path):
     one = case(kind)
     with ocp.StandardCheckpointer() as writer:
         writer.save(tmp_path / "items", one.tree)
-    facts = gemma_jax_facts(tmp_path / "items")
+    facts = gemma_jax_orbax.tree_facts(tmp_path / "items")
     text = one.text
     check_shapes(facts, text, tmp_path)
     for path in facts:
@@ -408,8 +408,8 @@ def test_shapes_that_do_not_fit_are_named(case, kind, tmp_path):
 def test_the_librarys_own_trees_give_its_own_logits(oracle, family):
     items = oracle / "gemma_jax" / family
     text = read_architecture(oracle / "hf" / family).text
-    check_shapes(gemma_jax_facts(items), text, items)
-    tree = restore_gemma_jax(items, gemma_jax.text_modules(text))
+    check_shapes(gemma_jax_orbax.tree_facts(items), text, items)
+    tree = gemma_jax_orbax.restore_tree(items, gemma_jax.text_modules(text))
     saved = load_file(oracle / "logits" / f"gemma_jax_{family}.safetensors")
     theirs = load_file(oracle / "logits" / f"transformers_{family}.safetensors")
     np.testing.assert_array_equal(saved["input_ids"], theirs["input_ids"])
@@ -423,7 +423,7 @@ def test_the_librarys_own_trees_give_its_own_logits(oracle, family):
 def test_the_tree_by_hand_is_the_librarys(oracle, family):
     hf = load_file(oracle / "hf" / family / "model.safetensors")
     mine = gemma_jax_tree(hf, read_architecture(oracle / "hf" / family))
-    theirs = flat(restore_gemma_jax(oracle / "gemma_jax" / family))
+    theirs = flat(gemma_jax_orbax.restore_tree(oracle / "gemma_jax" / family))
     assert mine.keys() == theirs.keys()
     for path, array in mine.items():
         assert array.shape == theirs[path].shape, path

@@ -10,8 +10,8 @@ from maxtext_trees import CONFIGS, change, logits_of, make_model, maxtext_tree, 
 from gemma_convert.errors import SourceError
 from gemma_convert.forward import decoder
 from gemma_convert.forward.prompt import Prompt
-from gemma_convert.forward.restore import maxtext_facts, restore_maxtext
 from gemma_convert.layouts.maxtext import forward as maxtext
+from gemma_convert.layouts.maxtext import tree as maxtext_orbax
 from gemma_convert.layouts.maxtext.forward import MaxTextLayer, MaxTextWeights
 from gemma_convert.layouts.maxtext.shapes import check_shapes
 from gemma_convert.logits.divergence import compare
@@ -318,12 +318,12 @@ def test_restore_reads_the_highest_step_without_the_optimizer(tmp_path):
     assert items == tmp_path / "10" / "items"
     assert find_items(tmp_path / "9") == tmp_path / "9" / "items"
     assert find_items(items) == items
-    found = restore_maxtext(items)
+    found = maxtext_orbax.restore_tree(items)
     assert set(found) == {"token_embedder", "decoder"}
     np.testing.assert_array_equal(found["decoder"]["a"]["b"], np.full((2, 3), 10, np.float32))
     assert type(found["decoder"]["a"]["b"]) is np.ndarray
-    assert set(restore_maxtext(items, ["decoder"])) == {"decoder"}
-    facts = maxtext_facts(items)
+    assert set(maxtext_orbax.restore_tree(items, ["decoder"])) == {"decoder"}
+    facts = maxtext_orbax.tree_facts(items)
     assert facts["decoder/a/b"].shape == (2, 3) and facts["decoder/a/b"].dtype == "float32"
     assert contents(tmp_path) == before
 
@@ -342,7 +342,7 @@ def test_restore_does_not_read_optimizer_state(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ocp.type_handlers.NumpyHandler, "deserialize", spy)
-        restore_maxtext(items)
+        maxtext_orbax.restore_tree(items)
     assert seen == ["params.params.decoder.a"]
 
 
@@ -351,7 +351,7 @@ def test_bfloat16_stays_bfloat16(tmp_path):
 
     table = np.arange(6).reshape(2, 3).astype(ml_dtypes.bfloat16)
     write_maxtext({"decoder": {"a": table}}, tmp_path)
-    found = restore_maxtext(find_items(tmp_path))["decoder"]["a"]
+    found = maxtext_orbax.restore_tree(find_items(tmp_path))["decoder"]["a"]
     assert found.dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(found, table)
 
@@ -370,17 +370,17 @@ def test_folders_that_hold_no_maxtext_tree_are_refused(tmp_path):
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save((tmp_path / name).resolve(), tree)
         with pytest.raises(SourceError, match=f"expected: {missing} in a tree"):
-            restore_maxtext(tmp_path / name)
+            maxtext_orbax.restore_tree(tmp_path / name)
     write_maxtext({"decoder": {"a": np.ones(2)}}, tmp_path)
     with pytest.raises(SourceError, match="token_embedder"):
-        restore_maxtext(find_items(tmp_path), ("token_embedder", "decoder"))
+        maxtext_orbax.restore_tree(find_items(tmp_path), ("token_embedder", "decoder"))
 
 
 @pytest.mark.parametrize("scanned", [False, True])
 def test_shapes_that_do_not_fit_are_named(cases, tmp_path, scanned):
     case = cases["moe"]
     write_maxtext(case.scanned if scanned else case.tree, tmp_path)
-    facts = maxtext_facts(find_items(tmp_path))
+    facts = maxtext_orbax.tree_facts(find_items(tmp_path))
     check_shapes(facts, case.text, tmp_path)
     for text, found in (
         (replace(case.text, vocab=95), r"embedding is \[94, 44\] instead of \[95, 44\]"),
@@ -413,8 +413,8 @@ def test_maxtexts_own_trees_give_maxtexts_own_logits(oracle, name):
     model = name.split("_")[0]
     text = read_architecture(oracle / "hf" / model).text
     items = find_items(oracle / "maxtext" / name)
-    check_shapes(maxtext_facts(items), text, items)
-    tree = restore_maxtext(items, maxtext.text_modules(text))
+    check_shapes(maxtext_orbax.tree_facts(items), text, items)
+    tree = maxtext_orbax.restore_tree(items, maxtext.text_modules(text))
     noise = 5e-3 if text.ple else 1e-4
     theirs = load_file(oracle / "logits" / f"transformers_{model}.safetensors")
     found = np.asarray(maxtext.forward(tree, text, theirs["input_ids"].astype(np.int32)))

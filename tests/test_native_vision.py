@@ -12,9 +12,10 @@ from cases import FAMILIES
 from gemma_jax_by_hand import gemma_jax_tree
 
 from gemma_convert.errors import SourceError
-from gemma_convert.forward.restore import restore_gemma_jax, restore_maxtext
 from gemma_convert.forward.vision import pool, rotary
+from gemma_convert.layouts.gemma_jax import tree as gemma_jax_orbax
 from gemma_convert.layouts.gemma_jax import vision as gemma_jax_vision
+from gemma_convert.layouts.maxtext import tree as maxtext_orbax
 from gemma_convert.layouts.maxtext import vision as maxtext_vision
 from gemma_convert.mapping.notation import split_path
 from gemma_convert.model.config import parse_architecture, read_architecture
@@ -332,11 +333,11 @@ def test_halves_of_a_head_turn_by_x_and_by_y():
 def test_features_of_the_frameworks_own_trees(oracle, family):
     case = Case(oracle / "hf" / family)
     case.encoders = {
-        "gemma_jax": (gemma_jax_vision, restore_gemma_jax(oracle / "gemma_jax" / family))
+        "gemma_jax": (gemma_jax_vision, gemma_jax_orbax.restore_tree(oracle / "gemma_jax" / family))
     }
     if family in WITH_MAXTEXT:
         items = oracle / "maxtext" / f"{family}_unscanned" / "0" / "items"
-        case.encoders["maxtext"] = maxtext_vision, restore_maxtext(items)
+        case.encoders["maxtext"] = maxtext_vision, maxtext_orbax.restore_tree(items)
     for shape in ("square", "wide", "tall"):
         found = dict(case.differences(*SHAPES[shape]))
         assert max(found.values()) < LIMIT, found

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from gemma_convert.errors import SourceError, UsageError
-from gemma_convert.logits.prompts import PROMPTS, reserved_ids, token_sequences
 from gemma_convert.model.config import read_architecture
+from gemma_convert.prompts.text import PROMPTS, reserved_ids, token_sequences
 
 WINDOW = 21
 BEGIN = 2

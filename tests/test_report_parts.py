@@ -20,12 +20,12 @@ from sample_reports import sequence, with_image
 from gemma_convert.logits.divergence import Likeliest, TokenDivergence
 from gemma_convert.logits.fingerprint import Fingerprint, fingerprints
 from gemma_convert.logits.golden import weight_files
-from gemma_convert.logits.images import ImageSequence
-from gemma_convert.logits.prompts import TokenSequence
 from gemma_convert.logits.report import render
 from gemma_convert.logits.scale import LogRange, figure, largest_of_bins, log_range
 from gemma_convert.logits.sparkline import Sparkline
 from gemma_convert.logits.tokens import checked_sequences, worst_first, worst_predictions
+from gemma_convert.prompts.images import ImageSequence
+from gemma_convert.prompts.text import TokenSequence
 
 NAN, INF = math.nan, math.inf
 

@@ -24,7 +24,7 @@ planning.BLOCK_BYTES = 20_000
 planning.GATHER_BYTES = 2_000
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 from gemma_convert.stores.orbax.reader import OrbaxArray
-from gemma_convert.layouts.fast_llm.layout import FastLLMArray
+from gemma_convert.checkpoint.safetensors_layout import SafetensorsArray
 reads = [0]
 def throttled(read):
     def slow(self, *arguments):
@@ -34,7 +34,7 @@ def throttled(read):
     return slow
 SafetensorsFolder.read_into = throttled(SafetensorsFolder.read_into)
 OrbaxArray.read = throttled(OrbaxArray.read)
-FastLLMArray.read = throttled(FastLLMArray.read)
+SafetensorsArray.read = throttled(SafetensorsArray.read)
 import gemma_convert
 print("started", flush=True)
 gemma_convert.{call}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import LAYOUTS
 from jsonschema import Draft202012Validator
 from models import DENSE, FOLDER
 from test_cli import run
@@ -166,7 +167,7 @@ def flops_reports(source, edited, folder, shallow, converted):
 
 def mappings_reports(source, edited, folder, shallow, converted):
     yield printed("mappings")
-    for layout in ("maxtext", "gemma-jax", "fast-llm"):
+    for layout in LAYOUTS:
         yield printed("mappings", "--format", layout)
     yield printed("mappings", "--format", "maxtext", "--model", edited)
     yield printed("mappings", "--model", source)

@@ -14,15 +14,16 @@ from PIL import Image
 from test_sounds import noise, write
 
 from gemma_convert.forward import sharding
-from gemma_convert.forward.restore import gemma_jax_facts, maxtext_facts
 from gemma_convert.forward.stored import StoredArray, open_stored
+from gemma_convert.layouts.gemma_jax import tree as gemma_jax_orbax
+from gemma_convert.layouts.maxtext import tree as maxtext_orbax
+from gemma_convert.layouts.registry import open_model
 from gemma_convert.logits import streaming
-from gemma_convert.logits.images import image_sequences
-from gemma_convert.logits.native import open_model
-from gemma_convert.logits.prompts import token_sequences
-from gemma_convert.logits.sounds import sound_sequences
 from gemma_convert.logits.streaming import compared_slices
 from gemma_convert.model.config import read_architecture
+from gemma_convert.prompts.images import image_sequences
+from gemma_convert.prompts.sounds import sound_sequences
+from gemma_convert.prompts.text import token_sequences
 
 ROOT = Path(sharding.__file__).parents[2]
 DEVICES = 8
@@ -87,8 +88,7 @@ def eight_devices(folder):
     """The other side of the tests below, in a process of its own: logits and what devices hold."""
     import jax
 
-    from gemma_convert.forward import arithmetic, decoder
-    from gemma_convert.logits import native_jax
+    from gemma_convert.forward import decoder, jax_model
 
     held = {"layer": [0, 0], "tower": [0, 0], "tree": [0, 0], "table": [0, 0]}
 
@@ -98,8 +98,8 @@ def eight_devices(folder):
 
     run_layer, encoders, whole = (
         decoder.layer,
-        native_jax.JaxModel._encoders,
-        native_jax.JaxModel._whole,
+        jax_model.JaxModel._encoders,
+        jax_model.JaxModel._whole,
     )
 
     def layer(weights, hidden, *others):
@@ -116,10 +116,10 @@ def eight_devices(folder):
         return make
 
     decoder.layer = layer
-    native_jax.JaxModel._encoders = noted("tower", encoders)
-    native_jax.JaxModel._whole = noted("tree", whole)
-    head = arithmetic.head
-    arithmetic.head = lambda table, *others: note("table", table) or head(table, *others)
+    jax_model.JaxModel._encoders = noted("tower", encoders)
+    jax_model.JaxModel._whole = noted("tree", whole)
+    head = jax_model.head
+    jax_model.head = lambda table, *others: note("table", table) or head(table, *others)
     assert jax.device_count() == DEVICES
     found = {}
     for name, job in json.loads((folder / "jobs.json").read_text()).items():
@@ -309,12 +309,12 @@ def test_every_array_of_a_tree_has_named_axes_of_its_own_shape(jobs, name):
         from gemma_convert.layouts.maxtext import shapes
         from gemma_convert.layouts.maxtext import vision as tower
 
-        facts = maxtext_facts(folder / "0" / "items")
+        facts = maxtext_orbax.tree_facts(folder / "0" / "items")
     else:
         from gemma_convert.layouts.gemma_jax import shapes
         from gemma_convert.layouts.gemma_jax import vision as tower
 
-        facts = gemma_jax_facts(folder)
+        facts = gemma_jax_orbax.tree_facts(folder)
     axes = dict(shapes.text_axes(architecture.text))
     if layout == "gemma-jax" or family != "e2b":
         axes |= tower.axes(architecture)
@@ -362,19 +362,19 @@ def forward_passes(job, layout):
     (image,) = image_sequences(hf, architecture, [Path(job["image"])])
     tokens = np.arange(6, dtype=np.int32)[None]
     if layout == "maxtext":
-        from gemma_convert.forward.restore import restore_maxtext
         from gemma_convert.layouts.maxtext import forward as maxtext
+        from gemma_convert.layouts.maxtext import tree as maxtext_orbax
         from gemma_convert.layouts.maxtext import vision as maxtext_vision
 
-        tree = restore_maxtext(folder / "0" / "items")
+        tree = maxtext_orbax.restore_tree(folder / "0" / "items")
         forward, vision = maxtext.forward, maxtext_vision.encode_image
     else:
-        from gemma_convert.forward.restore import restore_gemma_jax
         from gemma_convert.layouts.gemma_jax import audio as gemma_jax_audio
         from gemma_convert.layouts.gemma_jax import forward as gemma_jax
+        from gemma_convert.layouts.gemma_jax import tree as gemma_jax_orbax
         from gemma_convert.layouts.gemma_jax import vision as gemma_jax_vision
 
-        tree = restore_gemma_jax(folder)
+        tree = gemma_jax_orbax.restore_tree(folder)
         forward, vision = gemma_jax.forward, gemma_jax_vision.encode_image
     for dtype in ("float32", "bfloat16"):
         yield f"text {dtype}", lambda dtype=dtype: forward(tree, text, tokens, dtype)

@@ -18,14 +18,14 @@ from test_tiny import processor_of
 from gemma_convert.cli.app import main
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.logits import check as check_module
-from gemma_convert.logits import soft as soft_module
-from gemma_convert.logits.batches import batches
 from gemma_convert.logits.check import logit_check
-from gemma_convert.logits.prompts import TokenSequence, token_sequences
 from gemma_convert.logits.reference import Reference
 from gemma_convert.logits.report import render
-from gemma_convert.logits.sounds import SOUND, sound_sequences
 from gemma_convert.model.config import read_architecture
+from gemma_convert.prompts import soft as soft_module
+from gemma_convert.prompts.batches import batches
+from gemma_convert.prompts.sounds import SOUND, sound_sequences
+from gemma_convert.prompts.text import TokenSequence, token_sequences
 
 FAMILIES = ("e2b", "e4b")
 RATE = 16000

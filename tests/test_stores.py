@@ -16,7 +16,7 @@ from gemma_convert import SourceError, TargetError, to_hf, to_native
 from gemma_convert.arrays.checksums import checksum
 from gemma_convert.arrays.dtypes import TensorSpec
 from gemma_convert.checkpoint.original import open_original
-from gemma_convert.layouts.fast_llm.layout import FastLLMWriter
+from gemma_convert.checkpoint.safetensors_layout import SafetensorsStore
 from gemma_convert.mapping import plan as planning
 from gemma_convert.stores.orbax.reader import read_orbax_tree
 from gemma_convert.stores.orbax.writer import OrbaxFormat, OrbaxWriter
@@ -124,7 +124,7 @@ def test_systems_that_cannot_reserve_space(shallow, converted, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("writer", "layout"), [(OrbaxWriter, "maxtext"), (FastLLMWriter, "fast-llm")]
+    ("writer", "layout"), [(OrbaxWriter, "maxtext"), (SafetensorsStore, "fast-llm")]
 )
 @pytest.mark.parametrize("gathered", [False, True])
 def test_a_write_that_fails_at_once(shallow, tmp_path, monkeypatch, writer, layout, gathered):
@@ -169,7 +169,7 @@ def full(*_, **__):
 
 
 def test_a_failed_conversion_lets_go_of_its_files(tmp_path, tiny, monkeypatch, open_files):
-    monkeypatch.setattr(FastLLMWriter, "write", full)
+    monkeypatch.setattr(SafetensorsStore, "write", full)
     with pytest.raises(TargetError, match="cannot be written") as caught:
         to_native(tiny("31b"), tmp_path / "out", layout="fast-llm")
     assert caught.value.found == os.strerror(errno.ENOSPC)

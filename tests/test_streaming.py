@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from cases import FAMILIES, SHALLOW
+from cases import FAMILIES, LAYOUTS, SHALLOW
 from native_checkpoints import alter
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -20,30 +20,26 @@ from test_sounds import noise, write
 
 from gemma_convert.cli.app import main
 from gemma_convert.errors import SourceError
-from gemma_convert.forward.restore import (
-    maxtext_facts,
-    open_gemma_jax,
-    open_maxtext,
-    restore_gemma_jax,
-    restore_maxtext,
-)
+from gemma_convert.forward import jax_model
 from gemma_convert.forward.stored import StoredArray, open_stored, read_all
+from gemma_convert.layouts.gemma_jax import tree as gemma_jax_orbax
+from gemma_convert.layouts.maxtext import tree as maxtext_orbax
+from gemma_convert.layouts.registry import open_model
 from gemma_convert.logits import check as check_module
-from gemma_convert.logits import native_jax, streaming
-from gemma_convert.logits.batches import batches, by_sequence
+from gemma_convert.logits import streaming
 from gemma_convert.logits.check import logit_check
 from gemma_convert.logits.divergence import compare
 from gemma_convert.logits.drift import TOLERANCE, Drift, measure_drift
 from gemma_convert.logits.golden import save_golden
-from gemma_convert.logits.images import image_sequences
 from gemma_convert.logits.layerwise import LayerwiseReference
-from gemma_convert.logits.native import open_model
-from gemma_convert.logits.prompts import TokenSequence, token_sequences
 from gemma_convert.logits.reference import Reference
 from gemma_convert.logits.report import render
 from gemma_convert.logits.sliced import SlicedComparison
-from gemma_convert.logits.sounds import sound_sequences
 from gemma_convert.model.config import read_architecture
+from gemma_convert.prompts.batches import batches, by_sequence
+from gemma_convert.prompts.images import image_sequences
+from gemma_convert.prompts.sounds import sound_sequences
+from gemma_convert.prompts.text import TokenSequence, token_sequences
 
 
 @pytest.fixture(scope="module")
@@ -245,9 +241,9 @@ def test_arrays_in_their_files_are_those_that_orbax_restores(
     folder = converted(tiny(family, layers=SHALLOW[family]), layout, **options)
     if layout == "maxtext":
         items = folder / "0" / "items"
-        left, restored = open_maxtext(items), restore_maxtext(items)
+        left, restored = maxtext_orbax.open_tree(items), maxtext_orbax.restore_tree(items)
     else:
-        left, restored = open_gemma_jax(folder), restore_gemma_jax(folder)
+        left, restored = gemma_jax_orbax.open_tree(folder), gemma_jax_orbax.restore_tree(folder)
     assert same(read_all(left), restored)
 
 
@@ -298,14 +294,14 @@ def test_a_chunk_that_is_broken_is_named(chunked):
 def test_slices_of_a_table_read_a_large_chunk_once(chunked, monkeypatch):
     stored, values, _ = chunked
     reads = []
-    original = native_jax.read
-    monkeypatch.setattr(native_jax, "read", lambda one: reads.append(one.shape) or original(one))
-    table = native_jax._Forward(stored)
+    original = jax_model.read
+    monkeypatch.setattr(jax_model, "read", lambda one: reads.append(one.shape) or original(one))
+    table = jax_model._RowsInOrder(stored)
     for start in range(10):
         assert same(table.rows(slice(start, start + 1)), values[start : start + 1])
     assert reads == [(3, 4, 3)] * 3 + [(1, 4, 3)]
-    assert same(native_jax._Forward(stored).rows(slice(2, 10)), values[2:10])
-    assert same(native_jax._Forward(values).rows(slice(2, 10)), values[2:10])
+    assert same(jax_model._RowsInOrder(stored).rows(slice(2, 10)), values[2:10])
+    assert same(jax_model._RowsInOrder(values).rows(slice(2, 10)), values[2:10])
 
 
 def test_no_stack_and_no_table_is_read_whole(tiny, converted, monkeypatch):
@@ -327,7 +323,7 @@ def test_no_stack_and_no_table_is_read_whole(tiny, converted, monkeypatch):
     monkeypatch.setattr(streaming, "LOGIT_BYTES", 0)
     assert logit_check(tiny("31b"), items, tokens=3).passed
     text = read_architecture(tiny("31b")).text
-    facts = maxtext_facts(items)
+    facts = maxtext_orbax.tree_facts(items)
     stacks = [4 * int(np.prod(fact.shape)) for name, fact in facts.items() if "local" in name]
     assert largest["whole"] < max(stacks) / 2 < largest["whole"] * len(text.layers)
     assert 0 < largest["rows"] < 4 * text.embed * text.vocab / 2
@@ -441,7 +437,7 @@ def test_the_first_stage_beyond_is_named_and_nan_is_beyond():
     assert Drift(0.0, (9.0,), 9.0, None).first is None
 
 
-@pytest.mark.parametrize("layout", ["maxtext", "gemma-jax", "fast-llm"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_whole_model_has_the_same_figures(tiny, converted, media, layout, monkeypatch):
     """In many slices, with an image where the layout sees."""
     source = tiny("31b")

@@ -14,8 +14,10 @@ from pathlib import Path
 
 from gemma_convert.checkpoint import sidecar
 from gemma_convert.checkpoint.manifest import MANIFEST, read_manifest
-from gemma_convert.errors import SourceError, TargetError
+from gemma_convert.errors import GemmaConvertError, SourceError, TargetError
 from gemma_convert.files.json_file import read_object
+from gemma_convert.mapping.declared import layout_names
+from gemma_convert.mapping.table import load_table
 from gemma_convert.model.huggingface_files import INDEX, SINGLE
 
 Strangers = Callable[[Path], list[str]]
@@ -32,7 +34,6 @@ _ORBAX = (
 )
 _IN_ARRAY = r"/\.zarray|/\.zattrs|/zarr\.json|/\d+(\.\d+)*|/c(/\d+)*"
 _STEP = r"0|0/items|0/_CHECKPOINT_METADATA|0/commit_success\.txt"
-_FAST_LLM = r"metadata\.yaml|model_\d+\.safetensors|ok"
 _OWN = "|".join(
     (
         rf"{sidecar.FOLDER}(/{sidecar.OWN}(/{sidecar.HEADERS}(/[^/]+\.header)?)?)?",
@@ -56,9 +57,7 @@ def beside_native(folder: Path) -> list[str]:
     items = next((at for at in ("", "0/items/") if (folder / at / "_METADATA").is_file()), None)
     if items is not None:
         patterns = [_STEP, *(f"{items}({pattern})" for pattern in _orbax(folder / items))]
-    elif (folder / "metadata.yaml").is_file() and any(folder.glob("model_*.safetensors")):
-        patterns = [_FAST_LLM]
-    else:
+    elif not (patterns := _layout_files(folder)):
         raise _no_checkpoint(folder, "native checkpoint")
     return _others(folder, [*patterns, _OWN], _listed(folder))
 
@@ -93,6 +92,21 @@ def _orbax(items: Path) -> Iterator[str]:
         return
     if names:
         yield f"({'|'.join(map(re.escape, names))})({_IN_ARRAY})?"
+
+
+def _layout_files(folder: Path) -> list[str]:
+    """Patterns of the files of the layout whose checkpoint stands in `folder`, none without one."""
+    names = [entry.name for entry in folder.iterdir() if entry.is_file()]
+    for layout in layout_names():
+        try:
+            files = load_table(layout).files
+        except GemmaConvertError:  # one that cannot be used has written nothing here
+            continue
+        if files is not None and all(
+            any(re.fullmatch(pattern, name) for name in names) for pattern in files.needed
+        ):
+            return [*files.needed, *files.allowed]
+    return []
 
 
 def _listed(folder: Path) -> set[str]:

@@ -1,4 +1,7 @@
-"""What a native layout is beside its mapping table: where it lies on disk, and who loads it."""
+"""What a native layout is beside its mapping table: where it lies on disk, and who loads it.
+
+`OrbaxLayout` and `SafetensorsLayout` have what layouts of one kind share.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gemma_convert.arrays.values import Array
+from gemma_convert.checkpoint.native import NativeSource
+from gemma_convert.checkpoint.native_folder import NativeFolder
 from gemma_convert.files.value_file import ValuesFrom
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.region import Box
@@ -59,6 +64,12 @@ class Layout(Protocol):
     @property
     def streams(self) -> bool:
         """Whether arrays go straight into an object store, without local space for them."""
+
+    def find(self, folder: NativeFolder) -> Path | None:
+        """Where a checkpoint of this layout lies in `folder`; None where there is none."""
+
+    def open(self, where: Path) -> NativeSource:
+        """The checkpoint that `find` found; raises SourceError where it cannot be read."""
 
     def create(self, folder: Path, plan: Plan, form: OrbaxFormat, part: int = 0) -> NativeStore:
         """An empty checkpoint in `folder`, or the one that an interrupted run left there.

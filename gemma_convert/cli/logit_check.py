@@ -109,8 +109,8 @@ def command(
       gemma-convert logit-check gemma-4-E2B-it out --golden e2b-golden.safetensors
     """
     from gemma_convert.cli.allocator import return_large_blocks
+    from gemma_convert.engine.lockstep import is_leader, joined
     from gemma_convert.logits.check import logit_check
-    from gemma_convert.logits.distributed import is_leader, joined
     from gemma_convert.logits.report import render
     from gemma_convert.logits.report_file import ReportFiles
     from gemma_convert.output import show, show_json

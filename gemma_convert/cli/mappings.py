@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemma_convert.cli.options import AsJson
+from gemma_convert.cli.options import LAYOUTS, AsJson
+from gemma_convert.mapping.declared import layout_names
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from gemma_convert.mapping.listing import Entry, Side, TableEntry
     from gemma_convert.tasks.mappings import FormatSummary, MappingsReport
-
-
-class Layout(StrEnum):
-    MAXTEXT = "maxtext"
-    GEMMA_JAX = "gemma-jax"
-    FAST_LLM = "fast-llm"
 
 
 def _published() -> list[str]:
@@ -32,7 +26,13 @@ def _published() -> list[str]:
 
 def command(
     layout: Annotated[
-        Layout | None, typer.Option("--format", help="Native layout; all are listed without it.")
+        str | None,
+        typer.Option(
+            "--format",
+            metavar=LAYOUTS,
+            help="Native layout; all are listed without it.",
+            autocompletion=layout_names,
+        ),
     ] = None,
     model: Annotated[
         str | None,
@@ -62,7 +62,7 @@ def command(
     from gemma_convert.output import show, show_json
     from gemma_convert.tasks.mappings import list_mappings
 
-    report = list_mappings(None if layout is None else layout.value, model, scan_layers=scan_layers)
+    report = list_mappings(layout, model, scan_layers=scan_layers)
     if as_json:
         show_json(report.as_json())
         return

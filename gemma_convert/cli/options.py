@@ -9,9 +9,13 @@ from typing import Annotated
 import typer
 
 from gemma_convert.errors import UsageError
+from gemma_convert.mapping.declared import layout_names
 
 RUNNING, INPUTS, TOGETHER = "Running", "Inputs", "Several processes"
 """Panels of options in `--help`."""
+
+LAYOUTS = f"[{'|'.join(layout_names())}]"
+"""The names of all layouts, as `--help` shows choices."""
 
 LONGEST_SIZE = 24
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemma_convert.cli.options import (
+    LAYOUTS,
     RUNNING,
     AcceptDamage,
     AsJson,
@@ -22,6 +23,7 @@ from gemma_convert.cli.options import (
     Resume,
     parse_size,
 )
+from gemma_convert.mapping.declared import layout_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,12 +31,6 @@ if TYPE_CHECKING:
     from gemma_convert.output import Facts
     from gemma_convert.tasks.reports import ToNativeReport
     from gemma_convert.tasks.verify import VerifyReport
-
-
-class Layout(StrEnum):
-    MAXTEXT = "maxtext"
-    GEMMA_JAX = "gemma-jax"
-    FAST_LLM = "fast-llm"
 
 
 class ScaledDType(StrEnum):
@@ -56,7 +52,12 @@ def command(
         ),
     ],
     target: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL to create.")],
-    layout: Annotated[Layout, typer.Option("--format", help="Native layout.")],
+    layout: Annotated[
+        str,
+        typer.Option(
+            "--format", metavar=LAYOUTS, help="Native layout.", autocompletion=layout_names
+        ),
+    ],
     like: Annotated[
         str | None,
         typer.Option(help="For a native SRC without a sidecar: its Hugging Face original."),
@@ -129,7 +130,7 @@ def command(
     report = to_native(
         source,
         target,
-        layout=layout.value,
+        layout=layout,
         like=like,
         scan_layers=scan_layers,
         dtype=dtype.value,

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_convert.forward.arithmetic import attend, gelu, rms_norm, rotary, routing, visible
+from gemma_convert.forward.native_model import Dtype
 from gemma_convert.forward.prompt import Prompt
 from gemma_convert.forward.sharding import Axes, place, place_all, replicated
 from gemma_convert.model.architecture import Layer, Rope, TextArchitecture
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
 Params: TypeAlias = Mapping[str, Any]
-Dtype: TypeAlias = Literal["float32", "bfloat16"]
 KeysAndValues: TypeAlias = tuple[jax.Array, jax.Array]
 Norm: TypeAlias = Literal[
     "pre_attention",

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 from gemma_convert.errors import SourceError
-from gemma_convert.forward.restore import ArrayFacts
 from gemma_convert.forward.sharding import Axes
+from gemma_convert.forward.tree import ArrayFacts
 from gemma_convert.model.architecture import Layer, TextArchitecture
 
 Shape: TypeAlias = tuple[int, ...]

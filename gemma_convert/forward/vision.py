@@ -88,8 +88,8 @@ def real_patches(positions: Int[Array, "patches 2"]) -> Bool[Array, " patches"]:
 
 
 def embed_patches(
-    pixels: Float[Array, "patches patch"],
-    positions: Int[Array, "patches 2"],
+    pixels: Float[np.ndarray, "patches patch"],
+    positions: Int[np.ndarray, "patches 2"],
     kernel: Float[Array, "patch embed"],
     table: Float[Array, "positions 2 embed"],
 ) -> Float[Array, "patches embed"]:
@@ -138,7 +138,7 @@ def attend(
 
 def soft_tokens(
     hidden: Float[Array, "patches embed"],
-    positions: Int[Array, "patches 2"],
+    positions: Int[np.ndarray, "patches 2"],
     vision: VisionArchitecture,
     standard: tuple[Float[Array, " embed"], Float[Array, " embed"]] | None,
     kernel: Float[Array, "embed text"],

@@ -1,23 +1,58 @@
-"""The native layouts, and which of them a folder holds."""
+"""The native layouts that are installed, and which of them a folder holds.
+
+A layout's module is imported when it is used: by its name, or because a folder has to be
+recognised. One that cannot be is told by its package's name, and keeps no other from its work.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
+from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any, Protocol, cast
 
 from gemma_convert.checkpoint.layout import Layout
 from gemma_convert.checkpoint.native import NativeSource, fingerprint
-from gemma_convert.errors import SourceError
-from gemma_convert.layouts.fast_llm.layout import FastLLM, fast_llm_source, is_fast_llm
-from gemma_convert.layouts.gemma_jax.layout import GemmaJax, gemma_jax_source
-from gemma_convert.layouts.maxtext.layout import MaxText, maxtext_source
+from gemma_convert.checkpoint.native_folder import NativeFolder
+from gemma_convert.errors import SourceError, UsageError, short
+from gemma_convert.forward.native_model import NativeModel
+from gemma_convert.mapping.declared import declaration, layout_names, package
+from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.huggingface_files import INDEX, SINGLE
-from gemma_convert.stores.orbax.reader import find_items, read_orbax_tree
+from gemma_convert.stores.orbax.reader import find_items
 
-LAYOUTS: Mapping[str, Layout] = {
-    layout.name: layout for layout in (MaxText(), GemmaJax(), FastLLM())
-}
+_FACTS = {"name": str, "framework": str, "divisible": bool, "streams": bool}
+_METHODS = ("find", "open", "create", "settings", "check_metadata")
+
+
+class RunnableLayout(Layout, Protocol):
+    """A layout that has a forward pass, which a layout need not have."""
+
+    def open_model(self, where: Path, architecture: Architecture) -> NativeModel:
+        """The checkpoint that `find` found, to be run.
+
+        Raises SourceError where it does not fit `architecture`.
+        """
+
+
+@cache
+def load_layout(name: str) -> Layout:
+    """The layout `name`, its module imported.
+
+    Raises UsageError where there is none, or where it cannot be imported or is not a layout.
+    """
+    declared = declaration(name)
+    try:
+        found = declared.load()
+        found = found() if isinstance(found, type) else found
+    except Exception as error:  # whatever another package's module raises
+        raise _unusable(declared, f"{type(error).__name__}: {error}") from error
+    lacking = list(_lacking(found, name))
+    if lacking:
+        raise _unusable(declared, f"a layout with {', '.join(lacking)}")
+    return cast(Layout, found)
 
 
 def open_native(path: Path, block_bytes: int | None = None) -> NativeSource:
@@ -25,31 +60,88 @@ def open_native(path: Path, block_bytes: int | None = None) -> NativeSource:
 
     Raises SourceError where there is none, or none of a known layout.
     """
-    if is_fast_llm(path):
-        found = fingerprint(path)
-        return replace(fast_llm_source(path), block_bytes=block_bytes, fingerprint=found)
-    items = find_items(path)
-    found = fingerprint(items)
-    tree = read_orbax_tree(items)
-    native = maxtext_source(tree) or gemma_jax_source(tree)
-    if native is not None:
-        return replace(native, block_bytes=block_bytes, fingerprint=found)
-    raise SourceError(
-        "The checkpoint holds no parameters in a layout that is known.",
-        where=tree.folder,
-        expected="MaxText's tree, the gemma library's tree, or Fast-LLM's files",
-        found=", ".join(sorted({name.split("/")[0] for name in tree.arrays})[:8]) or "no arrays",
-    )
+    layout, where = _recognised(path)
+    found = fingerprint(where)
+    return replace(layout.open(where), block_bytes=block_bytes, fingerprint=found)
+
+
+def open_model(path: Path, architecture: Architecture) -> NativeModel:
+    """The native checkpoint at `path`, to be run by its layout's forward pass.
+
+    Raises SourceError where it does not fit `architecture`, UsageError where its layout has no
+    forward pass.
+    """
+    layout, where = _recognised(path)
+    if getattr(layout, "open_model", None) is None:
+        raise UsageError(
+            f"The layout {layout.name} has no forward pass, so its logits cannot be checked.",
+            where=where,
+            do="check it with gemma-convert verify",
+        )
+    return cast(RunnableLayout, layout).open_model(where, architecture)
 
 
 def is_native(path: Path) -> bool:
     """Whether a folder holds a native checkpoint rather than Hugging Face files."""
     if any((path / name).exists() for name in (SINGLE, INDEX)):
         return False
-    if is_fast_llm(path):
-        return True
-    try:
-        find_items(path)
-    except SourceError:
-        return False
-    return True
+    folder = NativeFolder(path)
+    return folder.items is not None or next(_found(folder), None) is not None
+
+
+def usable_layouts(unusable: list[UsageError] | None = None) -> Iterator[Layout]:
+    """All layouts but those that cannot be used, whose errors are added to `unusable`."""
+    for name in layout_names():
+        try:
+            layout = load_layout(name)
+        except UsageError as error:
+            if unusable is not None:
+                unusable.append(error)
+            continue
+        yield layout
+
+
+def _recognised(path: Path) -> tuple[Layout, Path]:
+    folder, unusable = NativeFolder(path), list[UsageError]()
+    for layout, where in _found(folder, unusable):
+        return layout, where
+    items = find_items(path)
+    raise SourceError(
+        "The checkpoint holds no parameters in a layout that is known.",
+        where=items,
+        expected=f"a checkpoint of {', '.join(one.framework for one in usable_layouts())}",
+        found=", ".join(sorted({name.split("/")[0] for name in folder.arrays})[:8]) or "no arrays",
+        do=f"{unusable[0].do}: {unusable[0].what}" if unusable else None,
+    )
+
+
+def _found(
+    folder: NativeFolder, unusable: list[UsageError] | None = None
+) -> Iterator[tuple[Layout, Path]]:
+    """The layouts that have a checkpoint in `folder`, and where."""
+    for layout in usable_layouts(unusable):
+        where = layout.find(folder)
+        if where is not None:
+            yield layout, where
+
+
+def _lacking(found: Any, name: str) -> Iterator[str]:
+    """What `found` has not that a layout has."""
+    for fact, kind in _FACTS.items():
+        if not isinstance(getattr(found, fact, None), kind):
+            yield f"no {fact}"
+    if isinstance(getattr(found, "name", None), str) and found.name != name:
+        yield f"the name {short(found.name)}"
+    for method in _METHODS:
+        if not callable(getattr(found, method, None)):
+            yield f"no {method}"
+
+
+def _unusable(declared: EntryPoint, found: str) -> UsageError:
+    return UsageError(
+        f"The layout `{declared.name}` cannot be used.",
+        where=f"package {package(declared)}, {declared.value}",
+        expected="what gemma_convert.checkpoint.layout.Layout asks for",
+        found=short(found),
+        do=f"repair or remove the package {package(declared)}",
+    )

@@ -8,10 +8,10 @@ from dataclasses import replace
 from gemma_convert.flops.count import count
 from gemma_convert.flops.gemma4 import gemma4
 from gemma_convert.flops.workload import Workload, prefill
-from gemma_convert.logits.images import ImageSequence
-from gemma_convert.logits.prompts import TokenSequence
-from gemma_convert.logits.sounds import SoundSequence
 from gemma_convert.model.architecture import Architecture
+from gemma_convert.prompts.images import ImageSequence
+from gemma_convert.prompts.sounds import SoundSequence
+from gemma_convert.prompts.text import TokenSequence
 
 
 def forward_flops(architecture: Architecture, sequences: Sequence[TokenSequence]) -> int:

@@ -1,6 +1,6 @@
 """Does a native checkpoint compute what the original does? Both are run and their logits compared.
 
-The native side is run by `logits.native`, which knows no mapping table. The reference is
+The native side is run by its layout, which knows no mapping table there. The reference is
 transformers on the original checkpoint, or golden logits saved from it.
 """
 
@@ -15,39 +15,29 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from gemma_convert.engine.lockstep import is_leader, process_count, publish, published
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.files.libraries import told_by_library
+from gemma_convert.forward.native_model import (
+    Dtype,
+    LogitSource,
+    NativeModel,
+    Streamed,
+    check_towers,
+)
+from gemma_convert.layouts.registry import open_model
 from gemma_convert.logits.achieved import forward_flops
-from gemma_convert.logits.distributed import is_leader, process_count, publish, published
 from gemma_convert.logits.divergence import Accumulator
 from gemma_convert.logits.drift import TOLERANCE, Drift
 from gemma_convert.logits.fingerprint import fingerprints
 from gemma_convert.logits.golden import SLICE_BYTES, Golden, load_golden
-from gemma_convert.logits.images import image_sequences
 from gemma_convert.logits.layerwise import LayerwiseReference
-from gemma_convert.logits.limit import Dtype, choose_limit, find_lossy_rows
-from gemma_convert.logits.native import (
-    LogitSource,
-    NativeModel,
-    check_towers,
-    device_count,
-    follow,
-    open_model,
-)
-from gemma_convert.logits.prompts import (
-    TokenSequence,
-    check_ids,
-    has_tokenizer,
-    load_tokenizer,
-    token_sequences,
-)
+from gemma_convert.logits.limit import choose_limit, find_lossy_rows
 from gemma_convert.logits.reference import TransformersLogits, reference_config
 from gemma_convert.logits.report import LogitReport
 from gemma_convert.logits.sizes import check_sizes
-from gemma_convert.logits.sounds import sound_sequences
 from gemma_convert.logits.streaming import (
     GoldenSlices,
-    Streamed,
     compare_slices,
     compared_slices,
     run_in_step,
@@ -56,6 +46,15 @@ from gemma_convert.logits.tokens import checked_sequences, worst_predictions
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import read_architecture
 from gemma_convert.output import shown
+from gemma_convert.prompts.images import image_sequences
+from gemma_convert.prompts.sounds import sound_sequences
+from gemma_convert.prompts.text import (
+    TokenSequence,
+    check_ids,
+    has_tokenizer,
+    load_tokenizer,
+    token_sequences,
+)
 from gemma_convert.stores.remote.locations import local
 from gemma_convert.tasks.reports import peak_memory
 
@@ -81,7 +80,7 @@ def logit_check(
     config.json alone, and the sequences are the golden file's. `lossy_rows` names what the
     conversion rounded; None finds out. `max_kl` is in nats per token. Both sides run layer by layer
     and in step, unless `whole_model` loads all of both, and then nothing is said of single layers.
-    Several processes (`gemma_convert.logits.distributed`) get the report of process 0, which alone
+    Several processes (`gemma_convert.engine.lockstep`) get the report of process 0, which alone
     runs the reference, without what it has of single tokens.
     Either side may be on the hub (`gemma_convert.stores.remote.locations`).
     Raises SourceError where a side cannot be read or the two do not fit, UsageError for options
@@ -145,7 +144,7 @@ def _logit_check(
         text = architecture.text
         rows = _rows(text.vocab)
         vocab = compared_slices(sequences, vocab=text.vocab, embed=text.embed)
-        follow(model, sequences, dtype, whole_model, rows=rows, vocab=vocab)
+        model.follow(sequences, dtype, whole_model, rows=rows, vocab=vocab)
         return LogitReport.from_text(published())
     running = time.monotonic()
     if whole_model:
@@ -182,7 +181,7 @@ def _logit_check(
         warnings=(*limit.warnings, *_window_warning(longest, window)),
         flops=forward_flops(architecture, sequences) * (1 if stored else 2),
         running_seconds=time.monotonic() - running,
-        native_devices=device_count(model),
+        native_devices=model.device_count,
         processes=process_count(),
         original=shown(hf),
         checkpoint=shown(native),

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-States: TypeAlias = Sequence[npt.NDArray[Any]]
-"""The hidden state [length embed] of each sequence."""
+from gemma_convert.forward.native_model import States
 
 TOLERANCE = 2e-3
 """Relative drift that float32 arithmetic does not reach (3e-4 was seen) and mistakes go beyond."""

@@ -26,10 +26,10 @@ from gemma_convert.errors import SourceError, TargetError, short
 from gemma_convert.files.json_file import parse_json, read_regular
 from gemma_convert.files.library_path import library_path
 from gemma_convert.files.new_file import new_sibling
-from gemma_convert.logits.prompts import TokenSequence, token_sequences
 from gemma_convert.logits.reference import Reference, reference_config
 from gemma_convert.logits.sizes import check_sizes
 from gemma_convert.model.config import MAX_CONFIG_BYTES, read_architecture
+from gemma_convert.prompts.text import TokenSequence, token_sequences
 from gemma_convert.stores.remote.locations import local
 
 FORMAT = "gemma-convert/golden/1"

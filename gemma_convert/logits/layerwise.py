@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 
 from gemma_convert.files.libraries import told_by_library
-from gemma_convert.logits.prompts import TokenSequence
 from gemma_convert.logits.reference import (
     arguments,
     cannot_run,
@@ -35,6 +34,7 @@ from gemma_convert.logits.reference import (
 from gemma_convert.logits.tensor_files import TensorFiles
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import read_architecture
+from gemma_convert.prompts.text import TokenSequence
 
 if TYPE_CHECKING:
     import torch

@@ -6,16 +6,14 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 from gemma_convert.checkpoint.manifest import MAX_BYTES as MAX_MANIFEST_BYTES
 from gemma_convert.checkpoint.sidecar import sidecar_root
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.files.json_file import read_object
+from gemma_convert.forward.native_model import Dtype
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.output import printable
-
-Dtype: TypeAlias = Literal["float32", "bfloat16"]
 
 PROOF_LIMIT = 1e-5
 INDICATION_LIMIT = 0.03

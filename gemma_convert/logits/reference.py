@@ -22,12 +22,12 @@ import numpy.typing as npt
 
 from gemma_convert.errors import SourceError
 from gemma_convert.files.libraries import told_by_library
-from gemma_convert.logits.handed import handed
-from gemma_convert.logits.images import ImageSequence
-from gemma_convert.logits.prompts import TokenSequence
-from gemma_convert.logits.soft import SoftSequence
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import read_architecture
+from gemma_convert.model.transformers_folder import handed
+from gemma_convert.prompts.images import ImageSequence
+from gemma_convert.prompts.soft import SoftSequence
+from gemma_convert.prompts.text import TokenSequence
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 
 if TYPE_CHECKING:

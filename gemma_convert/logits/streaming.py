@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from gemma_convert.files.library_path import library_path
-from gemma_convert.logits.divergence import Accumulator, Floats
-from gemma_convert.logits.drift import Drift, States, measure_drift
+from gemma_convert.forward.native_model import Logits, Streamed, VocabularySlices
+from gemma_convert.logits.divergence import Accumulator
+from gemma_convert.logits.drift import Drift, measure_drift
 from gemma_convert.logits.golden import Golden
-from gemma_convert.logits.prompts import TokenSequence
 from gemma_convert.logits.sliced import SlicedComparison
+from gemma_convert.prompts.text import TokenSequence
 
 LOGIT_BYTES = 32 << 20
 """Most bytes of one slice of logits in float32; a slice has `_LEAST_ROWS` at the least."""
@@ -25,24 +25,6 @@ TABLE_BYTES = 128 << 20
 """Most bytes of the rows of an output table, in float32, that one slice is made of."""
 
 _LEAST_ROWS = 256
-
-
-class Logits(Protocol):
-    """A side whose logits can be had by slices of the vocabulary."""
-
-    @property
-    def device(self) -> str:
-        """Name of the device, for the report."""
-
-    def logits(self, vocab: Sequence[slice]) -> Iterator[Floats]:
-        """Logits [positions width] of each slice, of all sequences' compared positions in order."""
-
-
-class Streamed(Logits, Protocol):
-    """A side that is run layer by layer; `stages` must have come to its end before `logits`."""
-
-    def stages(self) -> Iterator[States]:
-        """The states of each sequence: embedded, behind each layer, and behind the final norm."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +38,7 @@ class GoldenSlices:
         """Where the logits come from, in the place of a device's name."""
         return self.golden.device
 
-    def logits(self, vocab: Sequence[slice]) -> Iterator[Floats]:
+    def logits(self, vocab: Sequence[slice]) -> Iterator[Logits]:
         """Logits [positions width] of each slice, of all sequences' positions in order."""
         from safetensors import safe_open
 
@@ -80,8 +62,8 @@ def run_in_step(
 
 
 def compare_slices(
-    reference: Logits,
-    native: Logits,
+    reference: VocabularySlices,
+    native: VocabularySlices,
     sequences: Sequence[TokenSequence],
     *,
     vocab: int,

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gemma_convert.logits.divergence import Likeliest, TokenDivergence, WorstToken
-from gemma_convert.logits.prompts import TokenSequence
-from gemma_convert.logits.soft import SoftSequence
+from gemma_convert.prompts.soft import SoftSequence
+from gemma_convert.prompts.text import TokenSequence
 
 SHOWN_TOKENS = 5
 SHOWN_CANDIDATES = 5

@@ -9,7 +9,8 @@ from math import prod
 
 from gemma_convert.errors import MappingError
 from gemma_convert.mapping.notation import Index, View
-from gemma_convert.mapping.table import HFRow, Inventory, load_inventory
+from gemma_convert.mapping.rows import HFRow, Inventory
+from gemma_convert.mapping.table import load_inventory
 from gemma_convert.model.architecture import MODEL_FACTS, Architecture
 
 

@@ -16,7 +16,7 @@ from gemma_convert.mapping.inventory import HFTensor, hf_tensors, shape_of
 from gemma_convert.mapping.notation import UNIT, Condition, Spellings
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.region import Region, RegionCopy
-from gemma_convert.mapping.table import NativeRow, Table
+from gemma_convert.mapping.rows import NativeRow, Table
 
 Kind = Literal["converted", "filled", "shared", "tied", "carried"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from gemma_convert.errors import MappingError, UsageError
 from gemma_convert.mapping.notation import Index, Pattern, View
 from gemma_convert.mapping.region import Extent
-from gemma_convert.mapping.table import Placement, Stack, Table
+from gemma_convert.mapping.rows import Placement, Stack, Table
 from gemma_convert.model.architecture import Architecture
 
 Dims = tuple[tuple[Extent, ...], ...]

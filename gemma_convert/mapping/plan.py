@@ -22,7 +22,7 @@ from gemma_convert.mapping.region import (
     chunk_shape,
     split_steps,
 )
-from gemma_convert.mapping.table import NativeRow, Placement, Table
+from gemma_convert.mapping.rows import NativeRow, Placement, Table
 from gemma_convert.model.architecture import Architecture
 
 BLOCK_BYTES = 32 << 20

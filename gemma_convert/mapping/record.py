@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -77,6 +78,18 @@ class Record:
     def table(self, key: str) -> Record:
         """The TOML table under `key`, empty where there is none."""
         return Record(self.values.get(key, {}), f"{self.where}, {key}")
+
+    def patterns(self, key: str) -> tuple[str, ...]:
+        """The regular expressions under `key`, none where there is no such key."""
+        values = self.values.get(key, [])
+        if not isinstance(values, list) or not all(isinstance(one, str) for one in values):
+            raise self.error(f"`{key}` is a list of patterns.", found=values)
+        for one in values:
+            try:
+                re.compile(one)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise self.error(f"`{key}` has no regular expression: {error}", found=one) from None
+        return tuple(values)
 
     def spellings(self) -> Spellings:
         """axis → the names of its values, for axes whose values have names."""

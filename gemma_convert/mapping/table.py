@@ -8,151 +8,29 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from gemma_convert.errors import MappingError, UsageError
-from gemma_convert.mapping.notation import (
-    Condition,
-    Pattern,
-    Spellings,
-    View,
-    axis_of,
-    parse_view,
-)
+from gemma_convert.mapping.declared import declaration, is_own, module_folder, package
+from gemma_convert.mapping.notation import Pattern, axis_of, parse_view
 from gemma_convert.mapping.record import Record
+from gemma_convert.mapping.rows import (
+    CarriedRow,
+    Files,
+    HFRow,
+    Inventory,
+    NativeRow,
+    Placement,
+    Refusal,
+    Stack,
+    Table,
+)
 
 HUGGINGFACE = "huggingface"
-NATIVE_LAYOUTS = ("maxtext", "gemma-jax", "fast-llm")
 
 TOWERS = ("vision", "audio")
-
-
-@dataclass(frozen=True)
-class HFRow:
-    """One family of Hugging Face tensors; where `optional` holds, a tensor may be absent."""
-
-    view: View
-    when: Condition
-    optional: Condition | None
-    tied: str | None
-    text_only_name: Pattern
-    where: str
-
-    def name(self, text_only: bool) -> Pattern:
-        return self.text_only_name if text_only else self.view.pattern
-
-
-@dataclass(frozen=True)
-class NativeRow:
-    """The two views of one parameter.
-
-    The native side is larger by the root of axis `scale`; the Hugging Face tensors along axis
-    `share` are one on the native side; `fill` is there what an absent optional tensor leaves open.
-    """
-
-    hf: HFRow
-    native: View
-    when: Condition
-    scale: str | None
-    share: str | None
-    fill: int | None
-    tower: str | None
-    where: str
-
-    def __str__(self) -> str:
-        return f"{self.hf.view} | {self.native}"
-
-
-@dataclass(frozen=True)
-class CarriedRow:
-    """Hugging Face rows that a layout has no place for; a `name` ending in `*` is a prefix."""
-
-    name: str
-    when: Condition
-    why: str
-    where: str
-
-    def matches(self, row: HFRow) -> bool:
-        text = row.view.pattern.text
-        return text.startswith(self.name[:-1]) if self.name.endswith("*") else text == self.name
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Models that a layout cannot hold, why, and the Hugging Face rows that it has no place for."""
-
-    when: Condition
-    why: str
-    names: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Stack:
-    """Layers that a placement stacks into one array: paths below `start` move below `end`."""
-
-    when: Condition
-    start: str
-    end: str
-    index: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where stacking axes go: after the first `after` dimensions of every array of a stack."""
-
-    name: str
-    axis: str
-    after: int
-    refused: tuple[tuple[Condition, str], ...]
-    stacks: tuple[Stack, ...]
-
-
-@dataclass(frozen=True)
-class Inventory:
-    """mappings/huggingface.toml: every tensor of the Hugging Face layout."""
-
-    rows: tuple[HFRow, ...]
-    spellings: Spellings
-
-    def row(self, name: str) -> HFRow | None:
-        return next((row for row in self.rows if row.view.pattern.text == name), None)
-
-
-@dataclass(frozen=True)
-class Table:
-    """One native layout: rows, what it carries and refuses, spellings of axes, placements."""
-
-    layout: str
-    rows: tuple[NativeRow, ...]
-    carried: tuple[CarriedRow, ...]
-    refused: tuple[Refusal, ...]
-    spellings: Spellings
-    placements: Mapping[str, Placement]
-    inventory: Inventory
-
-    @cached_property
-    def _rows_by_hf(self) -> Mapping[str, tuple[NativeRow, ...]]:
-        rows: dict[str, tuple[NativeRow, ...]] = {}
-        for row in self.rows:
-            name = row.hf.view.pattern.text
-            rows[name] = (*rows.get(name, ()), row)
-        return rows
-
-    @cached_property
-    def _tower_names(self) -> tuple[str, ...]:
-        texts = {row.native.pattern.text for row in self.rows if row.tower is not None}
-        return tuple(text.partition("{")[0] for text in texts)
-
-    def in_tower(self, name: str) -> bool:
-        """Whether a native array belongs to the vision or audio tower."""
-        return name.startswith(self._tower_names)
-
-    def rows_of(self, hf: HFRow) -> tuple[NativeRow, ...]:
-        """The rows that convert a Hugging Face row; at most one of them holds at a place."""
-        return self._rows_by_hf.get(hf.view.pattern.text, ())
 
 
 def mappings_folder() -> Path:
@@ -170,19 +48,47 @@ def load_inventory() -> Inventory:
 
 @cache
 def load_table(layout: str) -> Table:
-    """The table of a native layout, read once; raises UsageError for a layout that has none."""
-    if layout not in NATIVE_LAYOUTS:
+    """The table of a native layout, read once.
+
+    Raises UsageError where there is no such layout, or where another package's table is wrong.
+    """
+    declared, file = declaration(layout), table_file(layout)
+    try:
+        return _checked_table(layout, file)
+    except MappingError as error:
+        if is_own(declared):
+            raise
         raise UsageError(
-            f"There is no layout `{layout}`.",
-            expected=", ".join(NATIVE_LAYOUTS),
-            do="choose one with --format",
+            f"The table of the layout `{layout}` cannot be used.",
+            where=f"package {package(declared)}, {error.where}",
+            expected=error.expected,
+            found=f"{error.what} {error.found or ''}".rstrip(),
+            do=f"repair or remove the package {package(declared)}",
+        ) from None
+
+
+def _checked_table(layout: str, file: Path) -> Table:
+    table = parse_table(*_read(file), load_inventory())
+    if table.layout != layout:
+        raise MappingError(
+            "The table is that of another layout.",
+            where=file.name,
+            expected=f'layout = "{layout}"',
+            found=table.layout,
         )
-    return parse_table(*_read(table_file(layout)), load_inventory())
+    return table
 
 
 def table_file(layout: str) -> Path:
-    """The file of a layout's table."""
-    return mappings_folder() / f"{layout.replace('-', '_')}.toml"
+    """The file of a layout's table: that of another package's lies beside its module.
+
+    Raises UsageError where there is no such layout.
+    """
+    name = f"{layout.replace('-', '_')}.toml"
+    if layout == HUGGINGFACE:
+        return mappings_folder() / name
+    declared = declaration(layout)
+    return (mappings_folder() if is_own(declared) else module_folder(declared)) / name
 
 
 def parse_inventory(data: Mapping[str, Any], file: str) -> Inventory:
@@ -222,7 +128,7 @@ def parse_inventory(data: Mapping[str, Any], file: str) -> Inventory:
 def parse_table(data: Mapping[str, Any], file: str, inventory: Inventory) -> Table:
     """The table in the parsed TOML of a native layout; its rows are joined to the inventory's."""
     top = Record(data, file).only(
-        "layout", "spellings", "carried", "refused", "placement", "section"
+        "layout", "files", "spellings", "carried", "refused", "placement", "section"
     )
     rows = [row for section in top.records("section") for row in _native_rows(section, inventory)]
     carried = tuple(_carried_row(record, inventory) for record in top.records("carried"))
@@ -237,6 +143,7 @@ def parse_table(data: Mapping[str, Any], file: str, inventory: Inventory) -> Tab
         refused=refused,
         spellings=top.spellings(),
         placements=placements,
+        files=_files(top.table("files")) if top.has("files") else None,
         inventory=inventory,
     )
     for row in inventory.rows:
@@ -347,6 +254,14 @@ def _placement(name: str, record: Record) -> Placement:
         raise record.error("`after` is a number of dimensions.", found=after)
     axis = record.checked(axis_of, record.text("axis"), name)
     return Placement(name, axis, after, refused, tuple(stacks))
+
+
+def _files(record: Record) -> Files:
+    record.only("needed", "allowed")
+    needed, allowed = (record.patterns(key) for key in ("needed", "allowed"))
+    if not needed:
+        raise record.error("`needed` has a pattern, by which a checkpoint is known.")
+    return Files(needed, allowed)
 
 
 def _refuse_twice(names: list[tuple[str, str]]) -> None:

@@ -21,7 +21,6 @@ from gemma_convert.checkpoint import sidecar
 from gemma_convert.checkpoint.accounted import beside_native
 from gemma_convert.checkpoint.layout import Layout
 from gemma_convert.checkpoint.manifest import PLACE, write_manifest
-from gemma_convert.checkpoint.opening import Checkpoint
 from gemma_convert.checkpoint.seal import seal_files
 from gemma_convert.engine.casting import Casting, Losses
 from gemma_convert.engine.process_results import TransferResult
@@ -32,6 +31,7 @@ from gemma_convert.engine.transfer import BlockReader
 from gemma_convert.errors import SourceError
 from gemma_convert.files.identity import Unchanged
 from gemma_convert.files.value_file import ValuesFrom
+from gemma_convert.layouts.opening import Checkpoint
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.table import HUGGINGFACE, table_file
 from gemma_convert.output import Progress, shown

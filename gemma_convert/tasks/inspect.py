@@ -15,7 +15,7 @@ from gemma_convert.checkpoint import sidecar
 from gemma_convert.checkpoint.manifest import read_manifest
 from gemma_convert.checkpoint.native import NativeSource
 from gemma_convert.errors import SourceError, UsageError
-from gemma_convert.layouts.registry import is_native, open_native
+from gemma_convert.layouts.registry import is_native, open_native, usable_layouts
 from gemma_convert.mapping.inventory import hf_tensors, huggingface_tensors
 from gemma_convert.mapping.plan import plan_to_native
 from gemma_convert.mapping.table import HUGGINGFACE, load_table
@@ -92,9 +92,10 @@ def _inspect(path: Path) -> InspectReport:
         raise SourceError(
             "This is no checkpoint of a known layout.",
             where=path,
-            expected=f"{SINGLE}, {INDEX}, metadata.yaml, or an Orbax {METADATA}",
+            expected=f"{SINGLE}, {INDEX}, an Orbax {METADATA}, or the files of a native layout",
             found=", ".join(listed[:5]) or "nothing",
-            do="give the folder of a Hugging Face, MaxText, gemma or Fast-LLM checkpoint",
+            do="give a checkpoint of Hugging Face or of "
+            + ", ".join(layout.framework for layout in usable_layouts()),
         )
     with open_native(path) as native:
         return _native(path, native)

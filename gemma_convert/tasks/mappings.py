@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 from gemma_convert.arrays.dtypes import DTypePolicy, TensorSpec
 from gemma_convert.errors import UsageError
-from gemma_convert.layouts.registry import LAYOUTS
+from gemma_convert.layouts.registry import usable_layouts
 from gemma_convert.mapping.listing import Entry, TableEntry, list_table, list_tensors
 from gemma_convert.mapping.plan import plan_to_native
 from gemma_convert.mapping.table import load_table
 from gemma_convert.model.architecture import Architecture
+from gemma_convert.output import note
 from gemma_convert.published.models import named_model
 
 
@@ -88,18 +89,30 @@ def list_mappings(
 def _summaries(
     found: tuple[Architecture, Mapping[str, TensorSpec]] | None,
 ) -> tuple[FormatSummary, ...]:
-    summaries = []
-    for name, layout in LAYOUTS.items():
-        table = load_table(name)
+    unusable: list[UsageError] = []
+    summaries = list(_usable_summaries(found, unusable))
+    for error in unusable:
+        note(f"warning: {error.message}")
+    return tuple(summaries)
+
+
+def _usable_summaries(
+    found: tuple[Architecture, Mapping[str, TensorSpec]] | None, unusable: list[UsageError]
+) -> Iterator[FormatSummary]:
+    for layout in usable_layouts(unusable):
+        try:
+            table = load_table(layout.name)
+        except UsageError as error:
+            unusable.append(error)
+            continue
         refused: tuple[str, ...] = tuple(entry.why for entry in table.refused)
         sizes = None
         if found is not None:
             architecture, source = found
             refused = tuple(e.why for e in table.refused if e.when.holds(architecture, {}))
-            sizes = None if refused else _sizes(name, architecture, source)
+            sizes = None if refused else _sizes(layout.name, architecture, source)
         rows, scans = len(table.rows), bool(table.placements)
-        summaries.append(FormatSummary(name, layout.framework, rows, scans, refused, sizes))
-    return tuple(summaries)
+        yield FormatSummary(layout.name, layout.framework, rows, scans, refused, sizes)
 
 
 def _sizes(layout: str, architecture: Architecture, source: Mapping[str, TensorSpec]) -> ModelSizes:

@@ -12,13 +12,13 @@ from pathlib import Path
 from gemma_convert.arrays.dtypes import Choice
 from gemma_convert.checkpoint import sidecar
 from gemma_convert.checkpoint.native import NativeReader, plan_native
-from gemma_convert.checkpoint.opening import Checkpoint, open_checkpoint
 from gemma_convert.engine.memory import block_bytes
 from gemma_convert.engine.publishing import ProgressFactory, publish
 from gemma_convert.engine.restoring import Restoring
 from gemma_convert.engine.resumable import ResumableTransfer
 from gemma_convert.engine.staging import check_apart, check_space, check_target
 from gemma_convert.files.identity import Unchanged
+from gemma_convert.layouts.opening import Checkpoint, open_checkpoint
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.output import Progress, shown
 from gemma_convert.stores.remote.locations import check_remote_options, local, local_target

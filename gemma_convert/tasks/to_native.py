@@ -10,7 +10,6 @@ from pathlib import Path
 
 from gemma_convert.arrays.dtypes import Choice, DTypePolicy, ScaledChoice
 from gemma_convert.checkpoint import sidecar
-from gemma_convert.checkpoint.opening import open_checkpoint
 from gemma_convert.engine.huggingface_view import plan_relayout
 from gemma_convert.engine.memory import block_bytes
 from gemma_convert.engine.process_results import TransferResult
@@ -19,7 +18,8 @@ from gemma_convert.engine.publishing import ProgressFactory
 from gemma_convert.engine.staging import check_apart, check_space, check_target
 from gemma_convert.errors import UsageError
 from gemma_convert.files.identity import Unchanged
-from gemma_convert.layouts.registry import LAYOUTS, is_native
+from gemma_convert.layouts.opening import open_checkpoint
+from gemma_convert.layouts.registry import is_native, load_layout
 from gemma_convert.mapping.plan import plan_to_native
 from gemma_convert.mapping.table import load_table
 from gemma_convert.model.config import read_architecture
@@ -150,7 +150,7 @@ def _from_huggingface(
     return Conversion(
         source=source,
         target=target,
-        layout=LAYOUTS[layout],
+        layout=load_layout(layout),
         plan=plan,
         tensors=reader,
         shards=reader.shards,
@@ -189,7 +189,7 @@ def _from_native(
     return Conversion(
         source=source,
         target=target,
-        layout=LAYOUTS[layout],
+        layout=load_layout(layout),
         plan=plan,
         tensors=view,
         shards=original.shards,

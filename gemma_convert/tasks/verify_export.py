@@ -13,13 +13,13 @@ from gemma_convert.arrays.dtypes import CONVERTED, Choice
 from gemma_convert.arrays.values import Array
 from gemma_convert.checkpoint import sidecar
 from gemma_convert.checkpoint.native import NativeReader, plan_native
-from gemma_convert.checkpoint.opening import Checkpoint, open_checkpoint
 from gemma_convert.checkpoint.original import Original
 from gemma_convert.engine.comparing import Comparing, Comparison
 from gemma_convert.engine.publishing import ProgressFactory, progress_bar
 from gemma_convert.engine.restoring import Restoring
 from gemma_convert.engine.transfer import Transfer
 from gemma_convert.files.confined import NEVER_READ
+from gemma_convert.layouts.opening import Checkpoint, open_checkpoint
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.region import Box
 from gemma_convert.model.config import read_architecture

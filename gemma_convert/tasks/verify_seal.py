@@ -16,7 +16,7 @@ from gemma_convert.engine.comparing import Comparison
 from gemma_convert.engine.publishing import ProgressFactory, progress_bar
 from gemma_convert.errors import SourceError
 from gemma_convert.files.unfinished import refuse_unfinished
-from gemma_convert.layouts.registry import LAYOUTS, open_native
+from gemma_convert.layouts.registry import load_layout, open_native
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 
@@ -105,7 +105,7 @@ def _verify_arrays(
 
 def verify_metadata(native: NativeSource, plan: Plan, found: Comparison) -> None:
     """The files that tell the framework what the arrays are."""
-    for place, how in LAYOUTS[native.layout].check_metadata(native.folder, plan).items():
+    for place, how in load_layout(native.layout).check_metadata(native.folder, plan).items():
         found.differ(place, how)
 
 

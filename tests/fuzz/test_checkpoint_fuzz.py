@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from outcome import bounded, clear, share
 
 from gemma_convert.errors import GemmaConvertError, SourceError
-from gemma_convert.forward.restore import open_maxtext
+from gemma_convert.layouts.maxtext import tree as maxtext_orbax
+from gemma_convert.layouts.registry import open_model
 from gemma_convert.logits.check import logit_check
 from gemma_convert.logits.golden import save_golden
-from gemma_convert.logits.images import image_sequences
-from gemma_convert.logits.native import open_model
-from gemma_convert.logits.prompts import token_sequences
-from gemma_convert.logits.sounds import sound_sequences
 from gemma_convert.model.config import read_architecture
+from gemma_convert.prompts.images import image_sequences
+from gemma_convert.prompts.sounds import sound_sequences
+from gemma_convert.prompts.text import token_sequences
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 PROCESSOR = ("processor_config.json", "preprocessor_config.json")
@@ -187,7 +187,7 @@ def test_the_metadata_of_orbax(bench, native, tree, data):
     try:
         with bounded(SECONDS):
             open_model(tree, bench.architecture)
-            open_maxtext(tree)
+            maxtext_orbax.open_tree(tree)
     except GemmaConvertError as error:
         assert error.exit_code == SourceError.exit_code, repr(error)
         clear(error.message)

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from cases import LAYOUTS
 from damage import (
     DEEP,
     NUMBERS,
@@ -151,7 +152,7 @@ def test_a_conversion_is_refused_or_comes_back(tiny, data):
     """What is converted under a changed config is the same, bit for bit, when it comes back."""
     source = tiny("31b", text_only=True)
     config = json.loads((source / "config.json").read_text())
-    layout = data.draw(st.sampled_from(["maxtext", "gemma-jax", "fast-llm"]))
+    layout = data.draw(st.sampled_from(LAYOUTS))
     with tempfile.TemporaryDirectory() as outer:
         folder, out, back = (Path(outer, name) for name in ("source", "out", "back"))
         shutil.copytree(source, folder)

@@ -12,6 +12,7 @@ from outcome import outcome, refused, share
 
 from gemma_convert.errors import MappingError
 from gemma_convert.mapping import table
+from gemma_convert.mapping.declared import layout_names
 from gemma_convert.mapping.notation import (
     join_path,
     parse_condition,
@@ -19,7 +20,7 @@ from gemma_convert.mapping.notation import (
     split_path,
 )
 
-TEXT = {name: table.table_file(name).read_text() for name in ("huggingface", *table.NATIVE_LAYOUTS)}
+TEXT = {name: table.table_file(name).read_text() for name in ("huggingface", *layout_names())}
 PATHS = {name: sorted(places(tomllib.loads(text)), key=str) for name, text in TEXT.items()}
 PLAIN = [value for value in VALUES if not isinstance(value, Raw | Twice)]
 WORDS = (

@@ -13,6 +13,7 @@ from typing import Any
 MODULES = {
     "arithmetic": "forward.arithmetic",
     "decoder": "forward.decoder",
+    "jax_model": "forward.jax_model",
     "maxtext": "layouts.maxtext.forward",
     "gemma_jax": "layouts.gemma_jax.forward",
     "fast_llm": "layouts.fast_llm.forward",

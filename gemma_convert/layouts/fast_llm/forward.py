@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from torch.nn import functional
 from gemma_convert.errors import SourceError
 from gemma_convert.files.libraries import told_by_library
 from gemma_convert.files.library_path import library_path
+from gemma_convert.forward.native_model import Dtype
 from gemma_convert.layouts.fast_llm.forward_config import (
     Attention,
     Block,
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 Weights: TypeAlias = Mapping[str, torch.Tensor]
-Dtype: TypeAlias = Literal["float32", "bfloat16"]
 Shape: TypeAlias = tuple[int, ...]
 Tokens: TypeAlias = npt.NDArray[np.integer[Any]]
 

@@ -7,16 +7,14 @@ tensor is never split.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from gemma_convert.arrays.dtypes import TensorSpec, numpy_dtype
-from gemma_convert.arrays.values import Array
+from gemma_convert.arrays.dtypes import TensorSpec
 from gemma_convert.checkpoint.layout import CONVERTER
 from gemma_convert.checkpoint.native import NativeSource
+from gemma_convert.checkpoint.native_folder import NativeFolder
+from gemma_convert.checkpoint.safetensors_layout import SafetensorsStore, safetensors_source
 from gemma_convert.errors import SourceError, short
 from gemma_convert.files.unfinished import refuse_unfinished
 from gemma_convert.layouts.fast_llm.metadata import (
@@ -27,11 +25,13 @@ from gemma_convert.layouts.fast_llm.metadata import (
     write_metadata,
 )
 from gemma_convert.mapping.plan import Plan
-from gemma_convert.mapping.region import Box
+from gemma_convert.model.architecture import Architecture
 from gemma_convert.stores.orbax.writer import OrbaxFormat
-from gemma_convert.stores.safetensors.header import StoredTensor, library_order
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder, plain_name
-from gemma_convert.stores.safetensors.writer import SafetensorsWriter, output_shard
+
+if TYPE_CHECKING:
+    from gemma_convert.forward.native_model import NativeModel
+    from gemma_convert.layouts.registry import RunnableLayout
 
 FILE_PARAMETERS = 1 << 32
 
@@ -42,9 +42,22 @@ class FastLLM:
     divisible = False
     streams = False
 
-    def create(self, folder: Path, plan: Plan, form: OrbaxFormat, part: int = 0) -> FastLLMWriter:
+    def find(self, folder: NativeFolder) -> Path | None:
+        return folder.path if (folder.path / METADATA).is_file() else None
+
+    def open(self, where: Path) -> NativeSource:
+        reader = _reader(where)
+        converted = CONVERTER in read_metadata(where)["metadata"]
+        return safetensors_source(self.name, reader, converted=converted)
+
+    def open_model(self, where: Path, architecture: Architecture) -> NativeModel:
+        from gemma_convert.layouts.fast_llm.model import FastLLMModel
+
+        return FastLLMModel(where, architecture)
+
+    def create(self, folder: Path, plan: Plan, form: OrbaxFormat, part: int = 0) -> FastLLMStore:
         del form, part
-        return FastLLMWriter(folder, plan)
+        return FastLLMStore(folder, plan)
 
     def settings(self, plan: Plan, target: Path) -> dict[str, str]:
         del plan
@@ -65,74 +78,23 @@ class FastLLM:
         return {f"{METADATA}: {path}": how for path, how in differences(expected, found)}
 
 
-class FastLLMWriter(SafetensorsWriter):
-    """The files of a checkpoint, and metadata.yaml when they are complete."""
+class FastLLMStore(SafetensorsStore):
+    """The files of a checkpoint, and the metadata that says which array is in which of them."""
 
     def __init__(self, folder: Path, plan: Plan) -> None:
-        self._folder, self._plan = folder, plan
         specs = {name: target.spec for name, target in plan.targets.items()}
-        self._files = {
-            f"model_{number}.safetensors": library_order(group)
-            for number, group in enumerate(_files(specs))
-        }
-        super().__init__(folder, [output_shard(file, group) for file, group in self._files.items()])
+        groups = enumerate(_groups(specs))
+        super().__init__(folder, {f"model_{at}.safetensors": group for at, group in groups})
+        self._architecture = plan.architecture
 
     def complete(self, started_ns: int, parts: int = 1) -> None:
-        del started_ns, parts
-        self.close()
-        state_index = {name: file for file, group in self._files.items() for name in group}
-        write_metadata(self._folder, fast_llm_metadata(self._plan.architecture, state_index))
+        super().complete(started_ns, parts)
+        state_index = {name: file for file, group in self.files.items() for name in group}
+        write_metadata(self.folder, fast_llm_metadata(self._architecture, state_index))
 
 
-@dataclass(frozen=True)
-class FastLLMArray:
-    """One tensor of a checkpoint, read by rows; nothing needs to be decoded at once."""
-
-    reader: SafetensorsFolder
-    tensor: StoredTensor
-
-    @property
-    def spec(self) -> TensorSpec:
-        return self.tensor.spec
-
-    @property
-    def chunk(self) -> tuple[int, ...]:
-        return (1, *self.spec.shape[1:])
-
-    def read(self, box: Box, into: Array | None = None) -> Array:
-        """The values in `box`, a new array or `into`; SourceError where they cannot be read."""
-        shape = self.spec.shape
-        if len(box) != len(shape) or any(
-            start < 0 or start + length > size
-            for (start, length), size in zip(box, shape, strict=True)
-        ):
-            raise SourceError(
-                "A tensor has another shape than it is read with.",
-                where=f"{self.reader.folder}, tensor {self.tensor.name}",
-                found=list(shape),
-            )
-        values = into
-        if values is None:
-            values = np.empty([length for _, length in box], numpy_dtype(self.spec.dtype))
-        rows, row_size = _rows(values), prod(shape[1:])
-        start, count = box[0] if box else (0, 1)
-        inner_start, inner = box[1] if len(box) > 1 else (0, 1)
-        if inner == row_size:
-            rows = rows.reshape(1, -1)
-            count = 1
-        for number in range(count):
-            offset = ((start + number) * row_size + inner_start) * self.spec.itemsize
-            self.reader.read_into(self.tensor, offset, rows[number].data)
-        return values
-
-
-def is_fast_llm(path: Path) -> bool:
-    """Whether a folder holds a checkpoint in Fast-LLM's own format."""
-    return (path / METADATA).is_file()
-
-
-def fast_llm_source(folder: Path) -> NativeSource:
-    """The checkpoint in `folder`; raises SourceError where it cannot be read."""
+def _reader(folder: Path) -> SafetensorsFolder:
+    """The files of the checkpoint in `folder`; raises SourceError where they cannot be read."""
     refuse_unfinished(folder)
     metadata = read_metadata(folder)
     index = metadata.get("metadata", {})
@@ -159,24 +121,10 @@ def fast_llm_source(folder: Path) -> NativeSource:
             where=folder,
             found=f"{len(astray)} tensors, such as {min(astray)}",
         )
-
-    def read(name: str, cache_bytes: int) -> FastLLMArray:
-        del cache_bytes
-        return FastLLMArray(reader, reader.tensors[name])
-
-    return NativeSource(
-        layout=FastLLM.name,
-        folder=folder,
-        specs=reader.specs,
-        chunks={name: (1, *spec.shape[1:]) for name, spec in reader.specs.items()},
-        opener=read,
-        scanned=False,
-        converted=CONVERTER in metadata.get("metadata", {}),
-        release=reader.close,
-    )
+    return reader
 
 
-def _files(specs: Mapping[str, TensorSpec]) -> Iterator[dict[str, TensorSpec]]:
+def _groups(specs: Mapping[str, TensorSpec]) -> Iterator[dict[str, TensorSpec]]:
     group: dict[str, TensorSpec] = {}
     for name, spec in specs.items():
         group[name] = spec
@@ -187,5 +135,5 @@ def _files(specs: Mapping[str, TensorSpec]) -> Iterator[dict[str, TensorSpec]]:
         yield group
 
 
-def _rows(values: Array) -> Array:
-    return values.reshape(-1).view(np.uint8).reshape(len(values) if values.ndim else 1, -1)
+if TYPE_CHECKING:
+    _: RunnableLayout = FastLLM()

@@ -88,7 +88,7 @@ def axes(architecture: Architecture) -> dict[str, Axes]:
 def encode_audio(
     tree: Params,
     architecture: Architecture,
-    features: Float[Array, "frames mel"],
+    features: Float[np.ndarray, "frames mel"],
     mask: Bool[Array, " frames"] | None = None,
 ) -> Float[Array, "tokens embed"]:
     """Soft tokens [tokens embed] of one clip in float32, one for four frames.
@@ -120,8 +120,8 @@ def _audio_of(architecture: Architecture) -> AudioArchitecture:
 
 
 def _without_padding(
-    features: Float[Array, "frames mel"], mask: Bool[Array, " frames"] | None
-) -> Float[Array, "real mel"]:
+    features: Float[np.ndarray, "frames mel"], mask: Bool[Array, " frames"] | None
+) -> Float[np.ndarray, "real mel"]:
     if mask is None:
         return features
     real = np.asarray(mask, bool)

@@ -7,7 +7,7 @@ table can cancel itself here. Arithmetic: `forward/decoder.py`. Layout of the tr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,8 @@ import numpy as np
 
 from gemma_convert.forward import decoder
 from gemma_convert.forward.arithmetic import gelu, head, product
-from gemma_convert.forward.decoder import Dtype, Norm, Params, at
+from gemma_convert.forward.decoder import Norm, Params, at
+from gemma_convert.forward.native_model import Dtype
 from gemma_convert.forward.prompt import Prompt
 from gemma_convert.forward.sharding import Axes, gather, place
 from gemma_convert.layouts.maxtext.shapes import layer_axes
@@ -62,17 +63,12 @@ def final_hidden(
     tree: Params, text: TextArchitecture, prompts: Sequence[Prompt], dtype: Dtype = "float32"
 ) -> list[Float[Array, "batch length embed"]]:
     """What the head is given [batch length embed], for each of `prompts`."""
-    return decoder.final_hidden(MaxTextWeights(tree, text), text, prompts, dtype)
+    return decoder.final_hidden(weights(tree, text), text, prompts, dtype)
 
 
-def stages(
-    tree: Params, text: TextArchitecture, prompts: Sequence[Prompt], dtype: Dtype = "float32"
-) -> Iterator[list[Float[Array, "batch length embed"]]]:
-    """The states of `prompts` [batch length embed]: embedded, behind each layer, behind the norm.
-
-    Arrays of `tree` may still be in a file: they are read when they are needed.
-    """
-    return decoder.stages(MaxTextWeights(tree, text), text, prompts, dtype)
+def weights(tree: Params, text: TextArchitecture) -> MaxTextWeights:
+    """The arrays of `tree`, which may still be in a file, and the products over their axes."""
+    return MaxTextWeights(tree, text)
 
 
 def output_table(

@@ -6,18 +6,22 @@ are never read, and NNX trees, whose parameters stand at the root with `.value` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gemma_convert.arrays.dtypes import TensorSpec
-from gemma_convert.checkpoint.native import NativeSource
-from gemma_convert.checkpoint.orbax_source import orbax_source
+from gemma_convert.checkpoint.orbax_layout import OrbaxLayout
 from gemma_convert.layouts.maxtext.settings import maxtext_settings
 from gemma_convert.mapping.plan import Plan
-from gemma_convert.stores.orbax.reader import OrbaxTree
+from gemma_convert.model.architecture import Architecture
 from gemma_convert.stores.orbax.writer import OrbaxFormat, OrbaxWriter, write_checkpoint_metadata
+
+if TYPE_CHECKING:
+    from gemma_convert.forward.native_model import NativeModel
+    from gemma_convert.layouts.registry import RunnableLayout
 
 STEP, ITEMS = "0", "items"
 
@@ -30,11 +34,21 @@ _MODULES = ("token_embedder/", "decoder/", "vision_encoder/")
 _HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
 
 
-class MaxText:
+class MaxText(OrbaxLayout):
     name = "maxtext"
     framework = "MaxText"
-    divisible = True
-    streams = True
+
+    def stored(self, arrays: Iterable[str]) -> Mapping[str, str]:
+        stored = {name: name for name in arrays if name.startswith(PARAMETERS)}
+        return stored or dict(_of_nnx(arrays))
+
+    def scanned(self, arrays: Iterable[str]) -> bool:
+        return any(_SCANNED in name for name in arrays)
+
+    def open_model(self, where: Path, architecture: Architecture) -> NativeModel:
+        from gemma_convert.layouts.maxtext.model import open_model
+
+        return open_model(where, architecture)
 
     def create(self, folder: Path, plan: Plan, form: OrbaxFormat, part: int = 0) -> MaxTextWriter:
         return MaxTextWriter(folder / STEP, plan, form, part)
@@ -45,19 +59,6 @@ class MaxText:
         return maxtext_settings(
             plan.architecture, items, scanned=plan.scanned, multimodal=multimodal
         )
-
-    def check_metadata(self, folder: Path, plan: Plan) -> dict[str, str]:
-        del folder, plan
-        return {}
-
-
-def maxtext_source(tree: OrbaxTree) -> NativeSource | None:
-    """The parameters in an Orbax tree; None where it is not MaxText's."""
-    stored = _stored(tree)
-    if not stored:
-        return None
-    scanned = any(_SCANNED in name for name in stored)
-    return orbax_source(MaxText.name, tree, stored, scanned=scanned)
 
 
 class MaxTextWriter(OrbaxWriter):
@@ -84,13 +85,13 @@ class MaxTextWriter(OrbaxWriter):
         write_checkpoint_metadata(self._step, {ITEMS: _HANDLER}, custom, started_ns)
 
 
-def _stored(tree: OrbaxTree) -> Mapping[str, str]:
-    """Name in the table → name on disk."""
-    stored = {name: name for name in tree.arrays if name.startswith(PARAMETERS)}
-    if stored:
-        return stored
-    for name in tree.arrays:
+def _of_nnx(arrays: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(name in the table, name on disk) of the parameters of an NNX tree."""
+    for name in arrays:
         path = name.removeprefix("params/").removesuffix(_VALUE)
         if name.endswith(_VALUE) and path.startswith(_MODULES) and _RANDOM not in path:
-            stored[PARAMETERS + path] = name
-    return stored
+            yield PARAMETERS + path, name
+
+
+if TYPE_CHECKING:
+    _: RunnableLayout = MaxText()

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from gemma_convert.errors import SourceError
-from gemma_convert.forward.restore import ArrayFacts
 from gemma_convert.forward.shapes import Shape, check_fit, lengths, shape_of
 from gemma_convert.forward.sharding import Axes
+from gemma_convert.forward.tree import ArrayFacts
 from gemma_convert.model.architecture import Layer, TextArchitecture
 
 

@@ -67,8 +67,8 @@ def axes(architecture: Architecture) -> dict[str, Axes]:
 def encode_image(
     tree: Params,
     architecture: Architecture,
-    pixels: Float[Array, "patches patch"],
-    positions: Int[Array, "patches 2"],
+    pixels: Float[np.ndarray, "patches patch"],
+    positions: Int[np.ndarray, "patches 2"],
 ) -> Float[Array, "tokens embed"]:
     """Soft tokens [tokens embed] of one image in float32, as the text model's layers get them.
 

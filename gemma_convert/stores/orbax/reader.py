@@ -5,7 +5,7 @@ Works on what Orbax, MaxText and the gemma library write: OCDBT or one folder an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,22 @@ def read_orbax_tree(folder: Path) -> OrbaxTree:
     metadata = _load_metadata(folder / METADATA)
     check_confined(folder)
     ocdbt, zarr3 = bool(metadata.get("use_ocdbt")), bool(metadata.get("use_zarr3"))
+    names, others = _names(metadata, folder)
+    form = _Form(ocdbt, zarr3, bool(metadata.get("store_array_data_equal_to_fill_value")))
+    context = _context(REMOTE_CACHE_BYTES if find_mirror(folder) else 0)
+    arrays, chunks = _specs(folder, names, form, context)
+    places = ocdbt_places(folder) if ocdbt and find_mirror(folder) is None else None
+    return OrbaxTree(folder, arrays, chunks, tuple(others), form, context, places)
+
+
+def array_names(folder: Path) -> list[str]:
+    """The names of an item folder's arrays, of which none is opened; raises SourceError."""
+    names, _ = _names(_load_metadata(folder / METADATA), folder)
+    return names
+
+
+def _names(metadata: Mapping[str, Any], folder: Path) -> tuple[list[str], list[str]]:
+    """The arrays of a tree, and those of optimizer and random state."""
     names: list[str] = []
     others: list[str] = []
     for entry in metadata["tree_metadata"].values():
@@ -117,11 +133,7 @@ def read_orbax_tree(folder: Path) -> OrbaxTree:
             ) from None
         if kind not in _WITHOUT_ARRAY:
             (others if first in STATE else names).append(join_path(keys))
-    form = _Form(ocdbt, zarr3, bool(metadata.get("store_array_data_equal_to_fill_value")))
-    context = _context(REMOTE_CACHE_BYTES if find_mirror(folder) else 0)
-    arrays, chunks = _specs(folder, names, form, context)
-    places = ocdbt_places(folder) if ocdbt and find_mirror(folder) is None else None
-    return OrbaxTree(folder, arrays, chunks, tuple(others), form, context, places)
+    return names, others
 
 
 def _load_metadata(path: Path) -> dict[str, Any]:

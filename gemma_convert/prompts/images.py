@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.files.libraries import told_by_library
-from gemma_convert.logits.soft import Medium, SoftPrompts, SoftSequence, load_processor, no_tower
 from gemma_convert.model.architecture import Architecture, VisionArchitecture
+from gemma_convert.prompts.soft import Medium, SoftPrompts, SoftSequence, load_processor, no_tower
 
 IMAGE = Medium(
     one="image",

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gemma_convert.logits.prompts import TokenSequence
-from gemma_convert.logits.soft import SoftSequence
+from gemma_convert.prompts.soft import SoftSequence
+from gemma_convert.prompts.text import TokenSequence
 
 _BUCKET = 64
 _BATCH_TOKENS = 4096

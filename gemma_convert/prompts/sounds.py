@@ -19,7 +19,9 @@ import numpy.typing as npt
 from gemma_convert.errors import SourceError, UsageError, short
 from gemma_convert.files.json_file import read_object
 from gemma_convert.files.libraries import told_by_library
-from gemma_convert.logits.soft import (
+from gemma_convert.model.architecture import Architecture, AudioArchitecture
+from gemma_convert.model.config import MAX_CONFIG_BYTES
+from gemma_convert.prompts.soft import (
     PROCESSOR_FILES,
     Medium,
     SoftPrompts,
@@ -27,8 +29,6 @@ from gemma_convert.logits.soft import (
     load_processor,
     no_tower,
 )
-from gemma_convert.model.architecture import Architecture, AudioArchitecture
-from gemma_convert.model.config import MAX_CONFIG_BYTES
 
 SOUND = Medium(
     one="sound",

@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from gemma_convert.errors import SourceError
-from gemma_convert.logits.batches import batches, by_sequence, padded
-from gemma_convert.logits.limit import Dtype
-from gemma_convert.logits.native import FAST_LLM_METADATA, Logits, LogitSource
-from gemma_convert.logits.prompts import TokenSequence
-from gemma_convert.logits.streaming import Streamed
+from gemma_convert.forward.native_model import Dtype, Logits, LogitSource, Streamed
+from gemma_convert.layouts.fast_llm.forward import FastLLM
+from gemma_convert.layouts.fast_llm.forward_config import METADATA
 from gemma_convert.model.architecture import Architecture
-
-if TYPE_CHECKING:
-    import torch
-
-    from gemma_convert.layouts.fast_llm.forward import FastLLM
+from gemma_convert.prompts.batches import batches, by_sequence, padded
+from gemma_convert.prompts.text import TokenSequence
 
 
 class FastLLMModel:
@@ -28,25 +24,22 @@ class FastLLMModel:
     libraries: tuple[str, ...] = ("torch", "safetensors")
     scaled_dtype: str | None = None
     towers: frozenset[str] = frozenset()
+    device_count = 1
 
     def __init__(self, folder: Path, architecture: Architecture) -> None:
-        from gemma_convert.layouts.fast_llm.forward import FastLLM
-
         self.folder = folder
         model = FastLLM(folder)
         self.dtypes = model.stored_dtypes
         if model.config.vocab_size != architecture.text.vocab:
             raise SourceError(
                 "The native checkpoint does not fit config.json.",
-                where=folder / FAST_LLM_METADATA,
+                where=folder / METADATA,
                 expected=f"vocab_size {architecture.text.vocab}",
                 found=model.config.vocab_size,
                 do="give the config.json of the model that was converted",
             )
 
     def run(self, sequences: Sequence[TokenSequence], dtype: Dtype) -> LogitSource:
-        from gemma_convert.layouts.fast_llm.forward import FastLLM
-
         model = FastLLM(self.folder, dtype)
         groups = batches(sequences)
         states = model.final_hidden(
@@ -60,9 +53,10 @@ class FastLLMModel:
         return TorchLogits(model, hidden, [len(sequence.ids) for sequence in sequences])
 
     def stream(self, sequences: Sequence[TokenSequence], dtype: Dtype) -> Streamed:
-        from gemma_convert.layouts.fast_llm.forward import FastLLM
-
         return TorchStream(FastLLM(self.folder, dtype), sequences)
+
+    def follow(self, *_: object, **__: object) -> None:
+        """Nothing: it runs in process 0 alone."""
 
 
 class TorchStream:
@@ -79,8 +73,6 @@ class TorchStream:
 
     def stages(self) -> Iterator[list[Logits]]:
         """The states [length embed] in float32: embedded, behind each layer, behind the norm."""
-        import torch
-
         groups = batches(self._sequences)
         tokens = [padded([self._sequences[index].ids for index in group]) for group in groups]
         for states in self._model.stages(tokens):
@@ -90,8 +82,6 @@ class TorchStream:
 
     def logits(self, vocab: Sequence[slice]) -> Iterator[Logits]:
         """Logits [positions width] of each slice of the vocabulary, of all positions."""
-        import torch
-
         if self._hidden is None:
             raise ValueError("stages have not come to their end")
         for part in vocab:
@@ -115,8 +105,6 @@ class TorchLogits:
 
     def slices(self, index: int, rows: int) -> Iterator[Logits]:
         """Logits of one sequence, at most `rows` positions at a time, [positions vocab] each."""
-        import torch
-
         for start in range(0, self.lengths[index], rows):
             hidden = self.hidden[index][start : min(start + rows, self.lengths[index])]
             with torch.no_grad():

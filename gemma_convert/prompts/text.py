@@ -18,9 +18,9 @@ import numpy.typing as npt
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.files.json_file import read_object
 from gemma_convert.files.libraries import told_by_library
-from gemma_convert.logits.handed import handed
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import MAX_CONFIG_BYTES
+from gemma_convert.model.transformers_folder import handed
 
 BEYOND_WINDOW = 32
 LONGEST_MADE = 2048

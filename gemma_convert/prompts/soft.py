@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from gemma_convert.errors import SourceError, UsageError, short
 from gemma_convert.files.libraries import told_by_library
-from gemma_convert.logits.handed import handed
-from gemma_convert.logits.prompts import (
+from gemma_convert.model.architecture import Architecture
+from gemma_convert.model.transformers_folder import handed
+from gemma_convert.prompts.text import (
     TOKENIZER_FILES,
     TokenSequence,
     check_ids,
@@ -27,7 +28,6 @@ from gemma_convert.logits.prompts import (
     refuse_placeholders,
     tokenized,
 )
-from gemma_convert.model.architecture import Architecture
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 

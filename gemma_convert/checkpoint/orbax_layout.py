@@ -1,0 +1,73 @@
+"""What layouts share whose checkpoints are Orbax trees: only the names in a tree are their own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from gemma_convert.checkpoint.native import NativeSource
+from gemma_convert.checkpoint.native_folder import NativeFolder
+from gemma_convert.mapping.plan import Plan
+from gemma_convert.stores.orbax.reader import (
+    OrbaxArray,
+    OrbaxTree,
+    array_metadata,
+    converted_by,
+    open_array,
+    read_orbax_tree,
+)
+
+
+class OrbaxLayout(ABC):
+    """A layout on Orbax; `stored` tells its trees from those of others."""
+
+    name: str
+    divisible = True
+    streams = True
+
+    @abstractmethod
+    def stored(self, arrays: Iterable[str]) -> Mapping[str, str]:
+        """Name in the table → name on disk, of the parameters among the arrays of a tree.
+
+        Nothing where the tree is not of this layout.
+        """
+
+    def scanned(self, arrays: Iterable[str]) -> bool:
+        """Whether layers are stacked, by the names that `stored` has of a tree."""
+        del arrays
+        return False
+
+    def find(self, folder: NativeFolder) -> Path | None:
+        return folder.items if self.stored(folder.arrays) else None
+
+    def open(self, where: Path) -> NativeSource:
+        tree = read_orbax_tree(where)
+        stored = self.stored(tree.arrays)
+        return orbax_source(self.name, tree, stored, scanned=self.scanned(stored))
+
+    def check_metadata(self, folder: Path, plan: Plan) -> dict[str, str]:
+        del folder, plan
+        return {}
+
+
+def orbax_source(
+    layout: str, tree: OrbaxTree, stored: Mapping[str, str], *, scanned: bool
+) -> NativeSource:
+    """The arrays of `tree` that `stored` names: name in the table → name on disk."""
+
+    def read(name: str, cache_bytes: int) -> OrbaxArray:
+        return open_array(tree, stored[name], cache_bytes)
+
+    used = set(stored.values())
+    return NativeSource(
+        layout=layout,
+        folder=tree.folder,
+        specs={name: tree.arrays[path] for name, path in stored.items()},
+        chunks={name: tree.chunks[path] for name, path in stored.items()},
+        opener=read,
+        scanned=scanned,
+        array_metadata=lambda: array_metadata(tree),
+        converted=converted_by(tree.folder) is not None,
+        beside=(*(name for name in tree.arrays if name not in used), *tree.others),
+    )

@@ -1,0 +1,113 @@
+"""What a check asks of a native checkpoint that can be run, whatever its layout.
+
+Nothing here knows a mapping table: a forward pass that went through one would agree with its
+mistakes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from gemma_convert.errors import UsageError
+from gemma_convert.prompts.soft import SoftSequence
+from gemma_convert.prompts.text import TokenSequence
+
+Dtype: TypeAlias = Literal["float32", "bfloat16"]
+"""What a model computes in."""
+
+Logits: TypeAlias = npt.NDArray[np.floating[Any]]
+"""Logits [positions vocab], or of a part of the positions or of the vocabulary."""
+
+States: TypeAlias = Sequence[npt.NDArray[Any]]
+"""The hidden state [length embed] of each sequence."""
+
+
+class LogitSource(Protocol):
+    """A side of the comparison: logits of a sequence in slices [positions vocab]."""
+
+    @property
+    def device(self) -> str:
+        """Name of the device, for the report."""
+
+    def slices(self, index: int, rows: int) -> Iterator[Logits]:
+        """Logits of one sequence, at most `rows` positions at a time."""
+
+
+class VocabularySlices(Protocol):
+    """A side whose logits can be had by slices of the vocabulary."""
+
+    @property
+    def device(self) -> str:
+        """Name of the device, for the report."""
+
+    def logits(self, vocab: Sequence[slice]) -> Iterator[Logits]:
+        """Logits [positions width] of each slice, of all sequences' compared positions in order."""
+
+
+class Streamed(VocabularySlices, Protocol):
+    """A side that is run layer by layer; `stages` must have come to its end before `logits`."""
+
+    def stages(self) -> Iterator[States]:
+        """The states of each sequence: embedded, behind each layer, and behind the final norm."""
+
+
+class NativeModel(Protocol):
+    """A native checkpoint that fits a model's config.json."""
+
+    folder: Path
+    layout: str
+    libraries: tuple[str, ...]
+    """Packages that it is run with, for the report."""
+    dtypes: frozenset[str]
+    """Dtypes that its arrays have."""
+    scaled_dtype: str | None
+    """Dtype of an embedding that is stored × √embed; None where it is stored as it is."""
+    towers: frozenset[str]
+    """Towers that it holds: vision, audio."""
+
+    @property
+    def device_count(self) -> int:
+        """How many devices, of all processes, it runs on."""
+
+    def run(self, sequences: Sequence[TokenSequence], dtype: Dtype) -> LogitSource:
+        """The logits of `sequences`, of the whole model in memory.
+
+        `check_towers` must have passed. Weights are dropped once the hidden states are known.
+        """
+
+    def stream(self, sequences: Sequence[TokenSequence], dtype: Dtype) -> Streamed:
+        """The same, layer by layer: a layer's weights are read when it runs, and dropped."""
+
+    def follow(
+        self,
+        sequences: Sequence[TokenSequence],
+        dtype: Dtype,
+        whole_model: bool,
+        *,
+        rows: int,
+        vocab: Sequence[slice],
+    ) -> None:
+        """Takes part in a check that process 0 leads, where the model runs in all processes.
+
+        `rows` and `vocab` are the slices of logits that process 0 compares, of a whole model and of
+        a streamed one.
+        """
+
+
+def check_towers(model: NativeModel, sequences: Sequence[TokenSequence]) -> None:
+    """Nothing where `model` sees and hears what is in `sequences`. Raises UsageError else."""
+    for sequence in sequences:
+        if isinstance(sequence, SoftSequence) and sequence.medium.tower not in model.towers:
+            medium = sequence.medium
+            raise UsageError(
+                f"The native checkpoint is without the {medium.tower} tower, so it "
+                f"{medium.senses} no {medium.many}.",
+                where=model.folder,
+                found=f"layout {model.layout}",
+                do=f"leave out {medium.option}, or convert with the tower, to a layout that has it",
+            )

@@ -1,0 +1,149 @@
+"""The rows of a mapping table, typed: what one says of a tensor, of a model and of a layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from gemma_convert.mapping.notation import Condition, Pattern, Spellings, View
+
+
+@dataclass(frozen=True)
+class HFRow:
+    """One family of Hugging Face tensors; where `optional` holds, a tensor may be absent."""
+
+    view: View
+    when: Condition
+    optional: Condition | None
+    tied: str | None
+    text_only_name: Pattern
+    where: str
+
+    def name(self, text_only: bool) -> Pattern:
+        return self.text_only_name if text_only else self.view.pattern
+
+
+@dataclass(frozen=True)
+class NativeRow:
+    """The two views of one parameter.
+
+    The native side is larger by the root of axis `scale`; the Hugging Face tensors along axis
+    `share` are one on the native side; `fill` is there what an absent optional tensor leaves open.
+    """
+
+    hf: HFRow
+    native: View
+    when: Condition
+    scale: str | None
+    share: str | None
+    fill: int | None
+    tower: str | None
+    where: str
+
+    def __str__(self) -> str:
+        return f"{self.hf.view} | {self.native}"
+
+
+@dataclass(frozen=True)
+class CarriedRow:
+    """Hugging Face rows that a layout has no place for; a `name` ending in `*` is a prefix."""
+
+    name: str
+    when: Condition
+    why: str
+    where: str
+
+    def matches(self, row: HFRow) -> bool:
+        text = row.view.pattern.text
+        return text.startswith(self.name[:-1]) if self.name.endswith("*") else text == self.name
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Models that a layout cannot hold, why, and the Hugging Face rows that it has no place for."""
+
+    when: Condition
+    why: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers that a placement stacks into one array: paths below `start` move below `end`."""
+
+    when: Condition
+    start: str
+    end: str
+    index: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where stacking axes go: after the first `after` dimensions of every array of a stack."""
+
+    name: str
+    axis: str
+    after: int
+    refused: tuple[tuple[Condition, str], ...]
+    stacks: tuple[Stack, ...]
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a checkpoint consists of that is no Orbax tree, as patterns of names in its folder.
+
+    A file for each that is `needed` is always there, one that is `allowed` may be.
+    """
+
+    needed: tuple[str, ...]
+    allowed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """mappings/huggingface.toml: every tensor of the Hugging Face layout."""
+
+    rows: tuple[HFRow, ...]
+    spellings: Spellings
+
+    def row(self, name: str) -> HFRow | None:
+        return next((row for row in self.rows if row.view.pattern.text == name), None)
+
+
+@dataclass(frozen=True)
+class Table:
+    """One native layout: rows, what it carries and refuses, spellings of axes, placements.
+
+    `files` is None for a layout whose checkpoints are Orbax trees.
+    """
+
+    layout: str
+    rows: tuple[NativeRow, ...]
+    carried: tuple[CarriedRow, ...]
+    refused: tuple[Refusal, ...]
+    spellings: Spellings
+    placements: Mapping[str, Placement]
+    files: Files | None
+    inventory: Inventory
+
+    @cached_property
+    def _rows_by_hf(self) -> Mapping[str, tuple[NativeRow, ...]]:
+        rows: dict[str, tuple[NativeRow, ...]] = {}
+        for row in self.rows:
+            name = row.hf.view.pattern.text
+            rows[name] = (*rows.get(name, ()), row)
+        return rows
+
+    @cached_property
+    def _tower_names(self) -> tuple[str, ...]:
+        texts = {row.native.pattern.text for row in self.rows if row.tower is not None}
+        return tuple(text.partition("{")[0] for text in texts)
+
+    def in_tower(self, name: str) -> bool:
+        """Whether a native array belongs to the vision or audio tower."""
+        return name.startswith(self._tower_names)
+
+    def rows_of(self, hf: HFRow) -> tuple[NativeRow, ...]:
+        """The rows that convert a Hugging Face row; at most one of them holds at a place."""
+        return self._rows_by_hf.get(hf.view.pattern.text, ())
