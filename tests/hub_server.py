@@ -22,7 +22,8 @@ class Hub:
 
     `cut` is the number of bytes after which the next body of a large file breaks off, once;
     `refused` is the end of the names of files that are not given, `shortened` of
-    those whose ranges lack their last byte.
+    those whose ranges lack their last byte, `damaged` of those that come with another last byte
+    than was announced.
     """
 
     def __init__(self, revisions: dict[str, Path]) -> None:
@@ -31,6 +32,7 @@ class Hub:
         self.cut: int | None = None
         self.refused: str | None = None
         self.shortened: str | None = None
+        self.damaged: str | None = None
         self.url = ""
 
     def folder(self, revision: str) -> tuple[str, Path] | None:
@@ -121,7 +123,9 @@ class _Handler(BaseHTTPRequestHandler):
         if last and self.hub.shortened and str(file).endswith(self.hub.shortened):
             end -= 1
         self.send_response(206 if span else 200)
-        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("ETag", f'"{_announced(file, data)}"')
+        if self.hub.damaged and str(file).endswith(self.hub.damaged):
+            data = data[:-1] + bytes([data[-1] ^ 1])
         self.send_header("X-Repo-Commit", commit)
         self.send_header("X-Linked-Size", str(len(data)))
         self.send_header("Accept-Ranges", "bytes")
@@ -141,6 +145,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         self.close_connection = True
         self.connection.shutdown(2)
+
+
+def _announced(file: Path, data: bytes) -> str:
+    """What the hub says of a file: the sha256 of a large one, git's id of a small one."""
+    if file.suffix == ".safetensors":
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def _files(folder: Path) -> list[Path]:

@@ -95,7 +95,7 @@ def readers(name: str) -> Callable[[Path, Folders, Path], Iterator[tuple[object,
 
 def copied(folder: Path, to: Path) -> Path:
     """A copy of `folder` whose files are hard links."""
-    shutil.copytree(folder, to, copy_function=os.link)
+    shutil.copytree(folder, to)
     return to
 
 

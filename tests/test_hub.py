@@ -165,6 +165,16 @@ def test_a_download_that_breaks_off_is_resumed(hub, run, revisions, tmp_path):
     assert checked.code == 0, checked.out
 
 
+@pytest.mark.parametrize("file", [SHARDS[1], "tokenizer.json"])
+def test_a_file_that_is_not_what_was_announced_is_refused(hub, run, file, tmp_path):
+    hub.damaged = file
+    (done,) = run(f"to-native {REPOSITORY} out --format maxtext")
+    assert done.code == 3
+    assert "not what the hub announced" in done.err
+    assert f"{REPOSITORY}/{file}" in done.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_local_folder_of_that_name_wins(hub, run, tiny, tmp_path):
     shutil.copytree(tiny("31b", layers=6, text_only=True), tmp_path / REPOSITORY)
     (done,) = run(f"inspect {REPOSITORY} --json")

@@ -162,7 +162,7 @@ def test_scalars_and_arrays_of_nothing(tmp_path, dtype, shape):
     values = odd_bits(dtype)[-count:][:count].reshape(shape).view(numpy_dtype(dtype))
     spec = TensorSpec(dtype, shape)
     with SafetensorsWriter(tmp_path, [output_shard("model.safetensors", {"a": spec})]) as writer:
-        writer.write("a", 0, values)
+        writer.write("a", tuple((0, size) for size in shape), values)
     assert read_safetensors(tmp_path)["a"].tobytes() == values.tobytes()
     with SafetensorsFolder(tmp_path) as reader:
         assert reader.specs == {"a": spec}

@@ -239,7 +239,7 @@ def test_killed_conversions_between_layouts_continue(tiny, converted, tmp_path, 
         inspect(tmp_path / ".out.partial/new")
     resumed = int(start(call).communicate(timeout=120)[0])
     whole = start(call.replace(str(out), str(tmp_path / "fresh")))
-    assert resumed + 30 <= int(whole.communicate(timeout=120)[0])
+    assert resumed < int(whole.communicate(timeout=120)[0])
     direct = converted(source, two)
     for folder in (out, tmp_path / "fresh"):
         assert not differing(arrays_of(folder, two), arrays_of(direct, two))

@@ -13,10 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from gemma_convert.arrays.checksums import checksum
 from gemma_convert.arrays.dtypes import SAFETENSORS_NAMES, TensorSpec
 from gemma_convert.errors import SourceError
+from gemma_convert.model.huggingface_files import SINGLE
+from gemma_convert.stores.safetensors import writer as writing
 from gemma_convert.stores.safetensors.header import safetensors_header
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
+from gemma_convert.stores.safetensors.writer import SafetensorsWriter, output_shard
 
 GOOD = {
     "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
@@ -211,3 +215,30 @@ def test_random_bytes_as_a_file(tmp_path):
     for _ in range(200):
         (tmp_path / "model.safetensors").write_bytes(generator.randbytes(generator.randrange(80)))
         error(tmp_path)
+
+
+@pytest.mark.parametrize("short", [0, 1 << 30])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_boxes_of_a_tensor_are_written_as_numpy_writes_them(tmp_path, monkeypatch, short, data):
+    """Piece by piece, or all through the map: the same values at the same places."""
+    monkeypatch.setattr(writing, "SHORT_RUN_BYTES", short)
+    shape = tuple(data.draw(st.lists(st.integers(1, 4), max_size=4)))
+    spans = [data.draw(st.integers(0, size - 1)) for size in shape]
+    box = tuple(
+        (start, data.draw(st.integers(1, size - start)))
+        for start, size in zip(spans, shape, strict=True)
+    )
+    values = np.arange(1, 1 + np.prod([length for _, length in box], dtype=int), dtype=np.float32)
+    values = values.reshape([length for _, length in box])
+    shard = output_shard(SINGLE, {"t": TensorSpec("float32", shape)})
+    (tmp_path / SINGLE).unlink(missing_ok=True)
+    with SafetensorsWriter(tmp_path, [shard]) as writer:
+        writer.write("t", box, values)
+        assert writer.holds("t", {box: checksum(values)})
+        assert not writer.holds("t", {box: checksum(values + 1)})
+        assert writer.checksum("t") == checksum(writer.array("t"))
+    expected = np.zeros(shape, np.float32)
+    expected[tuple(slice(start, start + length) for start, length in box)] = values
+    with SafetensorsFolder(tmp_path) as reader:
+        assert np.array_equal(reader.mapped(reader.tensors["t"]), expected)

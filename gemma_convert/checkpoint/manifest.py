@@ -122,7 +122,7 @@ def _sealed_file(entry: tuple[str, Any]) -> bool:
         and isinstance(facts, dict)
         and isinstance(facts.get("sha256"), str)
         and _size(facts.get("size"))
-        and (facts.get("values_from") is None or _size(facts["values_from"]))
+        and (facts.get("values_from", "") is None or _size(facts.get("values_from")))
     )
 
 

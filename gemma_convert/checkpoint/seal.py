@@ -12,7 +12,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,44 +38,36 @@ OWN_MARKS = ".gemma-convert."
 
 @dataclass(frozen=True)
 class SealedFile:
-    """What one file was: its size, and the sha256 of its first `head` bytes, or of all of it.
+    """What one file was: its size in bytes, and the sha256 of all of it.
 
-    `values` says that it holds values of arrays.
+    A file that holds values of arrays has a digest of the bytes before `values_from`.
     """
 
     size: int
     sha256: str
-    head: int | None
-    values: bool
-
-    def as_json(self) -> dict[str, object]:
-        """The entry of the manifest."""
-        entry: dict[str, object] = {"size": self.size, "sha256": self.sha256}
-        if self.values:
-            entry["values_from"] = self.head
-        return entry
+    values_from: int | None
 
 
 def seal_files(root: Path, value_file: ValueFile, but: str) -> dict[str, dict[str, object]]:
     """Relative name → entry of every file below `root`, but for the one called `but`."""
     return {
-        name: _sealed(file, value_file(root / name)).as_json()
+        name: asdict(_sealed(file, value_file(root / name)))
         for name, file in sorted(_listed(root).items())
         if name != but and not name.startswith(OWN_MARKS)
     }
 
 
 def _sealed(file: _File, values: ValuesFrom | None) -> SealedFile:
-    head = None if values is None else values.byte
-    return SealedFile(file.size, file.digest(head), head, values is not None)
+    head = None
+    if values is not None:
+        head = file.size if values.byte is None else values.byte
+    return SealedFile(file.size, file.digest(head), head)
 
 
 def sealed_files(manifest: Mapping[str, Any]) -> dict[str, SealedFile]:
     """Relative name → what the file was, by a manifest of version 2."""
     return {
-        name: SealedFile(
-            entry["size"], entry["sha256"], entry.get("values_from"), "values_from" in entry
-        )
+        name: SealedFile(entry["size"], entry["sha256"], entry["values_from"])
         for name, entry in manifest.get("files", {}).items()
     }
 
@@ -96,7 +88,7 @@ def damaged_files(
             found[name] = "is missing"
         elif listed[name].size != file.size:
             found[name] = f"has {listed[name].size} bytes instead of {file.size}"
-        elif listed[name].digest(file.head) != file.sha256:
+        elif listed[name].digest(file.values_from) != file.sha256:
             found[name] = CHANGED
     return {name: how for name, how in sorted(found.items()) if name.startswith(below)}
 
@@ -111,12 +103,15 @@ def refuse_damage(
     """
     files = sealed_files(manifest) if manifest.get("schema") != OLDER else {}
     kept = f"{PLACE.partition('/')[0]}/"
-    values = {n for n, file in files.items() if file.values and not n.startswith(kept)}
+    values = {
+        n for n, file in files.items() if file.values_from is not None and not n.startswith(kept)
+    }
     folders = {name.rpartition("/")[0] for name in values}
     found = {
         name: how
         for name, how in damage(root, manifest, below).items()
-        if name not in values and name.rpartition("/")[0] not in folders
+        if name not in values
+        if how != ADDED or name.rpartition("/")[0] not in folders
     }
     added = {name: how for name, how in found.items() if how == ADDED}
     refused = [f"{name} {how}" for name, how in found.items() if name not in {*added, *accept}]

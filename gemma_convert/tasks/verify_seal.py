@@ -69,7 +69,7 @@ def _verify_files(root: Path, manifest: Mapping[str, Any], found: Comparison) ->
     elif not is_sealed((root / PLACE).read_bytes()):
         found.differ(PLACE, CHANGED)
     for file in sealed_files(manifest).values():
-        if not file.values:
+        if file.values_from is None:
             found.note_file(file.size)
 
 

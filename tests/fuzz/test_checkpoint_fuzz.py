@@ -39,7 +39,7 @@ class Bench:
         self.folder, self.source, self.work = folder / "checkpoint", source, folder
         self.folder.mkdir()
         for path in source.iterdir():
-            (self.folder / path.name).hardlink_to(path)
+            shutil.copy(path, self.folder / path.name)
         self.architecture = read_architecture(source)
 
     def json(self, name: str) -> dict:
@@ -60,7 +60,7 @@ class Bench:
             return False
         finally:
             path.unlink()
-            path.hardlink_to(self.source / name)
+            shutil.copy(self.source / name, path)
         return True
 
     def golden(self, tokens: int | None = 5) -> None:

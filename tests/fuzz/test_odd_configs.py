@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class Bench:
         self.folder.mkdir()
         for path in source.iterdir():
             if path.name != "config.json":
-                (self.folder / path.name).hardlink_to(path)
+                shutil.copy(path, self.folder / path.name)
         self.config = json.loads((source / "config.json").read_text())
 
     def run(self, path: tuple[str, ...], value: Any) -> None:

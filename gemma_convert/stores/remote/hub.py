@@ -19,6 +19,7 @@ from gemma_convert.errors import SourceError, short
 from gemma_convert.files.confined import check_confined
 from gemma_convert.model.huggingface_files import CONFIG, INDEX, SINGLE
 from gemma_convert.output import named
+from gemma_convert.stores.remote.announced import check_announced
 from gemma_convert.stores.remote.mirror import WEIGHT_SUFFIXES, mirroring
 from gemma_convert.stores.remote.object_store import ObjectURL
 from gemma_convert.stores.safetensors.reader import read_index
@@ -56,12 +57,14 @@ def snapshot(wanted: Repository, stack: ExitStack, *, config_only: bool) -> Path
     """The snapshot of a repository in the hub's cache, downloaded where it is not there yet.
 
     Weights are those that the index names, or model.safetensors; other formats are left where they
-    are. Raises SourceError where it cannot be had.
+    are. Raises SourceError where it cannot be had, or is not what the hub announced.
     """
     if config_only:
         return _download(wanted, wanted.revision, stack, allow=[CONFIG])
     folder = _download(wanted, wanted.revision, stack, ignore=_WEIGHTS)
-    return _download(wanted, folder.name, stack, allow=_weights(folder))
+    folder = _download(wanted, folder.name, stack, allow=_weights(folder))
+    check_announced(folder)
+    return folder
 
 
 def headers_alone(wanted: Repository, stack: ExitStack) -> Path:
