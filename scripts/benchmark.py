@@ -36,9 +36,9 @@ from real_widths import CONFIGS, published_config, slice_config, write_checkpoin
 
 from gemma_convert.arrays.dtypes import DTypePolicy, TensorSpec, numpy_dtype
 from gemma_convert.arrays.values import convert
-from gemma_convert.engine.transfer import WORKERS, selection
+from gemma_convert.engine.transfer import WORKERS
 from gemma_convert.mapping.plan import Plan, plan_to_native
-from gemma_convert.mapping.region import blocks
+from gemma_convert.mapping.region import blocks, selection
 from gemma_convert.mapping.table import load_table
 from gemma_convert.model.config import read_architecture
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
