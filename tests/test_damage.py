@@ -235,6 +235,17 @@ def test_the_frameworks_files(out, shallow, tmp_path, name, edit):
     refused(out, tmp_path / "back", name)
 
 
+@pytest.mark.parametrize("edit", [gone, lambda path: path.write_bytes(b"")])
+def test_a_file_of_values_that_is_empty_or_gone(out, shallow, tmp_path, edit):
+    """Whoever reads the checkpoint says so, whether or not the values are needed."""
+    name = min(str(path.relative_to(out)) for path in (out / "0/items/d").iterdir())
+    edit(out / name)
+    refused(out, tmp_path / "back", name)
+    code, _, errors = said("logit-check", shallow("e2b"), out, "--tokens", 5)
+    assert code == 3
+    assert name in errors
+
+
 # Arrays.
 
 

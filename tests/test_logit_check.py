@@ -186,8 +186,9 @@ def test_manifest_says_what_is_lossy(dense, tmp_path):
     write_maxtext(dense.tree, tmp_path)
     folder = tmp_path / "hf" / "gemma-convert"
     folder.mkdir(parents=True)
-    rows = [{"row": "embed_tokens", "reason": "scaled and rounded"}]
-    (folder / "manifest.json").write_text(json.dumps({"lossy_rows": rows}))
+    rows = [{"tensor": "embed_tokens", "reason": "scaled and rounded"}]
+    manifest = {"schema": "gemma-convert/manifest/1", "shards": [], "lossy_rows": rows}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     report = logit_check(dense.hf, tmp_path, tokens=3)
     assert report.lossy_rows == ("embed_tokens: scaled and rounded",) and not report.proof
     architecture, items = read_architecture(dense.hf), tmp_path / "0" / "items"

@@ -172,6 +172,10 @@ class NativeReader:
         shape = tuple(length for _, length in box)
         self._array.read(box, data.view(numpy_dtype(source.spec.dtype)).reshape(shape))
 
+    def in_order(self, name: str) -> bool:
+        """Only what the original supplies is read in the order of its bytes."""
+        return name not in self._cache_bytes
+
     def check_unchanged(self) -> None:
         """Raises SourceError where the checkpoint has changed since it was opened."""
         self._native.check_unchanged()

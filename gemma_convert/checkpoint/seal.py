@@ -28,7 +28,10 @@ PIECE_BYTES = 16 << 20
 
 CARRIED = "hf/gemma-convert/carried.safetensors"
 
-ADDED, CHANGED = "was added", "is not what it was when it was written"
+ADDED, MISSING = "was added", "is missing"
+CHANGED = "is not what it was when it was written"
+
+DATABASE = "manifest.ocdbt"
 
 SHOWN = 8
 
@@ -85,7 +88,7 @@ def damaged_files(
         if not name.startswith(below):
             continue
         if name not in listed:
-            found[name] = "is missing"
+            found[name] = MISSING
         elif listed[name].size != file.size:
             found[name] = f"has {listed[name].size} bytes instead of {file.size}"
         elif listed[name].digest(file.values_from) != file.sha256:
@@ -98,8 +101,8 @@ def refuse_damage(
 ) -> dict[str, str]:
     """The files below `root` that were added to what is sealed, with the word for it.
 
-    Raises SourceError where a sealed file is not what it was, unless `accept` names it. Files that
-    hold values are left to those who read the arrays.
+    Raises SourceError where a sealed file is not what it was, unless `accept` names it. Values in
+    the files of arrays are left to those who read the arrays, since a model may be trained.
     """
     files = sealed_files(manifest) if manifest.get("schema") != OLDER else {}
     kept = f"{PLACE.partition('/')[0]}/"
@@ -107,10 +110,11 @@ def refuse_damage(
         n for n, file in files.items() if file.values_from is not None and not n.startswith(kept)
     }
     folders = {name.rpartition("/")[0] for name in values}
+    everything = damage(root, manifest, below)
     found = {
         name: how
-        for name, how in damage(root, manifest, below).items()
-        if name not in values
+        for name, how in everything.items()
+        if name not in values or _is_broken(name, how, everything)
         if how != ADDED or name.rpartition("/")[0] not in folders
     }
     added = {name: how for name, how in found.items() if how == ADDED}
@@ -124,6 +128,19 @@ def refuse_damage(
             do="convert the original again, or go on knowingly with --accept-damage NAME",
         )
     return added
+
+
+def _is_broken(name: str, how: str, everything: Mapping[str, str]) -> bool:
+    """Whether a file of values is not as another writer would have left it.
+
+    It is gone; or it belongs to a database whose root says that it is what it was, and has another
+    length.
+    """
+    folder = name.rpartition("/")[0]
+    root = f"{folder.removesuffix('d')}{DATABASE}"
+    if folder.rpartition("/")[2] == "d":
+        return how != CHANGED and root not in everything
+    return how == MISSING
 
 
 def refuse_carried(
@@ -159,7 +176,7 @@ def damage(root: Path, manifest: Mapping[str, Any], below: str = "") -> dict[str
         return damaged_files(root, sealed_files(manifest), PLACE, below)
     kept = {f"hf/{name}": digest for name, digest in manifest.get("files_sha256", {}).items()}
     there = _listed(root)
-    found = {name: "is missing" for name in kept if name not in there}
+    found = {name: MISSING for name in kept if name not in there}
     for name, digest in kept.items():
         if name in there and there[name].digest(None) != digest:
             found[name] = CHANGED

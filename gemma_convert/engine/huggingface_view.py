@@ -70,6 +70,10 @@ class HuggingFaceView:
             self.rounded[name] = self.rounded.get(name, 0) + lost
         convert(back, values, None)
 
+    def in_order(self, name: str) -> bool:
+        """Every tensor is put together in the order of its bytes."""
+        return name in self.specs
+
     def pieces(self, name: str) -> Iterator[memoryview]:
         """The bytes of a tensor, in pieces that are valid until the next one is asked for."""
         name = self.plan.equal.get(name, name)

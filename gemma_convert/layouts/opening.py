@@ -46,6 +46,17 @@ class Checkpoint:
         return () if self.arrays is None else tuple(sorted(self.arrays.different))
 
 
+def check_seal(path: Path) -> None:
+    """Nothing where the files of the native checkpoint at `path` are what was sealed, or unsealed.
+
+    Raises SourceError for others. Values of arrays are not read.
+    """
+    root = sidecar.sidecar_root(path)
+    manifest = None if root is None else read_manifest(root)
+    if root is not None and manifest is not None:
+        refuse_damage(root, manifest, ())
+
+
 def open_checkpoint(
     path: Path,
     like: Path | None,

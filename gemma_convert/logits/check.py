@@ -25,6 +25,7 @@ from gemma_convert.forward.native_model import (
     Streamed,
     check_towers,
 )
+from gemma_convert.layouts.opening import check_seal
 from gemma_convert.layouts.registry import open_model
 from gemma_convert.logits.achieved import forward_flops
 from gemma_convert.logits.divergence import Accumulator
@@ -127,6 +128,7 @@ def _logit_check(
     architecture = read_architecture(hf)
     if golden is None:
         check_sizes(hf, architecture)
+    check_seal(native)
     model = open_model(native, architecture)
     if lossy_rows is None:
         lossy_rows = find_lossy_rows(model.folder, model.dtypes, model.scaled_dtype, architecture)

@@ -25,7 +25,8 @@ from gemma_convert.mapping.region import Box
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 from gemma_convert.tasks.verify_seal import verify_metadata
 
-CACHE_BYTES = 256 << 20
+OPEN_ARRAYS, CACHE_BYTES = 2, 48 << 20
+"""How many arrays stay open, and what each may keep decoded of chunks that are not ours."""
 
 
 def verify_original(
@@ -68,7 +69,7 @@ def _stored_plan(plan: Plan, native: NativeSource) -> Plan:
 
 
 class _Stored:
-    """The arrays of a native checkpoint, opened when the first value is asked for."""
+    """The arrays of a native checkpoint, opened when a value is asked for; few stay open."""
 
     def __init__(self, native: NativeSource, found: Comparison) -> None:
         self._native, self._found = native, found
@@ -79,6 +80,8 @@ class _Stored:
         """The values in a box of an array."""
         with self._lock:
             if name not in self._arrays:
+                while len(self._arrays) >= OPEN_ARRAYS:
+                    self._arrays.pop(next(iter(self._arrays)))
                 self._arrays[name] = self._native.opener(name, CACHE_BYTES)
                 self._found.note(name, self._arrays[name].spec.nbytes)
             array = self._arrays[name]

@@ -135,6 +135,10 @@ class SafetensorsFolder:
         del ranges
         self.read_into(self.tensors[source.region.tensor], offset, data.data)
 
+    def in_order(self, name: str) -> bool:
+        """Every tensor is read in the order of its bytes."""
+        return name in self.tensors
+
     def pieces(self, name: str) -> Iterator[memoryview]:
         """The bytes of a tensor, in pieces that are valid until the next one is asked for."""
         tensor = self.tensors[name]

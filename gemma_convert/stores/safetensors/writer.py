@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import mmap
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -80,6 +81,7 @@ class SafetensorsWriter:
         self._tensors: dict[str, StoredTensor] = {}
         self._headers = {folder / shard.file: len(shard.header) for shard in shards}
         self._written = 0
+        self._lock = threading.Lock()
         try:
             for shard in shards:
                 self._open(folder, shard)
@@ -172,9 +174,10 @@ class SafetensorsWriter:
     def _put(self, tensor: StoredTensor, start: int, values: Array) -> None:
         data = values.view(np.uint8).data
         place = tensor.start + start * tensor.spec.itemsize
-        while data:
-            count = os.pwrite(self._descriptors[tensor.file], data, place)
-            data, place = data[count:], place + count
+        with self._lock:  # the system lets one write to a file at a time, and others spin
+            while data:
+                count = os.pwrite(self._descriptors[tensor.file], data, place)
+                data, place = data[count:], place + count
 
     def _let_go(self, count: int) -> None:
         """Says that `count` bytes more were written; now and then their pages are let go."""
