@@ -1016,7 +1016,13 @@ def test_array_whose_data_is_gone(unpacked, tmp_path):
 def test_manifest_that_names_a_file_elsewhere(native, tmp_path, file):
     (shard,) = json.loads((native / OURS / "manifest.json").read_text())["shards"]
     edit_manifest(native, shards=[shard | {"file": file}])
-    refused(tmp_path, SourceError, "manifest is malformed", native, tmp_path / "back")
+    refused(
+        tmp_path,
+        SourceError,
+        "manifest is malformed",
+        native,
+        tmp_path / "back",
+    )
 
 
 @pytest.mark.parametrize(

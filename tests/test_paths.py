@@ -244,7 +244,7 @@ def test_a_broken_array_is_one_message(tmp_path: Path, shallow, capfd) -> None:
         break
     done = shell(f"GC logit-check {source} {tmp_path / 'O'} --tokens 5")
     assert done.returncode == 3
-    assert done.stderr.decode().count("\n") == 3, done.stderr
+    assert done.stderr.decode().count("\n") == 4, done.stderr
 
 
 def test_the_folder_one_stands_in_is_there_already(beside: Path) -> None:

@@ -17,6 +17,7 @@ from gemma_convert.checkpoint.manifest import MANIFEST, read_manifest
 from gemma_convert.errors import GemmaConvertError, SourceError, TargetError
 from gemma_convert.files.json_file import read_object
 from gemma_convert.mapping.declared import layout_names
+from gemma_convert.mapping.rows import Files
 from gemma_convert.mapping.table import load_table
 from gemma_convert.model.huggingface_files import INDEX, SINGLE
 
@@ -57,6 +58,8 @@ def beside_native(folder: Path) -> list[str]:
     items = next((at for at in ("", "0/items/") if (folder / at / "_METADATA").is_file()), None)
     if items is not None:
         patterns = [_STEP, *(f"{items}({pattern})" for pattern in _orbax(folder / items))]
+        beside = (files.allowed for files in _declared_files() if not files.needed)
+        patterns += [name for names in beside for name in names]
     elif not (patterns := _layout_files(folder)):
         raise _no_checkpoint(folder, "native checkpoint")
     return _others(folder, [*patterns, _OWN], _listed(folder))
@@ -97,16 +100,23 @@ def _orbax(items: Path) -> Iterator[str]:
 def _layout_files(folder: Path) -> list[str]:
     """Patterns of the files of the layout whose checkpoint stands in `folder`, none without one."""
     names = [entry.name for entry in folder.iterdir() if entry.is_file()]
+    for files in _declared_files():
+        if files.needed and all(
+            any(re.fullmatch(pattern, name) for name in names) for pattern in files.needed
+        ):
+            return [*files.needed, *files.allowed]
+    return []
+
+
+def _declared_files() -> Iterator[Files]:
+    """The files that the tables of layouts declare; those on Orbax need none of their own."""
     for layout in layout_names():
         try:
             files = load_table(layout).files
         except GemmaConvertError:  # one that cannot be used has written nothing here
             continue
-        if files is not None and all(
-            any(re.fullmatch(pattern, name) for name in names) for pattern in files.needed
-        ):
-            return [*files.needed, *files.allowed]
-    return []
+        if files is not None:
+            yield files
 
 
 def _listed(folder: Path) -> set[str]:

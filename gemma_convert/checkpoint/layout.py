@@ -80,5 +80,8 @@ class Layout(Protocol):
     def settings(self, plan: Plan, target: Path) -> dict[str, str]:
         """Setting → value: how the framework is told to load what was written to `target`."""
 
+    def settings_files(self, plan: Plan, target: Path) -> dict[str, str]:
+        """Name → text of files beside the arrays that the framework takes as its settings."""
+
     def check_metadata(self, folder: Path, plan: Plan) -> dict[str, str]:
         """Where the files beside the arrays are not what `plan` asks for: place → how."""

@@ -46,6 +46,10 @@ class OrbaxLayout(ABC):
         stored = self.stored(tree.arrays)
         return orbax_source(self.name, tree, stored, scanned=self.scanned(stored))
 
+    def settings_files(self, plan: Plan, target: Path) -> dict[str, str]:
+        del plan, target
+        return {}
+
     def check_metadata(self, folder: Path, plan: Plan) -> dict[str, str]:
         del folder, plan
         return {}

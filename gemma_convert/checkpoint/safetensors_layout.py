@@ -47,6 +47,10 @@ class SafetensorsLayout:
         specs = {name: target.spec for name, target in plan.targets.items()}
         return SafetensorsStore(folder, {self.file: specs})
 
+    def settings_files(self, plan: Plan, target: Path) -> dict[str, str]:
+        del plan, target
+        return {}
+
     def check_metadata(self, folder: Path, plan: Plan) -> dict[str, str]:
         del folder, plan
         return {}

@@ -18,6 +18,7 @@ from typing import Any
 
 from gemma_convert.checkpoint.manifest import OLDER, PLACE
 from gemma_convert.errors import SourceError
+from gemma_convert.files.unfinished import refuse_unfinished
 from gemma_convert.files.value_file import ValuesFrom
 from gemma_convert.stores.remote.mirror import RemoteFile, find_mirror, remote_file
 
@@ -104,6 +105,7 @@ def refuse_damage(
     Raises SourceError where a sealed file is not what it was, unless `accept` names it. Values in
     the files of arrays are left to those who read the arrays, since a model may be trained.
     """
+    refuse_unfinished(root)
     files = sealed_files(manifest) if manifest.get("schema") != OLDER else {}
     kept = f"{PLACE.partition('/')[0]}/"
     values = {

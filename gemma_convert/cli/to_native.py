@@ -94,6 +94,15 @@ def command(
         ),
     ] = False,
     accept_damage: AcceptDamage = None,
+    ignore_fact: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ignore-fact",
+            metavar="KEY",
+            help="Go on without this key of config.json, which no table knows.",
+            rich_help_panel=RUNNING,
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
     verify: Annotated[
@@ -141,6 +150,7 @@ def command(
         memory=parse_size("--memory", memory),
         dry_run=dry_run,
         accept_damage=accept_damage or (),
+        ignore_facts=ignore_fact or (),
         overwrite=overwrite,
         resume=resume,
         progress=ProgressBar,

@@ -71,11 +71,11 @@ def open_checkpoint(
     a file of the checkpoint or of its original is not what was sealed, unless `accept` names it.
     """
     added: dict[str, str] = {}
-    native = stack.enter_context(open_native(path, block_bytes))
-    root = sidecar.sidecar_root(native.folder)
+    root = sidecar.sidecar_root(path)
     manifest = None if root is None else read_manifest(root, damaged=PLACE in accept)
     if root is not None and manifest is not None:
         added = refuse_damage(root, manifest, accept)
+    native = stack.enter_context(open_native(path, block_bytes))
     if like is not None and not is_huggingface(like):
         other = sidecar.sidecar_root(like)
         if other is not None and other != root:

@@ -24,7 +24,7 @@ from gemma_convert.model.huggingface_files import INDEX, SINGLE
 from gemma_convert.stores.orbax.reader import find_items
 
 _FACTS = {"name": str, "framework": str, "divisible": bool, "streams": bool}
-_METHODS = ("find", "open", "create", "settings", "check_metadata")
+_METHODS = ("find", "open", "create", "settings", "settings_files", "check_metadata")
 
 
 class RunnableLayout(Layout, Protocol):

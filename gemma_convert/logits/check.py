@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -180,7 +180,11 @@ def _logit_check(
         versions=_versions(stored, model),
         seconds=time.monotonic() - started,
         lossy_rows=tuple(lossy_rows),
-        warnings=(*limit.warnings, *_window_warning(longest, window)),
+        warnings=(
+            *limit.warnings,
+            *_fact_warnings(model.fact_differences),
+            *_window_warning(longest, window),
+        ),
         flops=forward_flops(architecture, sequences) * (1 if stored else 2),
         running_seconds=time.monotonic() - running,
         native_devices=model.device_count,
@@ -287,6 +291,11 @@ def _matching_golden(path: Path, hf: Path, architecture: Architecture) -> Golden
     for sequence in golden.sequences:
         check_ids(sequence, architecture, path)
     return golden
+
+
+def _fact_warnings(differences: Mapping[str, str]) -> Iterator[str]:
+    for key, how in differences.items():
+        yield f"The two sides run by different facts: {key} is {how}."
 
 
 def _window_warning(longest: int, window: int) -> tuple[str, ...]:

@@ -91,9 +91,10 @@ class Placement:
 
 @dataclass(frozen=True)
 class Files:
-    """What a checkpoint consists of that is no Orbax tree, as patterns of names in its folder.
+    """What a checkpoint consists of beside an Orbax tree, as patterns of names in its folder.
 
-    A file for each that is `needed` is always there, one that is `allowed` may be.
+    A file for each that is `needed` is always there, and a checkpoint that is no Orbax tree is
+    known by it; one that is `allowed` may be there.
     """
 
     needed: tuple[str, ...]

@@ -93,7 +93,7 @@ def table_file(layout: str) -> Path:
 
 def parse_inventory(data: Mapping[str, Any], file: str) -> Inventory:
     """The inventory in the parsed TOML of huggingface.toml."""
-    top = Record(data, file).only("layout", "spellings", "section")
+    top = Record(data, file).only("layout", "spellings", "section", "fact")
     spellings = top.spellings()
     rows = []
     for section in top.records("section"):
@@ -128,7 +128,16 @@ def parse_inventory(data: Mapping[str, Any], file: str) -> Inventory:
 def parse_table(data: Mapping[str, Any], file: str, inventory: Inventory) -> Table:
     """The table in the parsed TOML of a native layout; its rows are joined to the inventory's."""
     top = Record(data, file).only(
-        "layout", "files", "spellings", "carried", "refused", "placement", "section"
+        "layout",
+        "files",
+        "spellings",
+        "carried",
+        "refused",
+        "placement",
+        "section",
+        "fact",
+        "models",
+        "named",
     )
     rows = [row for section in top.records("section") for row in _native_rows(section, inventory)]
     carried = tuple(_carried_row(record, inventory) for record in top.records("carried"))
@@ -259,8 +268,8 @@ def _placement(name: str, record: Record) -> Placement:
 def _files(record: Record) -> Files:
     record.only("needed", "allowed")
     needed, allowed = (record.patterns(key) for key in ("needed", "allowed"))
-    if not needed:
-        raise record.error("`needed` has a pattern, by which a checkpoint is known.")
+    if not needed and not allowed:
+        raise record.error("`needed` or `allowed` has a pattern.")
     return Files(needed, allowed)
 
 

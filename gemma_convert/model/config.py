@@ -39,7 +39,7 @@ def read_architecture(folder: Path) -> Architecture:
     """
     refuse_foreign_folder(folder)
     path = folder / "config.json" if folder.is_dir() else folder
-    return parse_architecture(_load_json(path), path)
+    return parse_architecture(load_config(folder), path)
 
 
 def parse_architecture(config: Mapping[str, Any], where: Path) -> Architecture:
@@ -102,7 +102,9 @@ def _whole(reader: Section, unified: bool) -> Architecture:
     )
 
 
-def _load_json(path: Path) -> Mapping[str, Any]:
+def load_config(folder: Path) -> Mapping[str, Any]:
+    """The parsed config.json in `folder`, or at that path. Raises SourceError where it is none."""
+    path = folder / "config.json" if folder.is_dir() else folder
     try:
         return read_object(path, "config.json", MAX_CONFIG_BYTES)
     except FileNotFoundError:

@@ -97,6 +97,7 @@ class Conversion:
     unchanged: Unchanged
     checkpoint: Checkpoint | None = None
     native_arrays: Sequence[str] = ()
+    ignored_facts: Sequence[str] = ()
     processes: Processes = field(default_factory=OneProcess)
 
     def needed_bytes(self) -> int:
@@ -181,6 +182,9 @@ class Conversion:
             self.checkpoint.read_rest(self.native_arrays)
         self.tensors.check_unchanged()
         self.unchanged.check()
+        for name, text in self.layout.settings_files(self.plan, self.target).items():
+            (root / name).parent.mkdir(exist_ok=True)
+            (root / name).write_text(text, encoding="utf-8")
         carried = own / sidecar.CARRIED
 
         def value_file(path: Path) -> ValuesFrom | None:
@@ -222,6 +226,7 @@ class Conversion:
             "scaled_dtype": plan.policy.scaled,
             "compression": self.form.compression,
             "settings": self._settings(),
+            "ignored_facts": list(self.ignored_facts),
             "names": list(self.naming.wrappers),
             "mapping_sha256": _mapping_digests(plan.layout),
             "lossy_rows": [

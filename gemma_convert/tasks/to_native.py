@@ -20,9 +20,11 @@ from gemma_convert.errors import UsageError
 from gemma_convert.files.identity import Unchanged
 from gemma_convert.layouts.opening import open_checkpoint
 from gemma_convert.layouts.registry import is_native, load_layout
+from gemma_convert.mapping.facts import check_keys
 from gemma_convert.mapping.plan import plan_to_native
 from gemma_convert.mapping.table import load_table
-from gemma_convert.model.config import read_architecture
+from gemma_convert.model.config import load_config, read_architecture
+from gemma_convert.model.huggingface_files import CONFIG
 from gemma_convert.output import shown
 from gemma_convert.stores.orbax.writer import Compression, OrbaxFormat
 from gemma_convert.stores.remote.locations import check_remote_options, local, local_target
@@ -46,6 +48,7 @@ def to_native(
     compression: Compression = "none",
     memory: int | None = None,
     accept_damage: Sequence[str] = (),
+    ignore_facts: Sequence[str] = (),
     dry_run: bool = False,
     overwrite: bool = False,
     resume: bool = False,
@@ -98,7 +101,9 @@ def to_native(
                 text_only=text_only,
                 form=form,
                 limit=limit,
+                ignore_facts=ignore_facts,
             )
+        job.layout.settings(job.plan, job.target)  # what cannot be told is refused before any work
         job.processes = processes
         if processes.count > 1 and not job.layout.divisible:
             raise UsageError(
@@ -129,11 +134,13 @@ def _from_huggingface(
     text_only: bool,
     form: OrbaxFormat,
     limit: int | None,
+    ignore_facts: Sequence[str],
 ) -> Conversion:
     found, others = sidecar.other_files(source, [])
     weights = (name for name in others if name.endswith(".safetensors") and "/" not in name)
     unchanged = Unchanged(source, [*found, *weights])
     architecture = read_architecture(source)
+    check_keys(load_config(source), architecture.text_only, ignore_facts, source / CONFIG)
     reader = stack.enter_context(SafetensorsFolder(source))
     plan = plan_to_native(
         architecture,
@@ -162,6 +169,7 @@ def _from_huggingface(
         inherited=Inherited(),
         naming=reader.naming,
         unchanged=unchanged,
+        ignored_facts=ignore_facts,
     )
 
 

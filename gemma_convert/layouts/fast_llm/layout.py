@@ -67,6 +67,10 @@ class FastLLM:
             "pretrained.model_weights": "true",
         }
 
+    def settings_files(self, plan: Plan, target: Path) -> dict[str, str]:
+        del plan, target
+        return {}
+
     def check_metadata(self, folder: Path, plan: Plan) -> dict[str, str]:
         found = read_metadata(folder)
         expected = fast_llm_metadata(plan.architecture, {})

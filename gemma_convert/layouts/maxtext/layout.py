@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gemma_convert.arrays.dtypes import TensorSpec
 from gemma_convert.checkpoint.orbax_layout import OrbaxLayout
-from gemma_convert.layouts.maxtext.settings import maxtext_settings
+from gemma_convert.layouts.maxtext.settings import maxtext_settings, settings_files
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.stores.orbax.writer import OrbaxFormat, OrbaxWriter, write_checkpoint_metadata
@@ -54,11 +54,19 @@ class MaxText(OrbaxLayout):
         return MaxTextWriter(folder / STEP, plan, form, part)
 
     def settings(self, plan: Plan, target: Path) -> dict[str, str]:
-        multimodal = any(name.startswith(_VISION) for name in plan.targets)
-        items = target.absolute() / STEP / ITEMS
-        return maxtext_settings(
-            plan.architecture, items, scanned=plan.scanned, multimodal=multimodal
-        )
+        return maxtext_settings(plan.architecture, **_form(plan, target))
+
+    def settings_files(self, plan: Plan, target: Path) -> dict[str, str]:
+        return settings_files(plan.architecture, **_form(plan, target))
+
+
+def _form(plan: Plan, target: Path) -> dict[str, Any]:
+    """What the settings say of a checkpoint beside the model: where it lies, and its form."""
+    return {
+        "items": target.absolute() / STEP / ITEMS,
+        "scanned": plan.scanned,
+        "multimodal": any(name.startswith(_VISION) for name in plan.targets),
+    }
 
 
 class MaxTextWriter(OrbaxWriter):

@@ -1,121 +1,126 @@
-"""The MaxText settings under which a converted checkpoint loads.
+"""The MaxText settings under which a converted checkpoint loads, printed and as a file.
 
-Names and defaults: MaxText's `configs/models/gemma4-{e2b,e4b,26b,31b}.yml` and `configs/base.yml`.
-The MaxText of August 2026 has no name for 12B, whose text model differs from 31B's in sizes alone.
-So 31B's name is given, and every size that differs.
+Which keys there are, and what the named models say already, stands in mappings/maxtext.toml.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from gemma_convert.model.architecture import Architecture, Family
+import yaml
 
-MODEL_NAMES: dict[Family, str] = {
-    "e2b": "gemma4-e2b",
-    "e4b": "gemma4-e4b",
-    "12b": "gemma4-31b",
-    "26b-a4b": "gemma4-26b",
-    "31b": "gemma4-31b",
-}
+from gemma_convert.errors import SourceError
+from gemma_convert.mapping.facts import FactTable, load_facts
+from gemma_convert.model.architecture import Architecture
+from gemma_convert.model.facts import SOFTCAP, Fact, facts_of, with_facts
 
-_PUBLISHED: dict[str, dict[str, int]] = {
-    "gemma4-e2b": {
-        "base_num_decoder_layers": 35,
-        "base_emb_dim": 1536,
-        "base_num_query_heads": 8,
-        "base_num_kv_heads": 1,
-        "base_mlp_dim": 6144,
-        "head_dim": 256,
-        "global_head_dim": 512,
-        "vocab_size": 262144,
-        "sliding_window_size": 512,
-        "hidden_size_per_layer_input": 256,
-        "vocab_size_per_layer_input": 262144,
-        "num_kv_shared_layers": 20,
-    },
-    "gemma4-e4b": {
-        "base_num_decoder_layers": 42,
-        "base_emb_dim": 2560,
-        "base_num_query_heads": 8,
-        "base_num_kv_heads": 2,
-        "base_mlp_dim": 10240,
-        "head_dim": 256,
-        "global_head_dim": 512,
-        "vocab_size": 262144,
-        "sliding_window_size": 512,
-        "hidden_size_per_layer_input": 256,
-        "vocab_size_per_layer_input": 262144,
-        "num_kv_shared_layers": 18,
-    },
-    "gemma4-26b": {
-        "base_num_decoder_layers": 30,
-        "base_emb_dim": 2816,
-        "base_num_query_heads": 16,
-        "base_num_kv_heads": 8,
-        "base_mlp_dim": 2112,
-        "base_moe_mlp_dim": 704,
-        "head_dim": 256,
-        "global_head_dim": 512,
-        "global_num_kv_heads": 2,
-        "vocab_size": 262144,
-        "sliding_window_size": 1024,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-    },
-    "gemma4-31b": {
-        "base_num_decoder_layers": 60,
-        "base_emb_dim": 5376,
-        "base_num_query_heads": 32,
-        "base_num_kv_heads": 16,
-        "base_mlp_dim": 21504,
-        "head_dim": 256,
-        "global_head_dim": 512,
-        "global_num_kv_heads": 4,
-        "vocab_size": 262144,
-        "sliding_window_size": 1024,
-    },
-}
+FILE = "maxtext.yml"
+"""Its name in the folder of a checkpoint; `train.py` takes it as its config."""
+
+MAX_BYTES = 1 << 20
+
+
+def maxtext_facts() -> FactTable:
+    """The facts in the table of the layout."""
+    table = load_facts("maxtext")
+    assert table is not None
+    return table
 
 
 def maxtext_settings(
     architecture: Architecture, items: Path, *, scanned: bool, multimodal: bool
 ) -> dict[str, str]:
-    """Setting → value: model name, form and path, then every size that the named model has not."""
-    name = MODEL_NAMES[architecture.family]
+    """Setting → value: model name, form and path, then every fact that the named model has not.
+
+    Raises SourceError for a fact that MaxText cannot be told.
+    """
+    table = maxtext_facts()
+    told = table.told(architecture, vision=multimodal)
     settings = {
-        "model_name": name,
+        "model_name": table.model(architecture),
         "scan_layers": str(scanned).lower(),
         "use_multimodal": str(multimodal).lower(),
         "load_parameters_path": str(items),
     }
-    sizes = _sizes(architecture)
-    named = _PUBLISHED[name]
-    changed = {key: str(sizes[key]) for key, value in named.items() if sizes[key] != value}
-    if changed:
+    if told:
         settings["override_model_config"] = "true"
-    return settings | changed
+    return settings | {key: _spelled(value) for key, value in told.items()}
 
 
-def _sizes(architecture: Architecture) -> dict[str, int]:
-    text = architecture.text
-    sliding = next((layer for layer in text.layers if layer.sliding), text.layers[-1])
-    full = text.layers[-1]
-    return {
-        "base_num_decoder_layers": len(text.layers),
-        "base_emb_dim": text.embed,
-        "base_num_query_heads": sliding.heads,
-        "base_num_kv_heads": sliding.kv_heads,
-        "base_mlp_dim": text.layers[0].mlp,
-        "base_moe_mlp_dim": text.expert_mlp,
-        "head_dim": sliding.head_dim,
-        "global_head_dim": full.head_dim,
-        "global_num_kv_heads": full.kv_heads,
-        "vocab_size": text.vocab,
-        "sliding_window_size": text.window,
-        "hidden_size_per_layer_input": text.ple,
-        "vocab_size_per_layer_input": text.ple_vocab,
-        "num_kv_shared_layers": text.kv_shared_layers,
-        "num_experts": text.experts,
-        "num_experts_per_tok": text.experts_per_token,
+def settings_files(
+    architecture: Architecture, items: Path, *, scanned: bool, multimodal: bool
+) -> dict[str, str]:
+    """Name → text of a config of MaxText, and of the model that it names, with all of its facts.
+
+    MaxText reads `models/MODEL.yml` beside a config before its own, so that these facts hold
+    without `override_model_config` on the command line.
+    """
+    table = maxtext_facts()
+    model = table.model(architecture)
+    settings = {
+        "base_config": "base.yml",
+        "model_name": model,
+        "scan_layers": scanned,
+        "use_multimodal": multimodal,
+        "load_parameters_path": str(items),
     }
+    told = table.told(architecture, vision=multimodal)
+    said = {key: value for key, value in table.named[model].items() if "." not in key}
+    facts = {key: 0.0 if value is None else value for key, value in told.items()}
+    return {FILE: _yaml(settings), _model_file(model): _yaml(said | facts)}
+
+
+def _model_file(model: str) -> str:
+    return f"models/{model}.yml"
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    text: str = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=1000)
+    return text
+
+
+def read_settings(file: Path) -> dict[str, Fact]:
+    """Setting → value, of a config of MaxText. Raises SourceError where it is none."""
+    try:
+        values = yaml.safe_load(file.read_bytes()[:MAX_BYTES])
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise SourceError("The MaxText settings cannot be read.", where=file, found=error) from None
+    if not isinstance(values, dict):
+        raise SourceError("The MaxText settings are no mapping.", where=file)
+    return {str(key): value for key, value in values.items()}
+
+
+def run_by(items: Path, architecture: Architecture) -> tuple[Architecture, dict[str, str]]:
+    """The model as MaxText runs it: by the settings file of the checkpoint, where it has one.
+
+    And the facts in which that differs from config.json: key → how. The sizes are the tensors'.
+    """
+    file = items.parent.parent / FILE
+    if not file.is_file():
+        return architecture, {}
+    settings = read_settings(file)
+    model = str(settings.get("model_name"))
+    own = items.parent.parent / _model_file(model)
+    if model in maxtext_facts().named and own.is_file():
+        settings = read_settings(own) | settings
+    facts = maxtext_facts().native_facts(model, settings)
+    facts = {key: None if key == SOFTCAP and not value else value for key, value in facts.items()}
+    native = with_facts(architecture, facts)
+    ours, theirs = facts_of(native), facts_of(architecture)
+    return native, {
+        key: f"{ours[key]} in {FILE}, {theirs[key]} in config.json"
+        for key in theirs
+        if ours[key] != theirs[key]
+    }
+
+
+def _spelled(value: Fact) -> str:
+    """A value as MaxText takes it: no soft-cap is 0, and a float has a point for YAML's sake."""
+    if value is None:
+        return "0.0"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = repr(value)
+    return text.replace("e", ".0e") if "e" in text and "." not in text else text

@@ -1,0 +1,121 @@
+"""What config.json says of a model, key by key, as one set of values that layouts are told.
+
+Keys are those of config.json, whole models' spelling; defaults are filled in, and a fact that has
+two spellings (per-layer sizes, experts) stands under the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from gemma_convert.model.architecture import Architecture, Rope, TextArchitecture
+
+Fact = int | float | str | bool | None
+
+_ROPE = "text_config.rope_parameters"
+FULL_THETA = f"{_ROPE}.full_attention.rope_theta"
+FULL_FRACTION = f"{_ROPE}.full_attention.partial_rotary_factor"
+SLIDING_THETA = f"{_ROPE}.sliding_attention.rope_theta"
+SLIDING_FRACTION = f"{_ROPE}.sliding_attention.partial_rotary_factor"
+EPSILON = "text_config.rms_norm_eps"
+SOFTCAP = "text_config.final_logit_softcapping"
+WINDOW = "text_config.sliding_window"
+VISION_THETA = "vision_config.rope_parameters.rope_theta"
+
+
+def facts_of(architecture: Architecture) -> dict[str, Fact]:
+    """Key of config.json → its value, of the text model and of a vision tower where there is one.
+
+    `text_config.layer_types` is told as a pattern, such as `5 sliding, 1 full`.
+    """
+    return {**_text(architecture.text), **_vision(architecture)}
+
+
+def _text(text: TextArchitecture) -> dict[str, Fact]:
+    sliding = next((layer for layer in text.layers if layer.sliding), text.layers[-1])
+    full = text.layers[-1]
+    return {
+        "text_config.vocab_size": text.vocab,
+        "text_config.hidden_size": text.embed,
+        "text_config.num_hidden_layers": len(text.layers),
+        "text_config.layer_types": layer_pattern(text),
+        "text_config.intermediate_size": text.layers[0].mlp,
+        "text_config.num_attention_heads": sliding.heads,
+        "text_config.num_key_value_heads": sliding.kv_heads,
+        "text_config.head_dim": sliding.head_dim,
+        "text_config.global_head_dim": full.head_dim,
+        "text_config.num_global_key_value_heads": full.kv_heads,
+        "text_config.attention_k_eq_v": text.key_as_value,
+        "text_config.num_kv_shared_layers": text.kv_shared_layers,
+        "text_config.use_double_wide_mlp": text.double_wide_mlp,
+        "text_config.hidden_size_per_layer_input": text.ple,
+        "text_config.vocab_size_per_layer_input": text.ple_vocab,
+        "text_config.num_experts": text.experts,
+        "text_config.top_k_experts": text.experts_per_token,
+        "text_config.moe_intermediate_size": text.expert_mlp,
+        "text_config.tie_word_embeddings": text.tied,
+        WINDOW: text.window,
+        EPSILON: text.norm_epsilon,
+        SOFTCAP: text.logit_softcap,
+        SLIDING_THETA: text.rope_sliding.theta,
+        SLIDING_FRACTION: text.rope_sliding.fraction,
+        FULL_THETA: text.rope_full.theta,
+        FULL_FRACTION: text.rope_full.fraction,
+    }
+
+
+def _vision(architecture: Architecture) -> dict[str, Fact]:
+    vision = architecture.vision
+    if vision is None:
+        return {}
+    bidirectional = "vision" if architecture.text.bidirectional_images else None
+    return {
+        "text_config.use_bidirectional_attention": bidirectional,
+        "vision_config.hidden_size": vision.embed,
+        "vision_config.num_hidden_layers": vision.layers,
+        "vision_config.num_attention_heads": vision.heads,
+        "vision_config.intermediate_size": vision.mlp,
+        "vision_config.patch_size": vision.patch_size,
+        "vision_config.position_embedding_size": vision.positions,
+        "vision_config.pooling_kernel_size": vision.pooling,
+        VISION_THETA: vision.rope_theta,
+        "vision_config.rms_norm_eps": vision.norm_epsilon,
+        "vision_config.standardize": vision.standardize,
+        "vision_config.use_clipped_linears": vision.clipped,
+    }
+
+
+def layer_pattern(text: TextArchitecture) -> str:
+    """How kinds of layers follow one another, such as `5 sliding, 1 full`; or `irregular`.
+
+    The last layer is full whatever its place is.
+    """
+    kinds = [layer.sliding for layer in text.layers]
+    period = kinds.index(False) + 1
+    regular = all(kind == bool((place + 1) % period) for place, kind in enumerate(kinds[:-1]))
+    return f"{period - 1} sliding, 1 full" if regular else "irregular"
+
+
+def with_facts(architecture: Architecture, facts: Mapping[str, Fact]) -> Architecture:
+    """The model with what `facts` say of its arithmetic; sizes stay as they are."""
+    text, vision = architecture.text, architecture.vision
+    softcap = facts.get(SOFTCAP, text.logit_softcap)
+    text = replace(
+        text,
+        window=int(facts.get(WINDOW) or text.window),
+        norm_epsilon=float(facts.get(EPSILON) or text.norm_epsilon),
+        logit_softcap=None if softcap is None else float(softcap),
+        rope_sliding=_rope(text.rope_sliding, facts, SLIDING_THETA, SLIDING_FRACTION),
+        rope_full=_rope(text.rope_full, facts, FULL_THETA, FULL_FRACTION),
+    )
+    if vision is not None:
+        vision = replace(vision, rope_theta=float(facts.get(VISION_THETA) or vision.rope_theta))
+    return replace(architecture, text=text, vision=vision)
+
+
+def _rope(rope: Rope, facts: Mapping[str, Fact], theta: str, fraction: str) -> Rope:
+    return Rope(
+        theta=float(facts.get(theta) or rope.theta),
+        fraction=float(facts.get(fraction) or rope.fraction),
+    )

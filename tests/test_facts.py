@@ -1,0 +1,170 @@
+"""Facts of config.json: every key is claimed, and the framework is told what it cannot know."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from commands import said
+from models import PUBLISHED, load_config
+
+from gemma_convert import SourceError, logit_check, to_native
+from gemma_convert.mapping.facts import check_keys, load_facts
+from gemma_convert.model.config import parse_architecture
+from gemma_convert.model.facts import facts_of, layer_pattern
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def changed(source: Path, folder: Path, *path: str, to: object) -> Path:
+    """A copy of a checkpoint whose config.json has another value at `path`."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    section = config
+    for key in path[:-1]:
+        section = section[key]
+    section[path[-1]] = to
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_model_is_the_named_one(name):
+    """Every key is known, and MaxText is told nothing that its named model says already."""
+    config = load_config(name)
+    check_keys(config, False, (), Path("config.json"))
+    facts = load_facts("maxtext")
+    architecture = parse_architecture(config, Path("config.json"))
+    vision = architecture.family in ("26b-a4b", "31b")
+    told = facts.told(architecture, vision=vision)
+    assert bool(told) == (architecture.family == "12b")  # it has no name of its own there
+
+
+@pytest.mark.parametrize("section", ["", "text_config", "vision_config"])
+def test_an_unknown_key_is_named(shallow, tmp_path, section):
+    path = [part for part in (section, "rotary_bass") if part]
+    source = changed(shallow("31b"), tmp_path / "in", *path, to=3)
+    code, _, errors = said("to-native", source, tmp_path / "out", "--format", "maxtext")
+    assert code == 3
+    assert ".".join(path) in errors
+    assert "--ignore-fact" in errors
+    knowing = ("--ignore-fact", ".".join(path))
+    assert said("to-native", source, tmp_path / "out", "--format", "maxtext", *knowing)[0] == 0
+    manifest = json.loads((tmp_path / "out/hf/gemma-convert/manifest.json").read_text())
+    assert manifest["ignored_facts"] == [".".join(path)]
+
+
+ROPE = ("text_config", "rope_parameters")
+TOLD: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
+    "theta": (
+        (*ROPE, FULL, "rope_theta"),
+        500_000.0,
+        {"rope_max_timescale": 500_000.0, "global_rope_max_timescale": 500_000.0},
+    ),
+    "sliding theta": (
+        (*ROPE, SLIDING, "rope_theta"),
+        20_000.0,
+        {"local_rope_max_timescale": 20_000.0},
+    ),
+    "proportion": (
+        (*ROPE, FULL, "partial_rotary_factor"),
+        0.5,
+        {"global_rope_proportion": 0.5},
+    ),
+    "soft-cap": (
+        ("text_config", "final_logit_softcapping"),
+        50.0,
+        {"final_logits_soft_cap": 50.0},
+    ),
+    "no soft-cap": (
+        ("text_config", "final_logit_softcapping"),
+        None,
+        {"final_logits_soft_cap": 0.0},
+    ),
+    "epsilon": (
+        ("text_config", "rms_norm_eps"),
+        1e-3,
+        {"normalization_layer_epsilon": 1e-3},
+    ),
+    "tiny epsilon": (
+        ("text_config", "rms_norm_eps"),
+        1e-7,
+        {"normalization_layer_epsilon": 1e-7},
+    ),
+    "window": (("text_config", "sliding_window"), 20, {"sliding_window_size": 20}),
+}
+
+
+@pytest.mark.parametrize("fact", TOLD)
+def test_what_differs_is_printed_and_written_and_run_by(shallow, tmp_path, fact):
+    """And wrong in the settings it is a failed check, like a wrong weight."""
+    path, value, told = TOLD[fact]
+    source = changed(shallow("31b"), tmp_path / "in", *path, to=value)
+    out = tmp_path / "out"
+    report = to_native(source, out, layout="maxtext", text_only=True)
+    config = yaml.safe_load((out / "maxtext.yml").read_text())
+    assert (config["base_config"], config["model_name"]) == ("base.yml", "gemma4-31b")
+    model = out / "models" / "gemma4-31b.yml"
+    settings = yaml.safe_load(model.read_text())
+    for key, expected in told.items():
+        assert settings[key] == expected
+        assert float(report.settings[key]) == expected
+    assert logit_check(source, out, tokens=40).passed
+    for key in told:
+        del settings[key]
+    model.write_text(yaml.safe_dump(settings))
+    unsealed(out)
+    wrong = logit_check(source, out, tokens=40)
+    assert wrong.passed == (fact == "tiny epsilon")  # it moves nothing that can be seen
+    assert any(".".join(path) in warning for warning in wrong.warnings)
+
+
+def unsealed(out: Path) -> None:
+    """A checkpoint whose settings may be edited: nothing is sealed any more."""
+    (out / "hf/gemma-convert/manifest.json").unlink()
+
+
+FIXED = {
+    "vision epsilon": (("vision_config", "rms_norm_eps"), 1e-5),
+    "pooling": (("vision_config", "pooling_kernel_size"), 2),
+    "image tokens": (("text_config", "use_bidirectional_attention"), None),
+}
+
+
+@pytest.mark.parametrize("fact", FIXED)
+def test_what_cannot_be_told_is_refused(shallow, tmp_path, fact):
+    path, value = FIXED[fact]
+    source = changed(shallow("31b"), tmp_path / "in", *path, to=value)
+    with pytest.raises(SourceError, match="cannot be told") as caught:
+        to_native(source, tmp_path / "out", layout="maxtext")
+    assert ".".join(path) in str(caught.value)
+    assert caught.value.found in (value, str(value))
+    assert not (tmp_path / "out").exists()
+
+
+def test_layers_in_another_order_are_refused(shallow, tmp_path):
+    config = json.loads((shallow("31b") / "config.json").read_text())
+    kinds = config["text_config"]["layer_types"]
+    kinds[0], kinds[-1] = kinds[-1], kinds[-1]
+    source = changed(shallow("31b"), tmp_path / "in", "text_config", "layer_types", to=kinds)
+    with pytest.raises(SourceError):
+        to_native(source, tmp_path / "out", layout="maxtext")
+
+
+def test_patterns_of_layers():
+    config = copy.deepcopy(load_config("gemma-4-31B-it"))
+    architecture = parse_architecture(config, Path("config.json"))
+    assert layer_pattern(architecture.text) == "5 sliding, 1 full"
+    config["text_config"]["layer_types"][7] = FULL
+    assert layer_pattern(parse_architecture(config, Path("config.json")).text) == "irregular"
+
+
+def test_every_fact_that_is_read_has_a_row():
+    rows = {row.hf for row in load_facts("maxtext").rows}
+    for name in PUBLISHED:
+        assert set(facts_of(parse_architecture(load_config(name), Path("config.json")))) <= rows
