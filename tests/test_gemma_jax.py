@@ -33,7 +33,15 @@ VISION = "model.vision_tower.encoder.layers."
 BLOCK = "vision_encoder/transformer/stacked_layers/block/"
 TEXT = re.compile(r"model\.(language_model|layers|embed_tokens|norm|per_layer)")
 
-FILES = {"_CHECKPOINT_METADATA", "_METADATA", "commit_success.txt", "d", "hf", "manifest.ocdbt"}
+FILES = {
+    "gemma.json",
+    "_CHECKPOINT_METADATA",
+    "_METADATA",
+    "commit_success.txt",
+    "d",
+    "hf",
+    "manifest.ocdbt",
+}
 """What lies in a checkpoint: the folder itself is Orbax' item."""
 
 
@@ -176,10 +184,10 @@ def test_what_the_report_and_the_manifest_say(shallow, tmp_path):
     report = to_native(source, out, layout="gemma-jax")
     hf, tree = read_safetensors(source), by_hand(source)
     assert (report.layout, report.framework, report.scanned) == ("gemma-jax", "gemma", False)
-    assert report.settings == {
-        "model": "gm.nn.Gemma4_E2B()",
-        "params": f'gm.ckpts.load_params("{out}")',
-    }
+    assert report.settings.keys() == {"model", "config", "params"}
+    assert report.settings["model"] == "gm.nn.Gemma4_E2B(config=config)"
+    assert report.settings["params"] == f'gm.ckpts.load_params("{out}")'
+    assert f"embed_dim={read_architecture(source).text.embed}," in report.settings["config"]
     layers = read_architecture(source).vision.layers
     assert report.shared == layers * 2 * 4
     assert report.arrays_written == len(tree)

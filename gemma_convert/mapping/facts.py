@@ -1,7 +1,8 @@
 """`[[fact]]` rows of a table: what a framework calls each fact of a model, and what it builds in.
 
 A row has the key of config.json (`hf`) and the framework's key (`native`), or the value that the
-framework builds in (`fixed`) and why. `[models]` names the framework's model of each family,
+framework builds in (`fixed`) and why, or says that the shapes of tensors tell it (`tensors`): a
+model of other sizes does not load. `[models]` names the framework's model of each family,
 `[named.MODEL]` what that model says already. huggingface.toml lists every key of config.json.
 """
 
@@ -19,7 +20,7 @@ from gemma_convert.errors import MappingError, SourceError
 from gemma_convert.mapping.record import Record
 from gemma_convert.mapping.table import HUGGINGFACE, table_file
 from gemma_convert.model.architecture import Architecture
-from gemma_convert.model.facts import Fact, facts_of
+from gemma_convert.model.facts import SOFTCAP, Fact, facts_of, with_facts
 
 SHOWN = 8
 
@@ -32,6 +33,7 @@ class FactRow:
     native: str | None
     fixed: Fact
     why: str
+    tensors: bool
     where: str
 
 
@@ -57,7 +59,7 @@ class FactTable:
         said = self.named[self.model(architecture)]
         told: dict[str, Fact] = {}
         for row in self.rows:
-            if row.hf not in facts or (not vision and _of_vision(row.hf)):
+            if row.tensors or row.hf not in facts or (not vision and _of_vision(row.hf)):
                 continue
             value = facts[row.hf]
             if row.native is None:
@@ -66,10 +68,24 @@ class FactTable:
                 told[row.native] = value
         return told
 
-    def native_facts(self, model: str, settings: Mapping[str, Any]) -> dict[str, Fact]:
-        """Key of config.json → value, as a named model has it with these settings of its own."""
+    def run_by(
+        self, architecture: Architecture, model: str, settings: Mapping[str, Any]
+    ) -> tuple[Architecture, dict[str, str]]:
+        """The model as the framework runs it, which says what `model` says and these settings.
+
+        And the facts in which that differs from config.json: key → how. A soft-cap of 0 is none;
+        sizes are those of the tensors.
+        """
         said = {**self.named.get(model, {}), **settings}
-        return {row.hf: said[row.native] for row in self.rows if row.native in said}
+        facts = {row.hf: said[row.native] for row in self.rows if row.native in said}
+        facts[SOFTCAP] = facts.get(SOFTCAP) or None
+        native = with_facts(architecture, facts)
+        ours, theirs = facts_of(native), facts_of(architecture)
+        return native, {
+            key: f"{ours[key]} in the settings, {theirs[key]} in config.json"
+            for key in theirs
+            if ours[key] != theirs[key]
+        }
 
 
 def _of_vision(hf: str) -> bool:
@@ -107,14 +123,15 @@ def load_facts(layout: str) -> FactTable | None:
 
 
 def _row(record: Record) -> FactRow:
-    record.only("hf", "native", "fixed", "why")
+    record.only("hf", "native", "fixed", "why", "tensors")
     hf = record.text("hf")
-    if record.has("native") == record.has("why"):
-        raise record.error("A fact has `native`, or `why` with what is built in.", found=hf)
+    if sum(map(record.has, ("native", "why", "tensors"))) != 1:
+        raise record.error("A fact has `native`, `tensors` or `why`, one alone.", found=hf)
     if hf not in _claims().facts:
         raise record.error("The row names no fact of huggingface.toml.", found=hf)
     native = record.text("native") if record.has("native") else None
-    return FactRow(hf, native, record.values.get("fixed"), record.text("why", ""), record.where)
+    why, tensors = record.text("why", ""), record.has("tensors")
+    return FactRow(hf, native, record.values.get("fixed"), why, tensors, record.where)
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def _vision(architecture: Architecture) -> dict[str, Fact]:
     vision = architecture.vision
     if vision is None:
         return {}
-    bidirectional = "vision" if architecture.text.bidirectional_images else None
+    bidirectional = "vision" if architecture.text.bidirectional_images else "none"
     return {
         "text_config.use_bidirectional_attention": bidirectional,
         "vision_config.hidden_size": vision.embed,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma_convert.checkpoint.orbax_layout import OrbaxLayout
-from gemma_convert.layouts.gemma_jax.settings import gemma_jax_settings
+from gemma_convert.layouts.gemma_jax.settings import gemma_jax_settings, settings_files
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.stores.orbax.writer import OrbaxFormat, OrbaxWriter, write_checkpoint_metadata
@@ -47,7 +47,15 @@ class GemmaJax(OrbaxLayout):
         return GemmaJaxWriter(folder, plan, replace(form, zarr3=False), part)
 
     def settings(self, plan: Plan, target: Path) -> dict[str, str]:
-        return gemma_jax_settings(plan.architecture, target)
+        return gemma_jax_settings(plan.architecture, target, vision=_sees(plan))
+
+    def settings_files(self, plan: Plan, target: Path) -> dict[str, str]:
+        del target
+        return settings_files(plan.architecture, vision=_sees(plan))
+
+
+def _sees(plan: Plan) -> bool:
+    return any(name.startswith("vision_encoder/") for name in plan.targets)
 
 
 class GemmaJaxWriter(OrbaxWriter):

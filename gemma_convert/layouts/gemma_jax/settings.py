@@ -1,67 +1,97 @@
-"""How the gemma library is told to load a converted checkpoint.
+"""How the gemma library is told to load a converted checkpoint, printed and as a file.
 
-Names: `gm.nn.Gemma4_*` and `TransformerConfig` of version 4.1.0, which has no class for 12B
-(google-deepmind/gemma, issue 709). Its text model differs from 31B's in sizes alone, so it is 31B's
-class with another config.
+Which fields there are, and what the library's classes say already, stands in
+mappings/gemma_jax.toml.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
 from pathlib import Path
+from typing import Any
 
-from gemma_convert.model.architecture import Architecture, Family
+from gemma_convert.files.json_file import read_object
+from gemma_convert.mapping.facts import FactTable, load_facts
+from gemma_convert.model.architecture import Architecture
+from gemma_convert.model.facts import Fact
 
-MODELS: Mapping[Family, str] = {
-    "e2b": "gm.nn.Gemma4_E2B",
-    "e4b": "gm.nn.Gemma4_E4B",
-    "26b-a4b": "gm.nn.Gemma4_26B_A4B",
-    "31b": "gm.nn.Gemma4_31B",
-}
+FILE = "gemma.json"
+"""Its name in the folder of a checkpoint: the class, and all that its config has."""
 
-_BASE = MODELS["31b"]
-_BASE_SIZES = {
-    "num_embed": 262144,
-    "embed_dim": 5376,
-    "hidden_dim": 21504,
-    "num_heads": 32,
-    "head_dim": 256,
-    "num_kv_heads": 16,
-    "global_key_size": 512,
-    "num_global_kv_heads": 4,
-    "sliding_window_size": 1024,
-}
+MAX_BYTES = 1 << 20
 
 
-def gemma_jax_settings(architecture: Architecture, target: Path) -> dict[str, str]:
-    """Setting → value: the model, for 12B its config as well, and its parameters."""
+def gemma_facts() -> FactTable:
+    """The facts in the table of the layout."""
+    table = load_facts("gemma-jax")
+    assert table is not None
+    return table
+
+
+def gemma_jax_settings(
+    architecture: Architecture, target: Path, *, vision: bool = False
+) -> dict[str, str]:
+    """Setting → value: the model, its config where the class says another, and its parameters.
+
+    Raises SourceError for a fact that the library cannot be told.
+    """
+    table = gemma_facts()
+    told = table.told(architecture, vision=vision)
+    name = f"gm.nn.{table.model(architecture)}"
     params = {"params": f'gm.ckpts.load_params("{target.absolute()}")'}
-    if architecture.family != "12b":
-        return {"model": f"{MODELS[architecture.family]}()", **params}
-    sizes = ", ".join(f"{key}={value}" for key, value in _sizes(architecture).items())
+    if not told and not architecture.unified:
+        return {"model": f"{name}()", **params}
+    fields = ", ".join(f"{key}={value}" for key, value in _fields(name, architecture, told).items())
     return {
-        "model": f"{_BASE}(config=config)",
-        "config": f"dataclasses.replace({_BASE}.config, {sizes})",
+        "model": f"{name}(config=config)",
+        "config": f"dataclasses.replace({name}.config, {fields})",
         **params,
     }
 
 
-def _sizes(architecture: Architecture) -> dict[str, object]:
-    """What 12B's config has in the place of 31B's; both repeat blocks of six layers."""
-    text = architecture.text
-    sliding = next((layer for layer in text.layers if layer.sliding), text.layers[-1])
-    full = text.layers[-1]
-    found = {
-        "num_embed": text.vocab,
-        "embed_dim": text.embed,
-        "hidden_dim": sliding.mlp,
-        "num_heads": sliding.heads,
-        "head_dim": sliding.head_dim,
-        "num_kv_heads": sliding.kv_heads,
-        "global_key_size": full.head_dim,
-        "num_global_kv_heads": full.kv_heads,
-        "sliding_window_size": text.window,
-    }
-    changed = {key: size for key, size in found.items() if size != _BASE_SIZES[key]}
-    types = f"{_BASE}.config.attention_types[:6] * {len(text.layers) // 6}"
-    return {**changed, "attention_types": types, "vision_encoder": None}
+def settings_files(architecture: Architecture, *, vision: bool) -> dict[str, str]:
+    """Name → text of the file that has the class and every field that a table row names."""
+    table = gemma_facts()
+    model = table.model(architecture)
+    said = {key: value for key, value in table.named[model].items() if "." not in key}
+    config = said | table.told(architecture, vision=vision)
+    return {FILE: json.dumps({"model": f"gm.nn.{model}", "config": config}, indent=1) + "\n"}
+
+
+def run_by(folder: Path, architecture: Architecture) -> tuple[Architecture, dict[str, str]]:
+    """The model as the library runs it: by the settings file, where the checkpoint has one.
+
+    And the facts in which that differs from config.json. Raises SourceError for a broken file.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        return architecture, {}
+    settings = read_object(file, "The settings", MAX_BYTES)
+    model, config = str(settings.get("model")).removeprefix("gm.nn."), settings.get("config")
+    return gemma_facts().run_by(architecture, model, config if isinstance(config, dict) else {})
+
+
+def _fields(name: str, architecture: Architecture, told: dict[str, Fact]) -> dict[str, Any]:
+    """Field of TransformerConfig → the Python that it is set to."""
+    layers, shared = len(architecture.text.layers), architecture.text.kv_shared_layers
+    derived = ("num_layers", "num_kv_shared_layers", "use_double_wide_mlp")
+    fields: dict[str, Any] = {key: value for key, value in told.items() if key not in derived}
+    if "num_layers" in told:
+        period = 1 + next(
+            place for place, layer in enumerate(architecture.text.layers) if not layer.sliding
+        )
+        types = f"{name}.config.attention_types[:{period}]"
+        whole, rest = divmod(layers, period)
+        fields["attention_types"] = f"{types} * {whole}"
+        if rest:
+            last = f"{name}.config.attention_types[{period - 1}:{period}]"
+            fields["attention_types"] += f" + {types}[:{rest - 1}] + {last}"
+    if shared and {"num_layers", "num_kv_shared_layers"} & set(told):
+        sharing = f"{name}.config.kv_cache_sharing_config"
+        fraction = f"frac_shared_layers={shared} / {layers}"
+        fields["kv_cache_sharing_config"] = f"dataclasses.replace({sharing}, {fraction})"
+    if architecture.text.double_wide_mlp and {"hidden_dim", "use_double_wide_mlp"} & set(told):
+        fields["override_kv_shared_ffw_hidden"] = 2 * architecture.text.layers[0].mlp
+    if architecture.unified:
+        fields["vision_encoder"] = None
+    return fields

@@ -14,7 +14,7 @@ import yaml
 from gemma_convert.errors import SourceError
 from gemma_convert.mapping.facts import FactTable, load_facts
 from gemma_convert.model.architecture import Architecture
-from gemma_convert.model.facts import SOFTCAP, Fact, facts_of, with_facts
+from gemma_convert.model.facts import Fact
 
 FILE = "maxtext.yml"
 """Its name in the folder of a checkpoint; `train.py` takes it as its config."""
@@ -105,15 +105,7 @@ def run_by(items: Path, architecture: Architecture) -> tuple[Architecture, dict[
     own = items.parent.parent / _model_file(model)
     if model in maxtext_facts().named and own.is_file():
         settings = read_settings(own) | settings
-    facts = maxtext_facts().native_facts(model, settings)
-    facts = {key: None if key == SOFTCAP and not value else value for key, value in facts.items()}
-    native = with_facts(architecture, facts)
-    ours, theirs = facts_of(native), facts_of(architecture)
-    return native, {
-        key: f"{ours[key]} in {FILE}, {theirs[key]} in config.json"
-        for key in theirs
-        if ours[key] != theirs[key]
-    }
+    return maxtext_facts().run_by(architecture, model, settings)
 
 
 def _spelled(value: Fact) -> str:
