@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,8 +130,6 @@ def test_a_lost_manifest_is_reported(sealed, tmp_path):
 
 def test_a_checkpoint_of_the_first_version_is_read_and_its_limits_said(tiny, tmp_path):
     """Manifests of version 1 have no digests of files but the original's."""
-    import json
-
     out = tmp_path / "out"
     to_native(tiny("31b", layers=6), out, layout="maxtext")
     path = out / "hf/gemma-convert/manifest.json"
@@ -144,3 +143,21 @@ def test_a_checkpoint_of_the_first_version_is_read_and_its_limits_said(tiny, tmp
     (out / "hf/config.json").write_bytes((out / "hf/config.json").read_bytes() + b" ")
     assert list(verify(out).different) == ["hf/config.json"]
     assert report.files == len(manifest["files_sha256"])
+
+
+def test_bytes_beyond_the_end_of_an_array_are_sealed(tiny, tmp_path, monkeypatch):
+    """A chunk at the edge reaches beyond its array: no value is there, and bytes are."""
+    monkeypatch.setattr("gemma_convert.mapping.plan.BLOCK_BYTES", 4_000)
+    monkeypatch.setattr("gemma_convert.mapping.plan.GATHER_BYTES", 64)
+    out = tmp_path / "out"
+    to_native(tiny("31b", layers=6), out, layout="maxtext", ocdbt=False)
+    folder = out / "0" / "items" / "params.params.token_embedder.embedding"
+    array = json.loads((folder / ".zarray").read_text())
+    (rows, _), (step, _) = array["shape"], array["chunks"]
+    assert rows % step
+    last = folder / f"{rows // step}.0"
+    data = bytearray(last.read_bytes())
+    data[-1] ^= 1
+    last.write_bytes(data)
+    name = str(last.relative_to(out))
+    assert verify(out).different == {name: "is not what it was when it was written"}
