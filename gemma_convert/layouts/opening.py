@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gemma_convert.checkpoint import sidecar
 from gemma_convert.checkpoint.manifest import PLACE, read_manifest
@@ -14,6 +16,8 @@ from gemma_convert.checkpoint.original import Original, is_huggingface, open_ori
 from gemma_convert.checkpoint.seal import refuse_carried, refuse_damage
 from gemma_convert.checkpoint.sealed_arrays import SealedArrays
 from gemma_convert.layouts.registry import open_native
+from gemma_convert.mapping.declared import layout_names
+from gemma_convert.mapping.table import load_table
 
 
 @dataclass(frozen=True)
@@ -49,12 +53,23 @@ class Checkpoint:
 def check_seal(path: Path) -> None:
     """Nothing where the files of the native checkpoint at `path` are what was sealed, or unsealed.
 
-    Raises SourceError for others. Values of arrays are not read.
+    Raises SourceError for others. Values of arrays are not read, and settings may be edited: who
+    runs the checkpoint runs it by them.
     """
     root = sidecar.sidecar_root(path)
     manifest = None if root is None else read_manifest(root)
     if root is not None and manifest is not None:
-        refuse_damage(root, manifest, ())
+        refuse_damage(root, manifest, _settings(manifest))
+
+
+def _settings(manifest: Mapping[str, Any]) -> list[str]:
+    """The settings files of a checkpoint, by the table of its layout."""
+    if manifest.get("layout") not in layout_names():
+        return []
+    files = load_table(manifest["layout"]).files
+    patterns = () if files is None or files.needed else files.allowed
+    names = manifest.get("files", {})
+    return [name for name in names if any(re.fullmatch(pattern, name) for pattern in patterns)]
 
 
 def open_checkpoint(
