@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -525,15 +524,13 @@ def shown(report):
     return capture.get()
 
 
-def test_a_wrong_window_is_named_by_the_first_sliding_layer(tiny, converted, monkeypatch):
-    original = check_module.open_model
-
-    def wider(folder, architecture):
-        text = replace(architecture.text, window=architecture.text.window + 1)
-        return original(folder, replace(architecture, text=text))
-
-    monkeypatch.setattr(check_module, "open_model", wider)
-    report = logit_check(tiny("31b"), converted(tiny("31b"), "gemma-jax"), tokens=3)
+def test_a_wrong_window_is_named_by_the_first_sliding_layer(tiny, converted, tmp_path):
+    """It stands in the settings, by which the native side runs."""
+    native = shutil.copytree(converted(tiny("31b"), "gemma-jax"), tmp_path / "native")
+    settings = json.loads((native / "gemma.json").read_text())
+    settings["config"]["sliding_window_size"] += 1
+    (native / "gemma.json").write_text(json.dumps(settings))
+    report = logit_check(tiny("31b"), native, tokens=3)
     assert not report.passed and report.drift.first == "layer 0"
 
 
