@@ -157,6 +157,7 @@ FIXED_IN_GEMMA = {
     "vision theta": (("vision_config", "rope_parameters", "rope_theta"), 50.0),
 }
 FIXED = {
+    "pad token": (("text_config", "pad_token_id"), 3),
     "vision epsilon": (("vision_config", "rms_norm_eps"), 1e-5),
     "pooling": (("vision_config", "pooling_kernel_size"), 2),
     "image tokens": (("text_config", "use_bidirectional_attention"), None),
@@ -199,3 +200,64 @@ def test_every_fact_that_is_read_has_a_row(layout):
     rows = {row.hf for row in load_facts(layout).rows}
     for name in PUBLISHED:
         assert set(facts_of(parse_architecture(load_config(name), Path("config.json")))) <= rows
+
+
+# Settings that somebody edited.
+
+SETTINGS = {"maxtext": "models/gemma4-31b.yml", "gemma-jax": "gemma.json"}
+
+
+def edited(out: Path, layout: str, **values: object) -> None:
+    """Puts values into the settings file of a checkpoint."""
+    file = out / SETTINGS[layout]
+    settings = yaml.safe_load(file.read_text())
+    (settings["config"] if layout == "gemma-jax" else settings).update(values)
+    file.write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize("layout", SETTINGS)
+def test_odd_values_in_settings_are_messages(shallow, converted, tmp_path, layout):
+    source = shallow("31b")
+    for number, value in enumerate(("x", [1], {}, True, -3, 1e99, None, 0)):
+        out = shutil.copytree(converted(source, layout), tmp_path / str(number))
+        edited(out, layout, sliding_window_size=value)
+        code, _, errors = said("logit-check", source, out, "--tokens", 5)
+        assert code == 3, value
+        assert "sliding_window_size" in errors and "no value of this fact" in errors
+
+
+@pytest.mark.parametrize(
+    ("layout", "file", "text"),
+    [
+        ("maxtext", "maxtext.yml", "x: ["),
+        ("maxtext", "maxtext.yml", "- 1"),
+        ("maxtext", "maxtext.yml", "model_name: ../../gemma4-31b"),
+        ("maxtext", "maxtext.yml", "model_name: [1]"),
+        ("maxtext", "models/gemma4-31b.yml", "a: !!python/object/apply:os.getcwd []"),
+        ("gemma-jax", "gemma.json", "{"),
+        ("gemma-jax", "gemma.json", '{"model": 3, "config": {}}'),
+        ("gemma-jax", "gemma.json", '{"model": "gm.nn.Gemma4_31B", "config": 1}'),
+    ],
+)
+def test_broken_settings_are_messages(shallow, converted, tmp_path, layout, file, text):
+    out = shutil.copytree(converted(shallow("31b"), layout), tmp_path / "out")
+    (out / file).write_text(text)
+    code, _, errors = said("logit-check", shallow("31b"), out, "--tokens", 5)
+    assert code == 3
+    assert errors.count("\n") <= 5
+
+
+@pytest.mark.parametrize("file", ["maxtext.yml", "models/gemma4-31b.yml", "models"])
+@pytest.mark.parametrize("items", ["", "0/items"])
+def test_settings_elsewhere_are_not_read(shallow, converted, tmp_path, file, items):
+    """Nor is a checkpoint run by config.json because its settings are gone."""
+    source = shallow("31b")
+    out = shutil.copytree(converted(source, "maxtext"), tmp_path / "out")
+    (out / file).rename(tmp_path / "elsewhere")
+    code, _, errors = said("logit-check", source, out / items, "--tokens", 5)
+    assert (code, "is missing" in errors) == (3, True)
+    (out / file).symlink_to(tmp_path / "elsewhere")
+    for command in (("logit-check", source, out / items, "--tokens", 5), ("verify", out / items)):
+        code, _, errors = said(*command)
+        assert code == 3
+        assert "leads out" in errors or "linked folder" in errors or "not a file" in errors

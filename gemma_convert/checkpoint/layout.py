@@ -17,9 +17,6 @@ from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.region import Box
 from gemma_convert.stores.orbax.writer import OrbaxFormat
 
-CONVERTER = "gemma_convert"
-"""Under this key a checkpoint's own metadata has the version of the package that converted it."""
-
 
 class NativeStore(Protocol):
     """A native checkpoint that is being written, all of its arrays declared."""

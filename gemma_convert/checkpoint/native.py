@@ -19,8 +19,6 @@ from gemma_convert.mapping.region import Box, Ranges
 from gemma_convert.mapping.table import load_table
 from gemma_convert.stores.remote.mirror import remote_fingerprint
 
-WORKERS, MOST_WAITING = 2, 8
-
 
 class StoredArray(Protocol):
     """One open array of a store: its spec, and the chunk that is decoded at once."""

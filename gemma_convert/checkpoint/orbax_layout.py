@@ -13,7 +13,7 @@ from gemma_convert.stores.orbax.reader import (
     OrbaxArray,
     OrbaxTree,
     array_metadata,
-    converted_by,
+    is_converted,
     open_array,
     read_orbax_tree,
 )
@@ -72,6 +72,6 @@ def orbax_source(
         opener=read,
         scanned=scanned,
         array_metadata=lambda: array_metadata(tree),
-        converted=converted_by(tree.folder) is not None,
+        converted=is_converted(tree.folder),
         beside=(*(name for name in tree.arrays if name not in used), *tree.others),
     )

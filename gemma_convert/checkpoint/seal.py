@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from gemma_convert.checkpoint.manifest import OLDER, PLACE
 from gemma_convert.errors import SourceError
+from gemma_convert.files.confined import check_confined
 from gemma_convert.files.unfinished import refuse_unfinished
 from gemma_convert.files.value_file import ValuesFrom
 from gemma_convert.stores.remote.mirror import RemoteFile, find_mirror, remote_file
@@ -52,12 +52,12 @@ class SealedFile:
     values_from: int | None
 
 
-def seal_files(root: Path, value_file: ValueFile, but: str) -> dict[str, dict[str, object]]:
-    """Relative name → entry of every file below `root`, but for the one called `but`."""
+def seal_files(root: Path, value_file: ValueFile) -> dict[str, dict[str, object]]:
+    """Relative name → entry of every file below `root` but the manifest."""
     return {
         name: asdict(_sealed(file, value_file(root / name)))
         for name, file in sorted(_listed(root).items())
-        if name != but and not name.startswith(OWN_MARKS)
+        if name != PLACE and not name.startswith(OWN_MARKS)
     }
 
 
@@ -76,25 +76,38 @@ def sealed_files(manifest: Mapping[str, Any]) -> dict[str, SealedFile]:
     }
 
 
-def damaged_files(
-    root: Path, files: Mapping[str, SealedFile], but: str, below: str = ""
-) -> dict[str, str]:
-    """Relative name → how it differs from the seal: gone, another size, other bytes, or added.
+def damage(root: Path, manifest: Mapping[str, Any], below: str = "") -> dict[str, str]:
+    """Relative name → how a file below `root` differs from the seal.
 
-    `but` is the manifest; only names that begin with `below` are looked at.
+    It is gone, has another size or other bytes, or was added; only names that begin with `below`
+    are looked at. A manifest of version 1 knows the digests of the original's other files, and
+    nothing else. Raises SourceError where something leads out of the folder.
     """
     listed = _listed(root)
-    found = {name: ADDED for name in listed if name not in files and name != but}
-    for name, file in files.items():
-        if not name.startswith(below):
-            continue
-        if name not in listed:
-            found[name] = MISSING
-        elif listed[name].size != file.size:
-            found[name] = f"has {listed[name].size} bytes instead of {file.size}"
-        elif listed[name].digest(file.values_from) != file.sha256:
-            found[name] = CHANGED
+    if manifest.get("schema") == OLDER:
+        kept = manifest.get("files_sha256", {})
+        found = dict(_differing(listed, {f"hf/{n}": (None, None, d) for n, d in kept.items()}))
+    else:
+        files = sealed_files(manifest)
+        facts = {n: (file.size, file.values_from, file.sha256) for n, file in files.items()}
+        wanted = {name: fact for name, fact in facts.items() if name.startswith(below)}
+        found = dict(_differing(listed, wanted))
+        found |= {name: ADDED for name in listed if name not in files and name != PLACE}
     return {name: how for name, how in sorted(found.items()) if name.startswith(below)}
+
+
+def _differing(
+    listed: Mapping[str, _File], wanted: Mapping[str, tuple[int | None, int | None, str]]
+) -> Iterator[tuple[str, str]]:
+    """(name, how) of files that are not what is `wanted`: size, bytes that count, digest."""
+    for name, (size, head, digest) in wanted.items():
+        file = listed.get(name)
+        if file is None:
+            yield name, MISSING
+        elif size is not None and file.size != size:
+            yield name, f"has {file.size} bytes instead of {size}"
+        elif file.digest(head) != digest:
+            yield name, CHANGED
 
 
 def refuse_damage(
@@ -169,22 +182,6 @@ def refuse_carried(
         )
 
 
-def damage(root: Path, manifest: Mapping[str, Any], below: str = "") -> dict[str, str]:
-    """Relative name → how a file below `root` differs from the seal.
-
-    A manifest of version 1 knows the digests of the original's other files, and nothing else.
-    """
-    if manifest.get("schema") != OLDER:
-        return damaged_files(root, sealed_files(manifest), PLACE, below)
-    kept = {f"hf/{name}": digest for name, digest in manifest.get("files_sha256", {}).items()}
-    there = _listed(root)
-    found = {name: MISSING for name in kept if name not in there}
-    for name, digest in kept.items():
-        if name in there and there[name].digest(None) != digest:
-            found[name] = CHANGED
-    return found
-
-
 @dataclass(frozen=True)
 class _File:
     """One file of a checkpoint: where it is here, or the object that it is in a store."""
@@ -202,7 +199,11 @@ class _File:
 
 
 def _listed(root: Path) -> dict[str, _File]:
-    """Relative name → every file below `root`; a link counts as the file that it leads to."""
+    """Relative name → every file below `root`; a link counts as the file that it leads to.
+
+    Raises SourceError for a link that leads out of `root`, and for what is no file.
+    """
+    check_confined(root)
     here = {name: _File(root / name, size) for name, size in _walk(root, "")}
     found = find_mirror(root)
     if found is None:
@@ -222,12 +223,8 @@ def _walk(root: Path, below: str) -> Iterator[tuple[str, int]]:
         name = f"{below}{entry.name}"
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(root, f"{name}/")
-        else:
-            try:
-                status = entry.stat()
-            except OSError:
-                status = entry.stat(follow_symlinks=False)
-            yield name, status.st_size if stat.S_ISREG(status.st_mode) else -1
+        elif entry.is_file():  # a link to nothing is none
+            yield name, entry.stat().st_size
 
 
 def file_pieces(path: Path, head: int | None = None) -> Iterator[bytes]:

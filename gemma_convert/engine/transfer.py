@@ -18,11 +18,11 @@ from typing import Any, Protocol
 import numpy as np
 import xxhash
 
-from gemma_convert.arrays.dtypes import numpy_dtype
+from gemma_convert.arrays.dtypes import TensorSpec, numpy_dtype
 from gemma_convert.arrays.values import Array
 from gemma_convert.engine.casting import Losses
 from gemma_convert.mapping.plan import Plan, SourceTensor
-from gemma_convert.mapping.region import Box, Ranges, RegionCopy, blocks, selection
+from gemma_convert.mapping.region import Box, Ranges, RegionCopy, blocks, selection, slices
 from gemma_convert.output import Progress
 from gemma_convert.stores.orbax.writer import write_error
 
@@ -42,6 +42,17 @@ class BlockReader(Protocol):
 
     def check_unchanged(self) -> None:
         """Raises SourceError where the source has changed since it was opened."""
+
+
+class HuggingFaceTensors(BlockReader, Protocol):
+    """The tensors of a Hugging Face checkpoint, in whatever form they are stored."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Name → spec of every tensor, in file order."""
+
+    def pieces(self, name: str) -> Iterator[memoryview]:
+        """The bytes of a tensor, in pieces that are valid until the next one is asked for."""
 
 
 class Writer(Protocol):
@@ -224,7 +235,7 @@ class Transfer:
         name = copy.target.tensor
         with self._lock:
             whole, missing = self._gathered.pop(name, (np.empty(shape, values.dtype), prod(shape)))
-            whole[tuple(slice(at, at + length) for at, length in box)] = values
+            whole[slices(box)] = values
             missing -= values.size
             if missing:
                 self._gathered[name] = whole, missing

@@ -53,13 +53,14 @@ class Checkpoint:
 def check_seal(path: Path) -> None:
     """Nothing where the files of the native checkpoint at `path` are what was sealed, or unsealed.
 
-    Raises SourceError for others. Values of arrays are not read, and settings may be edited: who
-    runs the checkpoint runs it by them.
+    Raises SourceError for others. Values of arrays are not read, and settings may be edited, not
+    lost: who runs the checkpoint runs it by them.
     """
     root = sidecar.sidecar_root(path)
     manifest = None if root is None else read_manifest(root)
     if root is not None and manifest is not None:
-        refuse_damage(root, manifest, _settings(manifest))
+        settings = [name for name in _settings(manifest) if (root / name).is_file()]
+        refuse_damage(root, manifest, settings)
 
 
 def _settings(manifest: Mapping[str, Any]) -> list[str]:

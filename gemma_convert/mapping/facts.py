@@ -16,13 +16,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gemma_convert.errors import MappingError, SourceError
+from gemma_convert.errors import MappingError, SourceError, short
 from gemma_convert.mapping.record import Record
 from gemma_convert.mapping.table import HUGGINGFACE, table_file
 from gemma_convert.model.architecture import Architecture
-from gemma_convert.model.facts import SOFTCAP, Fact, facts_of, with_facts
+from gemma_convert.model.facts import ARITHMETIC, SOFTCAP, Fact, facts_of, is_value, with_facts
 
 SHOWN = 8
+
+_OF_IMAGES = ("text_config.use_bidirectional_attention", "text_config.pad_token_id")
+"""Facts of the text model that matter where there are images."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +72,24 @@ class FactTable:
         return told
 
     def run_by(
-        self, architecture: Architecture, model: str, settings: Mapping[str, Any]
+        self, architecture: Architecture, model: str, settings: Mapping[str, Any], where: Path
     ) -> tuple[Architecture, dict[str, str]]:
         """The model as the framework runs it, which says what `model` says and these settings.
 
         And the facts in which that differs from config.json: key → how. A soft-cap of 0 is none;
-        sizes are those of the tensors.
+        sizes are those of the tensors. Raises SourceError for a model that there is none of, and
+        for what is no value of a fact; `where` has the settings.
         """
-        said = {**self.named.get(model, {}), **settings}
-        facts = {row.hf: said[row.native] for row in self.rows if row.native in said}
-        facts[SOFTCAP] = facts.get(SOFTCAP) or None
-        native = with_facts(architecture, facts)
+        if model not in self.named:
+            raise SourceError(
+                "The settings name a model that is not known.",
+                where=where,
+                expected=", ".join(self.named),
+                found=short(model),
+            )
+        said = {**self.named[model], **settings}
+        rows = [row for row in self.rows if row.native in said and row.hf in ARITHMETIC]
+        native = with_facts(architecture, {row.hf: _value(row, said, where) for row in rows})
         ours, theirs = facts_of(native), facts_of(architecture)
         return native, {
             key: f"{ours[key]} in the settings, {theirs[key]} in config.json"
@@ -88,8 +98,21 @@ class FactTable:
         }
 
 
+def _value(row: FactRow, said: Mapping[str, Any], where: Path) -> Fact:
+    found = said[str(row.native)]
+    value: Fact = None if row.hf == SOFTCAP and found == 0 else found
+    if not is_value(row.hf, value):
+        raise SourceError(
+            "The settings say what is no value of this fact.",
+            where=f"{where}, key {row.native}",
+            expected="a positive number",
+            found=short(found),
+        )
+    return value
+
+
 def _of_vision(hf: str) -> bool:
-    return hf.startswith("vision_config.") or hf == "text_config.use_bidirectional_attention"
+    return hf.startswith("vision_config.") or hf in _OF_IMAGES
 
 
 def _check_fixed(row: FactRow, value: Fact, said: Mapping[str, Any]) -> None:

@@ -16,6 +16,11 @@ Ranges = Mapping[str, tuple[int, int]]
 """axis → (start, stop), for the axes that a block restricts."""
 
 
+def slices(box: Box) -> tuple[slice, ...]:
+    """The index of a box in its array."""
+    return tuple(slice(start, start + length) for start, length in box)
+
+
 class NotABoxError(ValueError):
     """A region is not one box of the array, since an outer axis of a group is not fixed."""
 

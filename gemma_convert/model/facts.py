@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from gemma_convert.model.architecture import Architecture, Rope, TextArchitecture
 
@@ -71,6 +72,7 @@ def _vision(architecture: Architecture) -> dict[str, Fact]:
         return {}
     bidirectional = "vision" if architecture.text.bidirectional_images else "none"
     return {
+        "text_config.pad_token_id": architecture.text.pad_token,
         "text_config.use_bidirectional_attention": bidirectional,
         "vision_config.hidden_size": vision.embed,
         "vision_config.num_hidden_layers": vision.layers,
@@ -97,25 +99,31 @@ def layer_pattern(text: TextArchitecture) -> str:
     return f"{period - 1} sliding, 1 full" if regular else "irregular"
 
 
-def with_facts(architecture: Architecture, facts: Mapping[str, Fact]) -> Architecture:
-    """The model with what `facts` say of its arithmetic; sizes stay as they are."""
+NUMBERS = (EPSILON, SLIDING_THETA, SLIDING_FRACTION, FULL_THETA, FULL_FRACTION, VISION_THETA)
+ARITHMETIC = (*NUMBERS, WINDOW, SOFTCAP)
+"""The facts that layers compute with, beside their sizes."""
+
+
+def is_value(key: str, value: object) -> bool:
+    """Whether `value` may stand for an arithmetic fact; a soft-cap may be none."""
+    if key == SOFTCAP and value is None:
+        return True
+    number = isinstance(value, int if key == WINDOW else int | float)
+    return number and not isinstance(value, bool) and 0 < value < 1e30  # type: ignore[operator]
+
+
+def with_facts(architecture: Architecture, facts: Mapping[str, Any]) -> Architecture:
+    """The model with `facts`, which has arithmetic ones alone; the others stay as they are."""
     text, vision = architecture.text, architecture.vision
-    softcap = facts.get(SOFTCAP, text.logit_softcap)
+    ours = {**facts_of(architecture), **facts}
     text = replace(
         text,
-        window=int(facts.get(WINDOW) or text.window),
-        norm_epsilon=float(facts.get(EPSILON) or text.norm_epsilon),
-        logit_softcap=None if softcap is None else float(softcap),
-        rope_sliding=_rope(text.rope_sliding, facts, SLIDING_THETA, SLIDING_FRACTION),
-        rope_full=_rope(text.rope_full, facts, FULL_THETA, FULL_FRACTION),
+        window=ours[WINDOW],
+        norm_epsilon=ours[EPSILON],
+        logit_softcap=ours[SOFTCAP],
+        rope_sliding=Rope(ours[SLIDING_THETA], ours[SLIDING_FRACTION]),
+        rope_full=Rope(ours[FULL_THETA], ours[FULL_FRACTION]),
     )
     if vision is not None:
-        vision = replace(vision, rope_theta=float(facts.get(VISION_THETA) or vision.rope_theta))
+        vision = replace(vision, rope_theta=ours[VISION_THETA])
     return replace(architecture, text=text, vision=vision)
-
-
-def _rope(rope: Rope, facts: Mapping[str, Fact], theta: str, fraction: str) -> Rope:
-    return Rope(
-        theta=float(facts.get(theta) or rope.theta),
-        fraction=float(facts.get(fraction) or rope.fraction),
-    )

@@ -6,16 +6,15 @@ The source is a view of a Hugging Face checkpoint: its files, or a native checkp
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from gemma_convert.arrays.dtypes import TensorSpec, numpy_dtype
+from gemma_convert.arrays.dtypes import TensorSpec
 from gemma_convert.arrays.values import Array
 from gemma_convert.checkpoint import sidecar
 from gemma_convert.checkpoint.accounted import beside_native
@@ -27,8 +26,7 @@ from gemma_convert.engine.process_results import TransferResult
 from gemma_convert.engine.processes import OneProcess, Processes
 from gemma_convert.engine.publishing import ProgressFactory, publish
 from gemma_convert.engine.resumable import SPARE_BYTES, ResumableTransfer
-from gemma_convert.engine.transfer import BlockReader
-from gemma_convert.errors import SourceError
+from gemma_convert.engine.transfer import HuggingFaceTensors
 from gemma_convert.files.identity import Unchanged
 from gemma_convert.files.value_file import ValuesFrom
 from gemma_convert.layouts.opening import Checkpoint
@@ -40,6 +38,7 @@ from gemma_convert.stores.remote.mirror import file_size, find_mirror
 from gemma_convert.stores.safetensors.header import safetensors_header
 from gemma_convert.stores.safetensors.naming import Naming
 from gemma_convert.stores.safetensors.reader import Shard
+from gemma_convert.tasks.equal_tensors import check_equal
 from gemma_convert.tasks.reports import (
     LossyRow,
     ToNativeReport,
@@ -48,17 +47,6 @@ from gemma_convert.tasks.reports import (
     native_report,
 )
 from gemma_convert.version import __version__
-
-
-class HuggingFaceTensors(BlockReader, Protocol):
-    """The tensors of a Hugging Face checkpoint, in whatever form they are stored."""
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """Name → spec of every tensor, in file order."""
-
-    def pieces(self, name: str) -> Iterator[memoryview]:
-        """The bytes of a tensor, in pieces that are valid until the next one is asked for."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +185,7 @@ class Conversion:
         seal = {
             "regions": regions,
             "array_metadata": transfer.array_metadata,
-            "files": seal_files(root, value_file, PLACE),
+            "files": seal_files(root, value_file),
         }
         write_manifest(root / PLACE, manifest | seal)
 
@@ -311,41 +299,6 @@ class Conversion:
             sealed=self.checkpoint is not None and self.checkpoint.arrays is not None,
             changed_arrays=() if self.checkpoint is None else self.checkpoint.changed_arrays,
         )
-
-
-def check_equal(plan: Plan, tensors: HuggingFaceTensors, where: Path) -> None:
-    """Raises SourceError where a tensor is not what the one that stands for it is, bit for bit."""
-    for name, other in plan.tied.items():
-        if not _same(tensors, name, other):
-            raise SourceError(
-                "The output head is not tied to the embedding; no layout has a place for it.",
-                where=where,
-                expected=f"{name} equal to {other}, bit for bit",
-                found="different values",
-            )
-    for name, other in plan.shared.items():
-        if not _same(tensors, name, other):
-            raise SourceError(
-                f"{plan.layout} has one tensor for two that differ.",
-                where=where,
-                expected=f"{name} equal to {other}, bit for bit",
-                found=f"{_shown(tensors, name)} and {_shown(tensors, other)}",
-                do="make them equal, choose another layout, or carry the towers with --text-only",
-            )
-
-
-def _same(tensors: HuggingFaceTensors, name: str, other: str) -> bool:
-    if tensors.specs[name] != tensors.specs[other]:
-        return False
-    pairs = itertools.zip_longest(tensors.pieces(name), tensors.pieces(other))
-    return all(one == two for one, two in pairs)
-
-
-def _shown(tensors: HuggingFaceTensors, name: str) -> str:
-    """The first value of a tensor, for a message."""
-    spec = tensors.specs[name]
-    piece = next(tensors.pieces(name))
-    return str(np.frombuffer(piece[: spec.itemsize], numpy_dtype(spec.dtype))[0])
 
 
 def _mapping_digests(layout: str) -> dict[str, str]:

@@ -21,7 +21,7 @@ from gemma_convert.engine.transfer import Transfer
 from gemma_convert.files.confined import NEVER_READ
 from gemma_convert.layouts.opening import Checkpoint, open_checkpoint
 from gemma_convert.mapping.plan import Plan
-from gemma_convert.mapping.region import Box
+from gemma_convert.mapping.region import Box, slices
 from gemma_convert.model.config import read_architecture
 from gemma_convert.stores.remote.mirror import file_size
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
@@ -113,8 +113,7 @@ def _compare_tensors(
     values = Restoring(original, origins | standing)
 
     def read(name: str, box: Box) -> Array:
-        part = tuple(slice(start, start + length) for start, length in box)
-        values: Array = reader.mapped(reader.tensors[name])[part]
+        values: Array = reader.mapped(reader.tensors[name])[slices(box)]
         return values
 
     with progress_bar(progress, "verify", back.source_bytes) as shown_bar:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma_convert.arrays.dtypes import TensorSpec
-from gemma_convert.checkpoint.layout import CONVERTER
 from gemma_convert.checkpoint.native import NativeSource
 from gemma_convert.checkpoint.native_folder import NativeFolder
 from gemma_convert.checkpoint.safetensors_layout import SafetensorsStore, safetensors_source
@@ -28,6 +27,7 @@ from gemma_convert.mapping.plan import Plan
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.stores.orbax.writer import OrbaxFormat
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder, plain_name
+from gemma_convert.version import CONVERTER
 
 if TYPE_CHECKING:
     from gemma_convert.forward.native_model import NativeModel

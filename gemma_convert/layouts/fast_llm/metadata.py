@@ -12,29 +12,15 @@ from typing import Any
 
 import yaml
 
-from gemma_convert.checkpoint.layout import CONVERTER
 from gemma_convert.errors import SourceError, UsageError, short
-from gemma_convert.files.json_file import read_regular
+from gemma_convert.files.yaml_file import read_yaml
 from gemma_convert.model.architecture import Architecture, Layer, Rope, TextArchitecture
-from gemma_convert.version import __version__
+from gemma_convert.version import CONVERTER, __version__
 
 METADATA = "metadata.yaml"
 VERSION = "0.4.0"
 
 MAX_METADATA_BYTES = 2 << 20
-MAX_SCALAR = 1000
-"""Characters of a key or value; PyYAML takes quadratic time for some that are longer."""
-
-_UNREADABLE = (
-    yaml.YAMLError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    ValueError,
-)
-"""What PyYAML raises on broken input, such as `!!bool maybe`."""
-
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
@@ -58,33 +44,10 @@ def write_metadata(folder: Path, metadata: Mapping[str, Any]) -> None:
     (folder / METADATA).write_text(yaml.safe_dump(dict(metadata)), encoding="utf-8")
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """PyYAML's safe loader without merging, with which a short text becomes one without end."""
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
-            raise yaml.constructor.ConstructorError(None, None, "merging", node.start_mark)
-
-    def construct_scalar(self, node: yaml.Node) -> Any:
-        if isinstance(node.value, str) and len(node.value) > MAX_SCALAR:
-            raise yaml.constructor.ConstructorError(None, None, "a long value", node.start_mark)
-        return super().construct_scalar(node)
-
-
 def read_metadata(folder: Path) -> dict[str, Any]:
     """The contents of metadata.yaml; raises SourceError where it is not Fast-LLM's."""
     path = folder / METADATA
-    try:
-        text = read_regular(path, METADATA, MAX_METADATA_BYTES).decode("utf-8")
-        metadata = yaml.load(text, _Loader)
-    except FileNotFoundError as error:
-        raise SourceError(
-            "metadata.yaml cannot be read.", where=path, found=error.strerror
-        ) from None
-    except _UNREADABLE as error:
-        raise SourceError(
-            "metadata.yaml is not valid YAML.", where=path, found=str(error)[:300]
-        ) from None
+    metadata = read_yaml(path, METADATA, MAX_METADATA_BYTES)
     if not isinstance(metadata, dict) or metadata.get("format") != "fast_llm":
         raise SourceError(
             "The metadata is not that of a checkpoint in Fast-LLM's own format.",
@@ -92,7 +55,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
             expected="format: fast_llm",
             found=short(metadata.get("format") if isinstance(metadata, dict) else metadata),
         )
-    return metadata
+    return dict(metadata)
 
 
 def differences(expected: Any, found: Any, path: str = "") -> Iterator[tuple[str, str]]:

@@ -7,9 +7,12 @@ mappings/gemma_jax.toml.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+from gemma_convert.errors import SourceError, short
+from gemma_convert.files.confined import check_confined
 from gemma_convert.files.json_file import read_object
 from gemma_convert.mapping.facts import FactTable, load_facts
 from gemma_convert.model.architecture import Architecture
@@ -64,11 +67,14 @@ def run_by(folder: Path, architecture: Architecture) -> tuple[Architecture, dict
     And the facts in which that differs from config.json. Raises SourceError for a broken file.
     """
     file = folder / FILE
-    if not file.is_file():
+    if not os.path.lexists(file):
         return architecture, {}
-    settings = read_object(file, "The settings", MAX_BYTES)
+    check_confined(folder, FILE)
+    settings = read_object(file, FILE, MAX_BYTES)
     model, config = str(settings.get("model")).removeprefix("gm.nn."), settings.get("config")
-    return gemma_facts().run_by(architecture, model, config if isinstance(config, dict) else {})
+    if not isinstance(config, dict):
+        raise SourceError("The settings have no config.", where=file, found=short(config))
+    return gemma_facts().run_by(architecture, model, config, file)
 
 
 def _fields(name: str, architecture: Architecture, told: dict[str, Fact]) -> dict[str, Any]:

@@ -5,13 +5,16 @@ Which keys there are, and what the named models say already, stands in mappings/
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
 
-from gemma_convert.errors import SourceError
+from gemma_convert.errors import SourceError, short
+from gemma_convert.files.confined import check_confined
+from gemma_convert.files.yaml_file import read_yaml
 from gemma_convert.mapping.facts import FactTable, load_facts
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.facts import Fact
@@ -81,31 +84,28 @@ def _yaml(values: Mapping[str, Any]) -> str:
     return text
 
 
-def read_settings(file: Path) -> dict[str, Fact]:
-    """Setting → value, of a config of MaxText. Raises SourceError where it is none."""
-    try:
-        values = yaml.safe_load(file.read_bytes()[:MAX_BYTES])
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise SourceError("The MaxText settings cannot be read.", where=file, found=error) from None
-    if not isinstance(values, dict):
-        raise SourceError("The MaxText settings are no mapping.", where=file)
-    return {str(key): value for key, value in values.items()}
-
-
 def run_by(items: Path, architecture: Architecture) -> tuple[Architecture, dict[str, str]]:
     """The model as MaxText runs it: by the settings file of the checkpoint, where it has one.
 
-    And the facts in which that differs from config.json: key → how. The sizes are the tensors'.
+    And the facts in which that differs from config.json. Raises SourceError for a broken file.
     """
-    file = items.parent.parent / FILE
-    if not file.is_file():
+    root = items.parent.parent
+    if not os.path.lexists(root / FILE):
         return architecture, {}
-    settings = read_settings(file)
+    settings = _read(root, FILE)
     model = str(settings.get("model_name"))
-    own = items.parent.parent / _model_file(model)
-    if model in maxtext_facts().named and own.is_file():
-        settings = read_settings(own) | settings
-    return maxtext_facts().run_by(architecture, model, settings)
+    if model in maxtext_facts().named and os.path.lexists(root / _model_file(model)):
+        settings = _read(root, _model_file(model)) | settings
+    return maxtext_facts().run_by(architecture, model, settings, root / FILE)
+
+
+def _read(root: Path, name: str) -> dict[str, Any]:
+    """The settings in a file of a checkpoint; SourceError where it is none, or leads elsewhere."""
+    check_confined(root, PurePath(name).parts[0])
+    values = read_yaml(root / name, name, MAX_BYTES)
+    if not isinstance(values, dict):
+        raise SourceError("The settings are no mapping.", where=root / name, found=short(values))
+    return {str(key): value for key, value in values.items()}
 
 
 def _spelled(value: Fact) -> str:

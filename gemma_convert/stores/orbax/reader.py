@@ -19,10 +19,11 @@ from gemma_convert.files.confined import check_confined
 from gemma_convert.files.json_file import read_object
 from gemma_convert.files.unfinished import refuse_unfinished
 from gemma_convert.mapping.notation import join_path, split_path
-from gemma_convert.mapping.region import Box
+from gemma_convert.mapping.region import Box, slices
 from gemma_convert.stores.orbax.raw_chunks import Places, RawChunks, ocdbt_places, raw_chunks
-from gemma_convert.stores.orbax.writer import CONVERTER, ocdbt_metadata
+from gemma_convert.stores.orbax.writer import ocdbt_metadata
 from gemma_convert.stores.remote.mirror import find_mirror, kvstore
+from gemma_convert.version import CONVERTER
 
 METADATA = "_METADATA"
 MAX_METADATA_BYTES = 64 << 20
@@ -179,9 +180,8 @@ class OrbaxArray:
         return into
 
     def _read(self, box: Box) -> Array:
-        where = tuple(slice(start, start + length) for start, length in box)
         try:
-            values = (self.store[where] if where else self.store).read(order="C").result()
+            values = (self.store[slices(box)] if box else self.store).read(order="C").result()
         except UNREADABLE as error:
             raise _broken(self.folder, self.name, error) from None
         return np.asarray(values)
@@ -211,8 +211,8 @@ def array_metadata(tree: OrbaxTree) -> dict[str, str]:
     return ocdbt_metadata(tree.folder, [*tree.arrays, *tree.others], tree.form.zarr3, tree.context)
 
 
-def converted_by(items: Path) -> str | None:
-    """What the checkpoint's own metadata says to have converted it; None where it says nothing."""
+def is_converted(items: Path) -> bool:
+    """Whether the metadata of an item folder, or of its step, says that we converted it."""
     for folder in (items, items.parent):
         try:
             path = folder / "_CHECKPOINT_METADATA"
@@ -220,9 +220,9 @@ def converted_by(items: Path) -> str | None:
         except (FileNotFoundError, SourceError):
             continue
         custom = metadata.get("custom_metadata")
-        if isinstance(custom, dict) and isinstance(custom.get(CONVERTER), str):
-            return str(custom[CONVERTER])
-    return None
+        if isinstance(custom, dict) and CONVERTER in custom:
+            return True
+    return False
 
 
 def _context(cache_bytes: int) -> Any:

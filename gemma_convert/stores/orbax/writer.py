@@ -26,17 +26,14 @@ from gemma_convert.arrays.dtypes import TensorSpec, numpy_dtype
 from gemma_convert.errors import TargetError
 from gemma_convert.files.value_file import ValuesFrom
 from gemma_convert.mapping.notation import split_path
-from gemma_convert.mapping.region import Box
+from gemma_convert.mapping.region import Box, slices
 from gemma_convert.stores.remote.mirror import find_mirror, kvstore
-from gemma_convert.version import __version__
+from gemma_convert.version import CONVERTER, __version__
 
 Compression = Literal["none", "zstd"]
 
 ZSTD_LEVEL = {"zarr3": 3, "zarr2": 1}
 """The levels that Orbax itself uses."""
-
-CONVERTER = "gemma_convert"
-"""Key of the version of this package in the custom metadata of a checkpoint."""
 
 _CHUNK = re.compile(r"\d+(\.\d+)*", re.ASCII)
 
@@ -109,7 +106,7 @@ class OrbaxWriter:
         if array is None:
             return False
         for box, expected in regions.items():
-            view = array[tuple(slice(start, start + length) for start, length in box)]
+            view = array[slices(box)]
             try:
                 if checksum(np.asarray(view.read().result())) != expected:
                     return False
@@ -121,8 +118,7 @@ class OrbaxWriter:
     def write(self, name: str, box: Box, values: NDArray[np.generic]) -> Any:
         """A future of the commit of `values` into `box`; `values` must not change before it."""
         self.regions.setdefault(name, {})[box] = checksum(values)
-        where = tuple(slice(start, start + length) for start, length in box)
-        view = self._arrays[name][where] if where else self._arrays[name]
+        view = self._arrays[name][slices(box)] if box else self._arrays[name]
         future = view.write(values, can_reference_source_data_indefinitely=True).commit
         future.force()
         return future

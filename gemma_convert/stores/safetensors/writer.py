@@ -25,7 +25,7 @@ from gemma_convert.arrays.dtypes import TensorSpec, numpy_dtype
 from gemma_convert.arrays.values import Array, bits
 from gemma_convert.files.new_file import MODE
 from gemma_convert.files.value_file import ValuesFrom
-from gemma_convert.mapping.region import Box
+from gemma_convert.mapping.region import Box, slices
 from gemma_convert.stores.safetensors.header import (
     StoredTensor,
     library_order,
@@ -131,7 +131,7 @@ class SafetensorsWriter:
         tensor = self._tensors[name]
         run, places = _runs(box, tensor.spec.shape)
         if run * values.itemsize < SHORT_RUN_BYTES:
-            bits(self.array(name))[_slices(box)] = bits(values)
+            bits(self.array(name))[slices(box)] = bits(values)
             self._let_go(values.nbytes)
         else:
             flat = values.reshape(-1)
@@ -145,7 +145,7 @@ class SafetensorsWriter:
         """Whether the regions of a tensor have these checksums; if so they count as written."""
         array = self.array(name)
         for box, expected in regions.items():
-            part = array[_slices(box)]
+            part = array[slices(box)]
             if checksum(part) != expected:
                 return False
             self._let_go(part.nbytes)
@@ -186,10 +186,6 @@ class SafetensorsWriter:
             self._written = 0
             for mapped in self._maps.values():
                 mapped.madvise(mmap.MADV_DONTNEED)
-
-
-def _slices(box: Box) -> tuple[slice, ...]:
-    return tuple(slice(start, start + length) for start, length in box)
 
 
 def _runs(box: Box, shape: tuple[int, ...]) -> tuple[int, Iterator[int]]:
