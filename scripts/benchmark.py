@@ -135,7 +135,8 @@ def _cases(model: str, only: str) -> list[Case]:
     cases = []
     for name, options in layouts.items():
         if only in name:
-            cases.append(Case(f"hf to {name}", "hf", "native", ("to-native", *options)))
+            command = ("to-native", *options, "--ignore-fact", "text_config.layer_types")
+            cases.append(Case(f"hf to {name}", "hf", "native", command))
             cases.append(Case(f"{name} to hf", "native", "back", ("to-hf",)))
     return cases
 

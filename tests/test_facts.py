@@ -6,14 +6,16 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from commands import said
-from models import PUBLISHED, load_config
+from models import PUBLISHED, load_config, without_layers
 
 from gemma_convert import SourceError, logit_check, to_native, verify
+from gemma_convert.layouts.gemma_jax.settings import gemma_jax_settings
 from gemma_convert.mapping.facts import check_keys, load_facts
 from gemma_convert.model.config import parse_architecture
 from gemma_convert.model.facts import facts_of, layer_pattern
@@ -178,13 +180,24 @@ def test_what_cannot_be_told_is_refused(shallow, tmp_path, layout, fact):
     assert not (tmp_path / "out").exists()
 
 
-def test_layers_in_another_order_are_refused(shallow, tmp_path):
-    config = json.loads((shallow("31b") / "config.json").read_text())
-    kinds = config["text_config"]["layer_types"]
-    kinds[0], kinds[-1] = kinds[-1], kinds[-1]
-    source = changed(shallow("31b"), tmp_path / "in", "text_config", "layer_types", to=kinds)
-    with pytest.raises(SourceError):
-        to_native(source, tmp_path / "out", layout="maxtext")
+def test_layers_in_another_order():
+    """MaxText builds their order in; the gemma library is told each of them."""
+    config = without_layers(load_config("gemma-4-31B-it"), 7)
+    architecture = parse_architecture(config, Path("config.json"))
+    maxtext, known = load_facts("maxtext"), ("text_config.layer_types",)
+    with pytest.raises(SourceError, match="order of sliding and full layers"):
+        maxtext.told(architecture, vision=False)
+    assert maxtext.told(architecture, vision=False, ignore=known) == {"base_num_decoder_layers": 7}
+    plan = SimpleNamespace(architecture=architecture, ignored_facts=())
+    told = gemma_jax_settings(plan, Path("out"), vision=False)["config"]
+    assert "for place in (0, 0, 0, 0, 0, 5, 5,))" in told
+
+
+def test_what_can_be_told_is_told_whatever_is_ignored(shallow, tmp_path):
+    source = changed(shallow("31b"), tmp_path / "in", "text_config", "rms_norm_eps", to=1e-3)
+    options = {"layout": "maxtext", "text_only": True, "ignore_facts": ["text_config.rms_norm_eps"]}
+    report = to_native(source, tmp_path / "out", **options)
+    assert float(report.settings["normalization_layer_epsilon"]) == 1e-3
 
 
 def test_patterns_of_layers():
@@ -192,7 +205,14 @@ def test_patterns_of_layers():
     architecture = parse_architecture(config, Path("config.json"))
     assert layer_pattern(architecture.text) == "5 sliding, 1 full"
     config["text_config"]["layer_types"][7] = FULL
-    assert layer_pattern(parse_architecture(config, Path("config.json")).text) == "irregular"
+    pattern = layer_pattern(parse_architecture(config, Path("config.json")).text)
+    assert pattern.split()[5:9] == ["full", "sliding", "full", "sliding"]
+    config["text_config"]["layer_types"] = load_config("gemma-4-31B-it")["text_config"][
+        "layer_types"
+    ][:8]
+    config["text_config"]["num_hidden_layers"] = 8
+    pattern = layer_pattern(parse_architecture(config, Path("config.json")).text)
+    assert pattern.split()[5:] == ["full", "sliding", "full"]  # the last is full, and no pattern is
 
 
 @pytest.mark.parametrize("layout", ["maxtext", "gemma-jax"])

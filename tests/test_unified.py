@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -209,10 +210,14 @@ def test_images_and_sounds_are_refused_before_anything_runs(native, option):
 # Settings.
 
 
+def published() -> SimpleNamespace:
+    """What settings ask a plan of the published 12B, scanned, for."""
+    architecture = load_architecture(UNIFIED)
+    return SimpleNamespace(architecture=architecture, scanned=True, ignored_facts=())
+
+
 def test_maxtext_is_told_31b_with_the_sizes_of_12b():
-    settings = maxtext_settings(
-        load_architecture(UNIFIED), Path("out/0/items"), scanned=True, multimodal=False
-    )
+    settings = maxtext_settings(published(), Path("out/0/items"), multimodal=False)
     assert settings == {
         "model_name": "gemma4-31b",
         "scan_layers": "true",
@@ -229,7 +234,7 @@ def test_maxtext_is_told_31b_with_the_sizes_of_12b():
 
 
 def test_the_gemma_library_is_told_31b_with_the_sizes_of_12b():
-    assert gemma_jax_settings(load_architecture(UNIFIED), Path("/out")) == {
+    assert gemma_jax_settings(published(), Path("/out"), vision=False) == {
         "model": "gm.nn.Gemma4_31B(config=config)",
         "config": "dataclasses.replace(gm.nn.Gemma4_31B.config, embed_dim=3840, hidden_dim=15360, "
         "num_heads=16, num_kv_heads=8, num_global_kv_heads=1, "

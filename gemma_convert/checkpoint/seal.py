@@ -8,6 +8,7 @@ is nothing. What the store itself says of an array inside an OCDBT database has 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -223,8 +224,9 @@ def _walk(root: Path, below: str) -> Iterator[tuple[str, int]]:
         name = f"{below}{entry.name}"
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(root, f"{name}/")
-        elif entry.is_file():  # a link to nothing is none
-            yield name, entry.stat().st_size
+        else:
+            with contextlib.suppress(OSError):  # a link to nothing, or to itself, is no file
+                yield name, entry.stat().st_size
 
 
 def file_pieces(path: Path, head: int | None = None) -> Iterator[bytes]:

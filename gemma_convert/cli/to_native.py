@@ -99,7 +99,8 @@ def command(
         typer.Option(
             "--ignore-fact",
             metavar="KEY",
-            help="Go on without this key of config.json, which no table knows.",
+            help="Go on whatever this key of config.json says; no table knows it, or the layout "
+            "builds another value in.",
             rich_help_panel=RUNNING,
         ),
     ] = None,

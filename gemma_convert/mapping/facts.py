@@ -52,11 +52,13 @@ class FactTable:
         """The framework's name for the model."""
         return self.models[architecture.family]
 
-    def told(self, architecture: Architecture, *, vision: bool) -> dict[str, Fact]:
+    def told(
+        self, architecture: Architecture, *, vision: bool, ignore: Sequence[str] = ()
+    ) -> dict[str, Fact]:
         """Framework's key → value, of all facts that differ from what the named model says.
 
         Facts of the vision tower count where it goes along (`vision`). Raises SourceError where a
-        fact has another value than the framework builds in.
+        fact has another value than the framework builds in, unless it is one of `ignore`.
         """
         facts = facts_of(architecture)
         said = self.named[self.model(architecture)]
@@ -66,7 +68,8 @@ class FactTable:
                 continue
             value = facts[row.hf]
             if row.native is None:
-                _check_fixed(row, value, said)
+                if row.hf not in ignore:
+                    _check_fixed(row, value, said)
             elif row.native in said and said[row.native] != value:
                 told[row.native] = value
         return told
@@ -123,7 +126,8 @@ def _check_fixed(row: FactRow, value: Fact, said: Mapping[str, Any]) -> None:
             where=f"config.json, key {row.hf}",
             expected=fixed,
             found=value,
-            do="choose another layout with --format",
+            do="choose another layout with --format; if the framework at hand is another, "
+            f"--ignore-fact {row.hf}",
         )
 
 

@@ -75,7 +75,7 @@ class Plan:
     """What a conversion will do, complete before the first byte is read.
 
     `tied` and `shared` name tensors that are not stored, and for each the one that it must equal
-    bit for bit.
+    bit for bit. `ignored_facts` are keys of config.json that are left out on request.
     """
 
     layout: str
@@ -87,6 +87,7 @@ class Plan:
     carried: Mapping[str, str]
     tied: Mapping[str, str]
     shared: Mapping[str, str]
+    ignored_facts: tuple[str, ...] = ()
 
     @cached_property
     def equal(self) -> Mapping[str, str]:

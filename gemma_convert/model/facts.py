@@ -28,7 +28,7 @@ VISION_THETA = "vision_config.rope_parameters.rope_theta"
 def facts_of(architecture: Architecture) -> dict[str, Fact]:
     """Key of config.json → its value, of the text model and of a vision tower where there is one.
 
-    `text_config.layer_types` is told as a pattern, such as `5 sliding, 1 full`.
+    `text_config.layer_types` is told as a pattern (`layer_pattern`).
     """
     return {**_text(architecture.text), **_vision(architecture)}
 
@@ -89,14 +89,15 @@ def _vision(architecture: Architecture) -> dict[str, Fact]:
 
 
 def layer_pattern(text: TextArchitecture) -> str:
-    """How kinds of layers follow one another, such as `5 sliding, 1 full`; or `irregular`.
+    """How kinds of layers follow one another: `5 sliding, 1 full`, or all of them, one by one.
 
-    The last layer is full whatever its place is.
+    The last layer is full whatever config.json says, and may break the pattern.
     """
     kinds = [layer.sliding for layer in text.layers]
     period = kinds.index(False) + 1
-    regular = all(kind == bool((place + 1) % period) for place, kind in enumerate(kinds[:-1]))
-    return f"{period - 1} sliding, 1 full" if regular else "irregular"
+    if all(kind == bool((place + 1) % period) for place, kind in enumerate(kinds)):
+        return f"{period - 1} sliding, 1 full"
+    return " ".join("sliding" if kind else "full" for kind in kinds)
 
 
 NUMBERS = (EPSILON, SLIDING_THETA, SLIDING_FRACTION, FULL_THETA, FULL_FRACTION, VISION_THETA)

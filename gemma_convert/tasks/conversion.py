@@ -85,7 +85,6 @@ class Conversion:
     unchanged: Unchanged
     checkpoint: Checkpoint | None = None
     native_arrays: Sequence[str] = ()
-    ignored_facts: Sequence[str] = ()
     processes: Processes = field(default_factory=OneProcess)
 
     def needed_bytes(self) -> int:
@@ -214,7 +213,7 @@ class Conversion:
             "scaled_dtype": plan.policy.scaled,
             "compression": self.form.compression,
             "settings": self._settings(),
-            "ignored_facts": list(self.ignored_facts),
+            "ignored_facts": list(plan.ignored_facts),
             "names": list(self.naming.wrappers),
             "mapping_sha256": _mapping_digests(plan.layout),
             "lossy_rows": [

@@ -103,6 +103,7 @@ def to_native(
                 limit=limit,
                 ignore_facts=ignore_facts,
             )
+        job.plan = replace(job.plan, ignored_facts=tuple(ignore_facts))
         job.layout.settings(job.plan, job.target)  # what cannot be told is refused before any work
         job.processes = processes
         if processes.count > 1 and not job.layout.divisible:
@@ -169,7 +170,6 @@ def _from_huggingface(
         inherited=Inherited(),
         naming=reader.naming,
         unchanged=unchanged,
-        ignored_facts=ignore_facts,
     )
 
 

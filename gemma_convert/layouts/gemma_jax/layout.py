@@ -47,11 +47,11 @@ class GemmaJax(OrbaxLayout):
         return GemmaJaxWriter(folder, plan, replace(form, zarr3=False), part)
 
     def settings(self, plan: Plan, target: Path) -> dict[str, str]:
-        return gemma_jax_settings(plan.architecture, target, vision=_sees(plan))
+        return gemma_jax_settings(plan, target, vision=_sees(plan))
 
     def settings_files(self, plan: Plan, target: Path) -> dict[str, str]:
         del target
-        return settings_files(plan.architecture, vision=_sees(plan))
+        return settings_files(plan, vision=_sees(plan))
 
 
 def _sees(plan: Plan) -> bool:

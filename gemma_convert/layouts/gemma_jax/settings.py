@@ -15,8 +15,9 @@ from gemma_convert.errors import SourceError, short
 from gemma_convert.files.confined import check_confined
 from gemma_convert.files.json_file import read_object
 from gemma_convert.mapping.facts import FactTable, load_facts
-from gemma_convert.model.architecture import Architecture
-from gemma_convert.model.facts import Fact
+from gemma_convert.mapping.plan import Plan
+from gemma_convert.model.architecture import Architecture, TextArchitecture
+from gemma_convert.model.facts import Fact, layer_pattern
 
 FILE = "gemma.json"
 """Its name in the folder of a checkpoint: the class, and all that its config has."""
@@ -31,15 +32,13 @@ def gemma_facts() -> FactTable:
     return table
 
 
-def gemma_jax_settings(
-    architecture: Architecture, target: Path, *, vision: bool = False
-) -> dict[str, str]:
+def gemma_jax_settings(plan: Plan, target: Path, *, vision: bool) -> dict[str, str]:
     """Setting → value: the model, its config where the class says another, and its parameters.
 
     Raises SourceError for a fact that the library cannot be told.
     """
-    table = gemma_facts()
-    told = table.told(architecture, vision=vision)
+    table, architecture = gemma_facts(), plan.architecture
+    told = table.told(architecture, vision=vision, ignore=plan.ignored_facts)
     name = f"gm.nn.{table.model(architecture)}"
     params = {"params": f'gm.ckpts.load_params("{target.absolute()}")'}
     if not told and not architecture.unified:
@@ -52,13 +51,13 @@ def gemma_jax_settings(
     }
 
 
-def settings_files(architecture: Architecture, *, vision: bool) -> dict[str, str]:
+def settings_files(plan: Plan, *, vision: bool) -> dict[str, str]:
     """Name → text of the file that has the class and every field that a table row names."""
     table = gemma_facts()
-    model = table.model(architecture)
+    model = table.model(plan.architecture)
     said = {key: value for key, value in table.named[model].items() if "." not in key}
-    config = said | table.told(architecture, vision=vision)
-    return {FILE: json.dumps({"model": f"gm.nn.{model}", "config": config}, indent=1) + "\n"}
+    told = table.told(plan.architecture, vision=vision, ignore=plan.ignored_facts)
+    return {FILE: json.dumps({"model": f"gm.nn.{model}", "config": said | told}, indent=1) + "\n"}
 
 
 def run_by(folder: Path, architecture: Architecture) -> tuple[Architecture, dict[str, str]]:
@@ -80,18 +79,10 @@ def run_by(folder: Path, architecture: Architecture) -> tuple[Architecture, dict
 def _fields(name: str, architecture: Architecture, told: dict[str, Fact]) -> dict[str, Any]:
     """Field of TransformerConfig → the Python that it is set to."""
     layers, shared = len(architecture.text.layers), architecture.text.kv_shared_layers
-    derived = ("num_layers", "num_kv_shared_layers", "use_double_wide_mlp")
+    derived = ("num_layers", "layer_types", "num_kv_shared_layers", "use_double_wide_mlp")
     fields: dict[str, Any] = {key: value for key, value in told.items() if key not in derived}
-    if "num_layers" in told:
-        period = 1 + next(
-            place for place, layer in enumerate(architecture.text.layers) if not layer.sliding
-        )
-        types = f"{name}.config.attention_types[:{period}]"
-        whole, rest = divmod(layers, period)
-        fields["attention_types"] = f"{types} * {whole}"
-        if rest:
-            last = f"{name}.config.attention_types[{period - 1}:{period}]"
-            fields["attention_types"] += f" + {types}[:{rest - 1}] + {last}"
+    if {"num_layers", "layer_types"} & set(told):
+        fields["attention_types"] = _attention_types(name, architecture.text)
     if shared and {"num_layers", "num_kv_shared_layers"} & set(told):
         sharing = f"{name}.config.kv_cache_sharing_config"
         fraction = f"frac_shared_layers={shared} / {layers}"
@@ -101,3 +92,13 @@ def _fields(name: str, architecture: Architecture, told: dict[str, Fact]) -> dic
     if architecture.unified:
         fields["vision_encoder"] = None
     return fields
+
+
+def _attention_types(name: str, text: TextArchitecture) -> str:
+    """The kinds of layers, in Python, out of those that the class has: its first is sliding."""
+    said = gemma_facts().named[name.removeprefix("gm.nn.")]["layer_types"]
+    types, full = f"{name}.config.attention_types", int(said.partition(" ")[0])
+    if layer_pattern(text) == said:
+        return f"{types}[:{full + 1}] * {len(text.layers) // (full + 1)}"
+    places = ", ".join("0" if layer.sliding else str(full) for layer in text.layers)
+    return f"tuple({types}[place] for place in ({places},))"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -54,19 +54,18 @@ class MaxText(OrbaxLayout):
         return MaxTextWriter(folder / STEP, plan, form, part)
 
     def settings(self, plan: Plan, target: Path) -> dict[str, str]:
-        return maxtext_settings(plan.architecture, **_form(plan, target))
+        return maxtext_settings(plan, _items(target), multimodal=_sees(plan))
 
     def settings_files(self, plan: Plan, target: Path) -> dict[str, str]:
-        return settings_files(plan.architecture, **_form(plan, target))
+        return settings_files(plan, _items(target), multimodal=_sees(plan))
 
 
-def _form(plan: Plan, target: Path) -> dict[str, Any]:
-    """What the settings say of a checkpoint beside the model: where it lies, and its form."""
-    return {
-        "items": target.absolute() / STEP / ITEMS,
-        "scanned": plan.scanned,
-        "multimodal": any(name.startswith(_VISION) for name in plan.targets),
-    }
+def _items(target: Path) -> Path:
+    return target.absolute() / STEP / ITEMS
+
+
+def _sees(plan: Plan) -> bool:
+    return any(name.startswith(_VISION) for name in plan.targets)
 
 
 class MaxTextWriter(OrbaxWriter):

@@ -16,6 +16,7 @@ from gemma_convert.errors import SourceError, short
 from gemma_convert.files.confined import check_confined
 from gemma_convert.files.yaml_file import read_yaml
 from gemma_convert.mapping.facts import FactTable, load_facts
+from gemma_convert.mapping.plan import Plan
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.facts import Fact
 
@@ -32,18 +33,16 @@ def maxtext_facts() -> FactTable:
     return table
 
 
-def maxtext_settings(
-    architecture: Architecture, items: Path, *, scanned: bool, multimodal: bool
-) -> dict[str, str]:
+def maxtext_settings(plan: Plan, items: Path, *, multimodal: bool) -> dict[str, str]:
     """Setting → value: model name, form and path, then every fact that the named model has not.
 
     Raises SourceError for a fact that MaxText cannot be told.
     """
     table = maxtext_facts()
-    told = table.told(architecture, vision=multimodal)
+    told = table.told(plan.architecture, vision=multimodal, ignore=plan.ignored_facts)
     settings = {
-        "model_name": table.model(architecture),
-        "scan_layers": str(scanned).lower(),
+        "model_name": table.model(plan.architecture),
+        "scan_layers": str(plan.scanned).lower(),
         "use_multimodal": str(multimodal).lower(),
         "load_parameters_path": str(items),
     }
@@ -52,24 +51,22 @@ def maxtext_settings(
     return settings | {key: _spelled(value) for key, value in told.items()}
 
 
-def settings_files(
-    architecture: Architecture, items: Path, *, scanned: bool, multimodal: bool
-) -> dict[str, str]:
+def settings_files(plan: Plan, items: Path, *, multimodal: bool) -> dict[str, str]:
     """Name → text of a config of MaxText, and of the model that it names, with all of its facts.
 
     MaxText reads `models/MODEL.yml` beside a config before its own, so that these facts hold
     without `override_model_config` on the command line.
     """
     table = maxtext_facts()
-    model = table.model(architecture)
+    model = table.model(plan.architecture)
     settings = {
         "base_config": "base.yml",
         "model_name": model,
-        "scan_layers": scanned,
+        "scan_layers": plan.scanned,
         "use_multimodal": multimodal,
         "load_parameters_path": str(items),
     }
-    told = table.told(architecture, vision=multimodal)
+    told = table.told(plan.architecture, vision=multimodal, ignore=plan.ignored_facts)
     said = {key: value for key, value in table.named[model].items() if "." not in key}
     facts = {key: 0.0 if value is None else value for key, value in told.items()}
     return {FILE: _yaml(settings), _model_file(model): _yaml(said | facts)}
