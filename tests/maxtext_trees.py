@@ -233,3 +233,33 @@ def change(tree, path, function):
 
 def config_of(folder):
     return json.loads((Path(folder) / "config.json").read_text())
+
+
+def facts_for_maxtext(folder):
+    """MaxText's key → value of what layers of this Hugging Face checkpoint compute with."""
+    config = config_of(folder)
+    text = config.get("text_config", config)
+    sliding, full = (text["rope_parameters"][f"{kind}_attention"] for kind in ("sliding", "full"))
+    chosen = {"num_experts_per_tok": text["top_k_experts"]} if text.get("top_k_experts") else {}
+    return {
+        "sliding_window_size": text["sliding_window"],
+        "final_logits_soft_cap": text["final_logit_softcapping"] or 0.0,
+        "normalization_layer_epsilon": text["rms_norm_eps"],
+        "local_rope_max_timescale": sliding["rope_theta"],
+        "global_rope_max_timescale": full["rope_theta"],
+        "local_rope_proportion": sliding.get("partial_rotary_factor", 1.0),
+        "global_rope_proportion": full.get("partial_rotary_factor", 1.0),
+    } | chosen
+
+
+def tell_maxtext(native, hf):
+    """Writes the settings that a checkpoint of MaxText is run by; returns its folder."""
+    text = config_of(hf)
+    text = text.get("text_config", text)
+    small = "e4b" if len(text["layer_types"]) % 6 == 0 else "e2b"
+    model = "26b" if text.get("num_experts") else small if text["num_kv_shared_layers"] else "31b"
+    models = Path(native) / "models"
+    models.mkdir()
+    (models / f"gemma4-{model}.yml").write_text(json.dumps(facts_for_maxtext(hf)))
+    (Path(native) / "maxtext.yml").write_text(json.dumps({"model_name": f"gemma4-{model}"}))
+    return native

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +13,26 @@ from typing import Any
 import pytest
 import yaml
 from commands import said
-from models import PUBLISHED, load_config, without_layers
+from models import (
+    A4B,
+    DENSE,
+    E2B,
+    E4B,
+    PUBLISHED,
+    UNIFIED,
+    load_config,
+    load_tensors,
+    without_layers,
+)
 
-from gemma_convert import SourceError, logit_check, to_native, verify
+from gemma_convert import SourceError, UsageError, logit_check, to_native, verify
+from gemma_convert.arrays.dtypes import DTypePolicy, TensorSpec
+from gemma_convert.layouts.fast_llm.metadata import fast_llm_metadata
 from gemma_convert.layouts.gemma_jax.settings import gemma_jax_settings
-from gemma_convert.mapping.facts import check_keys, load_facts
+from gemma_convert.mapping.config_keys import check_keys, config_keys
+from gemma_convert.mapping.facts import is_of_vision, load_facts
+from gemma_convert.mapping.plan import plan_to_native
+from gemma_convert.mapping.table import load_table
 from gemma_convert.model.config import parse_architecture
 from gemma_convert.model.facts import facts_of, layer_pattern
 
@@ -67,7 +83,7 @@ TOLD: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
     "theta": (
         (*ROPE, FULL, "rope_theta"),
         500_000.0,
-        {"rope_max_timescale": 500_000.0, "global_rope_max_timescale": 500_000.0},
+        {"global_rope_max_timescale": 500_000.0},
     ),
     "sliding theta": (
         (*ROPE, SLIDING, "rope_theta"),
@@ -222,62 +238,72 @@ def test_every_fact_that_is_read_has_a_row(layout):
         assert set(facts_of(parse_architecture(load_config(name), Path("config.json")))) <= rows
 
 
-# Settings that somebody edited.
-
-SETTINGS = {"maxtext": "models/gemma4-31b.yml", "gemma-jax": "gemma.json"}
-
-
-def edited(out: Path, layout: str, **values: object) -> None:
-    """Puts values into the settings file of a checkpoint."""
-    file = out / SETTINGS[layout]
-    settings = yaml.safe_load(file.read_text())
-    (settings["config"] if layout == "gemma-jax" else settings).update(values)
-    file.write_text(json.dumps(settings))
+def section_of(config: dict, key: str) -> dict:
+    """The part of a config.json that a key stands in; empty where there is none."""
+    for part in key.split(".")[:-1]:
+        config = config.get(part) or {}
+    return config
 
 
-@pytest.mark.parametrize("layout", SETTINGS)
-def test_odd_values_in_settings_are_messages(shallow, converted, tmp_path, layout):
-    source = shallow("31b")
-    for number, value in enumerate(("x", [1], {}, True, -3, 1e99, None, 0)):
-        out = shutil.copytree(converted(source, layout), tmp_path / str(number))
-        edited(out, layout, sliding_window_size=value)
-        code, _, errors = said("logit-check", source, out, "--tokens", 5)
-        assert code == 3, value
-        assert "sliding_window_size" in errors and "no value of this fact" in errors
+def other(value: Any) -> Any:
+    """Another value that config.json may have in its place."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, list):
+        return [FULL, *value[1:]]
+    if isinstance(value, str) or value is None:
+        return None if value else "vision"
+    return value * 2 or 1
 
 
-@pytest.mark.parametrize(
-    ("layout", "file", "text"),
-    [
-        ("maxtext", "maxtext.yml", "x: ["),
-        ("maxtext", "maxtext.yml", "- 1"),
-        ("maxtext", "maxtext.yml", "model_name: ../../gemma4-31b"),
-        ("maxtext", "maxtext.yml", "model_name: [1]"),
-        ("maxtext", "models/gemma4-31b.yml", "a: !!python/object/apply:os.getcwd []"),
-        ("gemma-jax", "gemma.json", "{"),
-        ("gemma-jax", "gemma.json", '{"model": 3, "config": {}}'),
-        ("gemma-jax", "gemma.json", '{"model": "gm.nn.Gemma4_31B", "config": 1}'),
-    ],
-)
-def test_broken_settings_are_messages(shallow, converted, tmp_path, layout, file, text):
-    out = shutil.copytree(converted(shallow("31b"), layout), tmp_path / "out")
-    (out / file).write_text(text)
-    code, _, errors = said("logit-check", shallow("31b"), out, "--tokens", 5)
-    assert code == 3
-    assert errors.count("\n") <= 5
+def told(layout: str, config: dict, tensors: Mapping[str, TensorSpec]) -> Mapping[str, Any]:
+    """What the framework is told of a model, whose tensors must fit."""
+    architecture = parse_architecture(config, Path("config.json"))
+    plan_to_native(architecture, load_table(layout), tensors, DTypePolicy())
+    if layout == "fast-llm":
+        load_facts(layout).told(architecture, vision=False)
+        return fast_llm_metadata(architecture, {})
+    vision = architecture.family in ("26b-a4b", "31b") or layout == "gemma-jax"
+    return load_facts(layout).told(architecture, vision=vision)
 
 
-@pytest.mark.parametrize("file", ["maxtext.yml", "models/gemma4-31b.yml", "models"])
-@pytest.mark.parametrize("items", ["", "0/items"])
-def test_settings_elsewhere_are_not_read(shallow, converted, tmp_path, file, items):
-    """Nor is a checkpoint run by config.json because its settings are gone."""
-    source = shallow("31b")
-    out = shutil.copytree(converted(source, "maxtext"), tmp_path / "out")
-    (out / file).rename(tmp_path / "elsewhere")
-    code, _, errors = said("logit-check", source, out / items, "--tokens", 5)
-    assert (code, "is missing" in errors) == (3, True)
-    (out / file).symlink_to(tmp_path / "elsewhere")
-    for command in (("logit-check", source, out / items, "--tokens", 5), ("verify", out / items)):
-        code, _, errors = said(*command)
-        assert code == 3
-        assert "leads out" in errors or "linked folder" in errors or "not a file" in errors
+CHANGED = [
+    (layout, name, key)
+    for layout in ("maxtext", "gemma-jax", "fast-llm")
+    for name in PUBLISHED
+    for key in config_keys().facts
+    if key.split(".")[-1] in section_of(load_config(name), key)
+    and not (layout == "fast-llm" and (name in (E2B, E4B) or is_of_vision(key)))
+    and not (layout == "maxtext" and name in (E2B, E4B, UNIFIED) and is_of_vision(key))
+    and not (name == UNIFIED and key.startswith("vision_config."))
+]
+"""Towers that a layout has no place for are carried, with their facts."""
+
+
+_EXPERTS = {
+    f"text_config.{key}" for key in ("num_experts", "top_k_experts", "moe_intermediate_size")
+}
+_PLE = {"text_config.vocab_size_per_layer_input"}
+_IMAGES = {"text_config.use_bidirectional_attention", "text_config.pad_token_id"}
+MEANS_NOTHING = {
+    E2B: _EXPERTS | {"text_config.num_global_key_value_heads"},
+    E4B: _EXPERTS | {"text_config.num_global_key_value_heads"},
+    A4B: _PLE,
+    DENSE: _PLE | _EXPERTS,
+    UNIFIED: _PLE | _EXPERTS | _IMAGES,  # its embedders are carried
+}
+"""Keys that say how large something is that the model has not."""
+
+
+@pytest.mark.share(4)
+@pytest.mark.parametrize(("layout", "name", "key"), CHANGED)
+def test_a_changed_key_is_told_or_refused(layout, name, key):
+    config, tensors = load_config(name), load_tensors(name)
+    before = told(layout, config, tensors)
+    section, last = section_of(config, key), key.split(".")[-1]
+    section[last] = other(section[last])
+    try:
+        after = told(layout, config, tensors)
+    except (SourceError, UsageError):
+        return
+    assert (after != before) == (key not in MEANS_NOTHING[name])

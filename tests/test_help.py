@@ -50,10 +50,10 @@ def desk(shallow, converted, tmp_path):
         }
         if "to-native" not in example:
             reads["out"] = out
-        if "--like" in example:
+        if "run/" in example:
             reads["run/checkpoints/1000"] = out / "0"
-        for word in words:
-            if word in reads:
+        for word in (*words, *(word.partition("/")[0] for word in words)):
+            if word in reads and not (tmp_path / word).exists():
                 place = tmp_path / word
                 place.parent.mkdir(parents=True, exist_ok=True)
                 source = reads[word]

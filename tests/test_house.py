@@ -88,7 +88,7 @@ def test_no_two_modules_import_each_other():
 
 def test_a_layout_is_named_in_its_own_room_alone():
     """Elsewhere it stands in examples of the help, in the public default, and in tiny models."""
-    example = re.compile(r'--format [a-z-]+|layout(?:: str )?= ?"[a-z-]+"')
+    example = re.compile(r'--format [a-z-]+|--settings [a-z/]+\.yml|layout(?:: str )?= ?"[a-z-]+"')
     for layout in layout_names():
         own = PACKAGE.parent.joinpath(*declarations()[layout].module.split(".")).parent
         name = re.compile(layout.replace("-", "[-_]"))

@@ -12,7 +12,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cases import FAMILIES, SHALLOW
-from maxtext_trees import change, make_model, maxtext_tree, save_model, write_maxtext
+from maxtext_trees import (
+    change,
+    facts_for_maxtext,
+    make_model,
+    maxtext_tree,
+    save_model,
+    tell_maxtext,
+    write_maxtext,
+)
 from native_checkpoints import alter
 from PIL import Image
 
@@ -37,6 +45,10 @@ class Checkpoint:
         self.hf = save_model(model, folder)
         self.tree = maxtext_tree(model, scanned)
 
+    def write(self, tree, folder):
+        """A tree as a checkpoint of MaxText, told the facts of the model."""
+        return tell_maxtext(write_maxtext(tree, folder), self.hf)
+
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
@@ -53,7 +65,7 @@ def others(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def native(dense, tmp_path_factory):
-    return write_maxtext(dense.tree, tmp_path_factory.mktemp("native"))
+    return dense.write(dense.tree, tmp_path_factory.mktemp("native"))
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +73,11 @@ def golden(dense, tmp_path_factory):
     path = tmp_path_factory.mktemp("golden") / "dense.safetensors"
     save_golden(dense.hf, path)
     return path
+
+
+def pairs(hf):
+    """What MaxText is told of a model, setting by setting."""
+    return [f"{key}={value}" for key, value in facts_for_maxtext(hf).items()]
 
 
 def strict_json(report):
@@ -95,7 +112,7 @@ def test_right_conversion_is_proven(dense, native):
 @pytest.mark.parametrize("kind", ["moe", "ple"])
 def test_other_kinds_pass_and_do_not_pass_with_a_mistake(others, kind, tmp_path):
     one = others[kind]
-    write_maxtext(one.tree, tmp_path / "right")
+    one.write(one.tree, tmp_path / "right")
     streamed = logit_check(one.hf, tmp_path / "right")
     whole = logit_check(one.hf, tmp_path / "right", whole_model=True)
     assert streamed.verdict == whole.verdict == "same model"
@@ -106,7 +123,7 @@ def test_other_kinds_pass_and_do_not_pass_with_a_mistake(others, kind, tmp_path)
         "moe": "decoder/scanned_blocks/local_layers/mlp/moe_block/MoeBlock_0/per_expert_scale",
         "ple": "decoder/layers_5/layer_scalar",
     }[kind]
-    write_maxtext(change(one.tree, path, np.ones_like), tmp_path / "wrong")
+    one.write(change(one.tree, path, np.ones_like), tmp_path / "wrong")
     report = logit_check(one.hf, tmp_path / "wrong")
     assert not report.passed and report.verdict == "not the same model"
     assert report.divergence.kl_max > 1e-4
@@ -128,7 +145,7 @@ def test_one_wrong_scalar_fails_and_its_token_is_named(dense, tmp_path):
         return scalars
 
     path = "decoder/scanned_blocks/local_layers/layer_scalar"
-    write_maxtext(change(dense.tree, path, lose), tmp_path)
+    dense.write(change(dense.tree, path, lose), tmp_path)
     report = logit_check(dense.hf, tmp_path)
     assert not report.passed and report.divergence.kl_max > 1e-4
     assert report.drift.first == "layer 3" and "first beyond 2e-03: layer 3" in shown(report)
@@ -155,7 +172,7 @@ def test_values_that_are_not_numbers_fail(dense, tmp_path):
         scale[3] = np.nan
         return scale
 
-    write_maxtext(change(dense.tree, "decoder/decoder_norm/scale", spoil), tmp_path)
+    dense.write(change(dense.tree, "decoder/decoder_norm/scale", spoil), tmp_path)
     report = logit_check(dense.hf, tmp_path, max_kl=1e30)
     assert not report.passed and math.isnan(report.divergence.kl_max)
     found = strict_json(report)
@@ -169,7 +186,7 @@ def rounded(tree):
 
 
 def test_rounded_embedding_is_found_and_called_an_indication(dense, tmp_path):
-    write_maxtext(rounded(dense.tree), tmp_path)
+    dense.write(rounded(dense.tree), tmp_path)
     report = logit_check(dense.hf, tmp_path)
     assert report.limit == 0.03 and not report.proof
     assert report.drift.tolerance is None and report.drift.first is None
@@ -183,7 +200,7 @@ def test_rounded_embedding_is_found_and_called_an_indication(dense, tmp_path):
 
 
 def test_manifest_says_what_is_lossy(dense, tmp_path):
-    write_maxtext(dense.tree, tmp_path)
+    dense.write(dense.tree, tmp_path)
     folder = tmp_path / "hf" / "gemma-convert"
     folder.mkdir(parents=True)
     rows = [{"tensor": "embed_tokens", "reason": "scaled and rounded"}]
@@ -250,12 +267,12 @@ def test_golden_logits_stand_in_for_the_reference(dense, native, golden, tmp_pat
 
 def test_golden_logits_catch_a_mistake(dense, golden, tmp_path):
     path = "decoder/scanned_blocks/global_layer/self_attention/query_norm/scale"
-    write_maxtext(change(dense.tree, path, np.ones_like), tmp_path)
+    dense.write(change(dense.tree, path, np.ones_like), tmp_path)
     assert not logit_check(dense.hf, tmp_path, golden=golden).passed
 
 
 def test_golden_logits_of_another_model_are_refused(others, golden, tmp_path):
-    write_maxtext(others["ple"].tree, tmp_path)
+    others["ple"].write(others["ple"].tree, tmp_path)
     with pytest.raises(SourceError, match="another checkpoint"):
         logit_check(others["ple"].hf, tmp_path, golden=golden)
 
@@ -273,7 +290,7 @@ def test_short_golden_logits_warn_about_the_window(dense, native, tmp_path, monk
 
 
 def test_tree_of_another_model_is_refused_by_name(dense, others, tmp_path):
-    write_maxtext(others["ple"].tree, tmp_path)
+    others["ple"].write(others["ple"].tree, tmp_path)
     with pytest.raises(SourceError, match=r"embedding is \[94, 38\] instead of \[94, 40\]"):
         logit_check(dense.hf, tmp_path)
 
@@ -331,13 +348,15 @@ def test_package_imports_without_heavy_libraries():
     ],
 )
 def test_maxtexts_own_checkpoints_pass(oracle, model, name):
-    report = logit_check(oracle / "hf" / model, oracle / "maxtext" / name)
+    hf = oracle / "hf" / model
+    report = logit_check(hf, oracle / "maxtext" / name, settings=pairs(hf))
     assert report.verdict == "same model" and report.divergence.kl_max < 1e-6
 
 
 def test_maxtexts_rounded_embedding_is_told_apart(oracle):
     name = "26b-a4b_scanned_bfloat16"
-    report = logit_check(oracle / "hf" / "26b-a4b", oracle / "maxtext" / name)
+    hf = oracle / "hf" / "26b-a4b"
+    report = logit_check(hf, oracle / "maxtext" / name, settings=pairs(hf))
     assert not report.proof and report.limit == 0.03
     assert report.divergence.kl_max > 1e-2
 
@@ -416,7 +435,7 @@ def test_a_checkpoint_of_fast_llm_for_another_vocabulary_is_refused(tiny, conver
     vocab = config["text_config"]["vocab_size"]
     config["text_config"]["vocab_size"] = vocab + 1
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SourceError, match="does not fit config") as caught:
+    with pytest.raises(SourceError, match="another shape") as caught:
         logit_check(tmp_path / "hf", converted(tiny("31b"), "fast-llm"))
     assert caught.value.found == str(vocab)
 

@@ -380,7 +380,7 @@ def test_json_has_the_same_figures(tiny):
     folder = tiny("31b", layers=6)
     call = ("mappings", "--format", "maxtext", "--model", folder, "--scan-layers", "--json")
     report = json.loads(run(*call).stdout)
-    assert report["schema"] == "gemma-convert/mappings/1"
+    assert report["schema"] == "gemma-convert/mappings/2"
     assert (report["format"], report["model"], report["family"]) == ("maxtext", str(folder), "31b")
     assert (report["scanned"], report["rows"], report["formats"]) == (True, [], [])
     assert len(report["tensors"]) == len(listed("maxtext", str(folder), True))

@@ -97,7 +97,8 @@ def to_hf_reports(source, edited, folder, shallow, converted):
     yield printed("to-hf", out, folder / "back")
     yield printed("to-hf", converted(edited, "maxtext"), folder / "b", "--dtype", "bfloat16")
     yield printed("to-hf", out, folder / "other", "--like", edited, "--dry-run")
-    yield printed("to-hf", trained(out, folder / "trained"), folder / "changed")
+    told = ("--settings", "sliding_window_size=5")
+    yield printed("to-hf", trained(out, folder / "trained"), folder / "changed", *told)
 
 
 def verify_reports(source, edited, folder, shallow, converted):
@@ -174,6 +175,7 @@ def mappings_reports(source, edited, folder, shallow, converted):
     omitted = shallow("e2b", kv_shared="omit")
     yield printed("mappings", "--format", "gemma-jax", "--model", omitted)
     yield printed("mappings", "--format", "maxtext", "--model", source, "--scan-layers")
+    yield printed("mappings", "--format", "gemma-jax", "--model", source, "--facts")
 
 
 def manifest_reports(source, edited, folder, shallow, converted):
@@ -187,7 +189,7 @@ NEVER_HERE = {
     "inspect": {"/extras"},  # of a training run
     "manifest": set(),
 }
-VERSIONS = {"to-native": 2, "to-hf": 2, "verify": 2, "manifest": 2}
+VERSIONS = {"to-native": 2, "to-hf": 2, "verify": 2, "manifest": 2, "mappings": 2}
 """Of the schemas that have had others before."""
 
 REPORTS = {

@@ -51,6 +51,8 @@ class Original:
     checksums: Mapping[str, str]
     manifest: Mapping[str, Any]
     """The manifest of the sidecar; empty for a Hugging Face folder."""
+    made: bool = False
+    """Whether there is no original, and settings alone say what it would have been."""
 
     def __enter__(self) -> Original:
         return self

@@ -18,6 +18,7 @@ from gemma_convert.cli.options import (
     ProcessCount,
     ProcessNumber,
     Prompts,
+    Settings,
     Tokens,
 )
 
@@ -90,6 +91,7 @@ def command(
         ),
     ] = None,
     overwrite: Overwrite = False,
+    settings: Settings = None,
     coordinator: Coordinator = None,
     processes: ProcessCount = None,
     process: ProcessNumber = None,
@@ -104,9 +106,9 @@ def command(
 
     \b
     Examples:
-      gemma-convert logit-check gemma-4-E2B-it out --report out.html
       gemma-convert logit-check gemma-4-31B-it out --image cat.png
       gemma-convert logit-check gemma-4-E2B-it out --golden e2b-golden.safetensors
+      gemma-convert logit-check gemma-4-E2B-it run/checkpoints/1000 --settings out/maxtext.yml
     """
     from gemma_convert.cli.allocator import return_large_blocks
     from gemma_convert.engine.lockstep import is_leader, joined
@@ -132,6 +134,7 @@ def command(
             dtype=dtype.value,
             golden=golden,
             whole_model=whole_model,
+            settings=settings or (),
         )
         if as_json and leads:
             show_json(found.as_json())

@@ -14,6 +14,7 @@ from gemma_convert.mapping.declared import layout_names
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from gemma_convert.mapping.fact_listing import FactEntry
     from gemma_convert.mapping.listing import Entry, Side, TableEntry
     from gemma_convert.tasks.mappings import FormatSummary, MappingsReport
 
@@ -45,6 +46,9 @@ def command(
     scan_layers: Annotated[
         bool, typer.Option("--scan-layers/--no-scan-layers", help="Stack the layers of each block.")
     ] = False,
+    facts: Annotated[
+        bool, typer.Option("--facts", help="List config.json, key by key, instead of tensors.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """List what becomes of every tensor: both names, axes, shapes and dtypes, side by side.
@@ -55,14 +59,14 @@ def command(
 
     \b
     Examples:
-      gemma-convert mappings --format maxtext
+      gemma-convert mappings --format maxtext --facts
       gemma-convert mappings --format gemma-jax --model e2b
       gemma-convert mappings --format maxtext --model 31b --scan-layers --json
     """
     from gemma_convert.output import show, show_json
     from gemma_convert.tasks.mappings import list_mappings
 
-    report = list_mappings(layout, model, scan_layers=scan_layers)
+    report = list_mappings(layout, model, scan_layers=scan_layers, facts=facts)
     if as_json:
         show_json(report.as_json())
         return
@@ -78,6 +82,8 @@ def _fields(report: MappingsReport) -> tuple[Sequence[str], list[Sequence[str]]]
     """The names of the fields, and the fields of every line."""
     if report.tensors:
         return _TENSOR_FIELDS, [_tensor_fields(entry) for entry in report.tensors]
+    if report.facts:
+        return _FACT_FIELDS, [_fact_fields(entry) for entry in report.facts]
     if report.rows:
         return _ROW_FIELDS, [_row_fields(row) for row in report.rows]
     header = _FORMAT_FIELDS if report.model is None else _MODEL_FIELDS
@@ -89,6 +95,7 @@ _TENSOR_FIELDS = (
     *("native", "axes", "shape", "dtype", "note"),
 )
 _ROW_FIELDS = ("kind", "huggingface", "native", "when", "note")
+_FACT_FIELDS = ("kind", "config.json", "native", "model", "framework", "note")
 _FORMAT_FIELDS = ("format", "framework", "rows", "scans", "refuses")
 _MODEL_FIELDS = ("format", "tensors", "equal", "carried", "arrays", "filled", "size", "refused")
 
@@ -117,6 +124,12 @@ def _notes(entry: Entry) -> Iterator[str]:
         yield f"equal to {entry.equals}"
     if entry.why is not None:
         yield entry.why
+
+
+def _fact_fields(entry: FactEntry) -> Sequence[str]:
+    framework = entry.fixed if entry.kind == "built in" else entry.named
+    values = ("" if value is None else str(value) for value in (entry.value, framework))
+    return (entry.kind, entry.hf, entry.native or "", *values, entry.why or "")
 
 
 def _row_fields(row: TableEntry) -> Sequence[str]:

@@ -52,6 +52,16 @@ AcceptDamage = Annotated[
         rich_help_panel=RUNNING,
     ),
 ]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--settings",
+        metavar="FILE|KEY=VALUE",
+        help="What the framework ran the native checkpoint by: a config of MaxText, or gemma.json, "
+        "or single settings; may be given several times. By default the file beside it.",
+        rich_help_panel=INPUTS,
+    ),
+]
 Resume = Annotated[
     bool,
     typer.Option(

@@ -16,6 +16,7 @@ from gemma_convert.cli.options import (
     Memory,
     Overwrite,
     Resume,
+    Settings,
     parse_size,
 )
 
@@ -48,6 +49,7 @@ def command(
     text_only: Annotated[
         bool, typer.Option("--text-only", help="Export the text model alone (Gemma4ForCausalLM).")
     ] = False,
+    settings: Settings = None,
     memory: Memory = None,
     dry_run: Annotated[
         bool,
@@ -83,6 +85,7 @@ def command(
         memory=parse_size("--memory", memory),
         dry_run=dry_run,
         accept_damage=accept_damage or (),
+        settings=settings or (),
         overwrite=overwrite,
         resume=resume,
         progress=ProgressBar,
@@ -111,6 +114,8 @@ def _summary(report: ToHFReport) -> Facts:
     if report.tensors_from_original:
         table.add_row("from the original", f"{report.tensors_from_original} tensors")
     table.add_row("other files", str(len(report.files)))
+    for key, how in report.changed_facts.items():
+        table.add_row("changed fact", f"{key}: {how}, which says so now")
     table.add_row("largest chunk", f"{human_bytes(report.largest_decode_bytes)}, decoded at once")
     if report.dry_run or report.already_complete:
         return table
@@ -121,6 +126,8 @@ def _summary(report: ToHFReport) -> Facts:
     if report.added_files:
         table.add_row("left behind", f"added since the conversion: {_some(report.added_files)}")
     table.add_row("original", _against_original(report))
+    if report.made_from_settings:
+        table.add_row("not there", "an original: config.json is by the settings, add the tokenizer")
     table.add_row(
         "time",
         f"{report.seconds:.1f} s, {human_bytes(report.bytes_per_second)}/s, "

@@ -21,6 +21,7 @@ from gemma_convert.cli.options import (
     ProcessCount,
     ProcessNumber,
     Resume,
+    Settings,
     parse_size,
 )
 from gemma_convert.mapping.declared import layout_names
@@ -93,6 +94,7 @@ def command(
             rich_help_panel=RUNNING,
         ),
     ] = False,
+    settings: Settings = None,
     accept_damage: AcceptDamage = None,
     ignore_fact: Annotated[
         list[str] | None,
@@ -151,6 +153,7 @@ def command(
         memory=parse_size("--memory", memory),
         dry_run=dry_run,
         accept_damage=accept_damage or (),
+        settings=settings or (),
         ignore_facts=ignore_fact or (),
         overwrite=overwrite,
         resume=resume,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemma_convert.cli.options import AsJson
+from gemma_convert.cli.options import AsJson, Settings
 
 if TYPE_CHECKING:
     from gemma_convert.output import Facts
@@ -23,6 +23,7 @@ def command(
         str | None,
         typer.Option(help="What it was converted from; the seal in its manifest by default."),
     ] = None,
+    settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
     """Read a converted checkpoint again and compare every part of it with where it came from.
@@ -39,7 +40,7 @@ def command(
     from gemma_convert.tasks.verify import verify
 
     reuse_large_blocks()
-    report = verify(path, against=against, progress=ProgressBar)
+    report = verify(path, against=against, settings=settings or (), progress=ProgressBar)
     if as_json:
         show_json(report.as_json())
     else:

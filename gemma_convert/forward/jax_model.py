@@ -29,14 +29,7 @@ from gemma_convert.prompts.text import TokenSequence
 class JaxModel:
     """A checkpoint in `folder`, run by JAX. Raises SourceError where it fits no `architecture`."""
 
-    def __init__(
-        self,
-        folder: Path,
-        architecture: Architecture,
-        layout: JaxLayout,
-        fact_differences: Mapping[str, str] | None = None,
-    ) -> None:
-        self.fact_differences = fact_differences or {}
+    def __init__(self, folder: Path, architecture: Architecture, layout: JaxLayout) -> None:
         self.folder, self.layout, self.libraries = folder, layout.name, layout.libraries
         self._layout, self._architecture = layout, architecture
         facts = layout.facts(folder)

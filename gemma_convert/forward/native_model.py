@@ -6,7 +6,7 @@ mistakes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -69,8 +69,6 @@ class NativeModel(Protocol):
     """Dtype of an embedding that is stored × √embed; None where it is stored as it is."""
     towers: frozenset[str]
     """Towers that it holds: vision, audio."""
-    fact_differences: Mapping[str, str]
-    """Key of config.json → how the settings that the checkpoint is run by differ from it."""
 
     @property
     def device_count(self) -> int:

@@ -15,22 +15,30 @@ from gemma_convert.checkpoint.native import NativeSource
 from gemma_convert.checkpoint.original import Original, is_huggingface, open_original
 from gemma_convert.checkpoint.seal import refuse_carried, refuse_damage
 from gemma_convert.checkpoint.sealed_arrays import SealedArrays
-from gemma_convert.layouts.registry import open_native
+from gemma_convert.checkpoint.text_original import dtype_of, text_original
+from gemma_convert.files.given_settings import GivenSettings, given_settings
+from gemma_convert.layouts.registry import open_native, read_facts, read_settings
+from gemma_convert.mapping.config_from_settings import config_from_settings
 from gemma_convert.mapping.declared import layout_names
+from gemma_convert.mapping.native_facts import NativeFacts
 from gemma_convert.mapping.table import load_table
+from gemma_convert.model.config import load_config
+from gemma_convert.model.huggingface_files import CONFIG
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A native checkpoint that is open for reading.
 
-    `arrays` compares what is read with the seal; None where the checkpoint has none. `added_files`
-    are those that nobody sealed, `accepted` those that may be damaged.
+    `arrays` compares what is read with the seal; None where the checkpoint has none. `facts` are
+    those that its framework is told, where somebody has told it. `added_files` are those that
+    nobody sealed, `accepted` those that may be damaged.
     """
 
     native: NativeSource
     original: Original
     arrays: SealedArrays | None
+    facts: NativeFacts | None
     added_files: tuple[str, ...] = ()
     accepted: tuple[str, ...] = ()
 
@@ -59,18 +67,20 @@ def check_seal(path: Path) -> None:
     root = sidecar.sidecar_root(path)
     manifest = None if root is None else read_manifest(root)
     if root is not None and manifest is not None:
-        settings = [name for name in _settings(manifest) if (root / name).is_file()]
-        refuse_damage(root, manifest, settings)
+        refuse_damage(root, manifest, _settings(root, manifest))
 
 
-def _settings(manifest: Mapping[str, Any]) -> list[str]:
-    """The settings files of a checkpoint, by the table of its layout."""
+def _settings(root: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """The settings files that a checkpoint has, by the table of its layout."""
     if manifest.get("layout") not in layout_names():
         return []
     files = load_table(manifest["layout"]).files
     patterns = () if files is None or files.needed else files.allowed
-    names = manifest.get("files", {})
-    return [name for name in names if any(re.fullmatch(pattern, name) for pattern in patterns)]
+    return [
+        name
+        for name in manifest.get("files", {})
+        if any(re.fullmatch(pattern, name) for pattern in patterns) and (root / name).is_file()
+    ]
 
 
 def open_checkpoint(
@@ -80,26 +90,47 @@ def open_checkpoint(
     *,
     block_bytes: int | None = None,
     accept: Sequence[str] = (),
+    settings: Sequence[str] = (),
 ) -> Checkpoint:
     """The checkpoint at `path` of whatever layout, open until `stack` is closed.
 
-    `like` names its original; by default its sidecar says what that was. Raises SourceError where
-    a file of the checkpoint or of its original is not what was sealed, unless `accept` names it.
+    `like` names its original; by default its sidecar says what that was. `settings` are what its
+    framework was told (files, or KEY=VALUE), if not what lies beside it. Raises SourceError where
+    a file of the checkpoint or of its original is not what was sealed, unless `accept` names it;
+    settings may be edited, not lost. Where there is no original, settings that say all of a model
+    say what its text model is.
     """
     added: dict[str, str] = {}
     root = sidecar.sidecar_root(path)
     manifest = None if root is None else read_manifest(root, damaged=PLACE in accept)
     if root is not None and manifest is not None:
-        added = refuse_damage(root, manifest, accept)
+        added = refuse_damage(root, manifest, (*accept, *_settings(root, manifest)))
     native = stack.enter_context(open_native(path, block_bytes))
     if like is not None and not is_huggingface(like):
         other = sidecar.sidecar_root(like)
         if other is not None and other != root:
             theirs = read_manifest(other, damaged=PLACE in accept)
             added |= refuse_damage(other, theirs or {}, accept, sidecar.FOLDER + "/")
-    original = stack.enter_context(open_original(native.folder, like))
+    given = given_settings(settings)
+    made = None
+    if like is None and root is None:
+        made = _text_original(native, given, stack)
+    original = made or stack.enter_context(open_original(native.folder, like))
     arrays = None
     if manifest is not None:
         arrays = SealedArrays(native, manifest)
         native = arrays.native
-    return Checkpoint(native, original, arrays, tuple(added), tuple(accept))
+    facts = read_facts(native.folder, load_config(original.folder), original.folder / CONFIG, given)
+    if facts is not None:
+        facts.check_single()
+    told = facts if facts is not None and facts.settings.written else None
+    return Checkpoint(native, original, arrays, told, tuple(added), tuple(accept))
+
+
+def _text_original(native: NativeSource, given: GivenSettings, stack: ExitStack) -> Original | None:
+    """The text model that settings describe; None where nobody has told the framework anything."""
+    told = read_settings(native.folder, given, None)
+    if told is None or not told[1].written:
+        return None
+    dtype = dtype_of(native)
+    return text_original(config_from_settings(*told, dtype), dtype, stack)

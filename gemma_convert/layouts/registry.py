@@ -6,7 +6,7 @@ recognised. One that cannot be is told by its package's name, and keeps no other
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import EntryPoint
@@ -17,9 +17,13 @@ from gemma_convert.checkpoint.layout import Layout
 from gemma_convert.checkpoint.native import NativeSource, fingerprint
 from gemma_convert.checkpoint.native_folder import NativeFolder
 from gemma_convert.errors import SourceError, UsageError, short
+from gemma_convert.files.given_settings import GivenSettings
 from gemma_convert.forward.native_model import NativeModel
 from gemma_convert.mapping.declared import declaration, layout_names, package
+from gemma_convert.mapping.facts import FactTable, load_facts
+from gemma_convert.mapping.native_facts import NativeFacts, Settings, native_facts
 from gemma_convert.model.architecture import Architecture
+from gemma_convert.model.config import parse_architecture
 from gemma_convert.model.huggingface_files import INDEX, SINGLE
 from gemma_convert.stores.orbax.reader import find_items
 
@@ -34,6 +38,19 @@ class RunnableLayout(Layout, Protocol):
         """The checkpoint that `find` found, to be run.
 
         Raises SourceError where it does not fit `architecture`.
+        """
+
+
+class ToldLayout(Layout, Protocol):
+    """A layout whose framework is told facts of a model, which a layout need not declare."""
+
+    def read_settings(
+        self, where: Path, given: GivenSettings, architecture: Architecture | None
+    ) -> Settings:
+        """What the framework is told of the checkpoint that `find` found.
+
+        By `given`, or by what lies beside it, or by the framework's own model of `architecture`.
+        Raises SourceError where it cannot be read.
         """
 
 
@@ -79,6 +96,36 @@ def open_model(path: Path, architecture: Architecture) -> NativeModel:
             do="check it with gemma-convert verify",
         )
     return cast(RunnableLayout, layout).open_model(where, architecture)
+
+
+def read_facts(
+    path: Path, config: Mapping[str, Any], where: Path, given: GivenSettings
+) -> NativeFacts | None:
+    """The model of config.json, parsed from `where`, as the framework of `path` runs it.
+
+    None where the layout declares no facts. Raises SourceError where settings cannot be read or
+    are those of another model, UsageError where `given` ones have no place.
+    """
+    told = read_settings(path, given, parse_architecture(config, where))
+    return None if told is None else native_facts(*told, config, where)
+
+
+def read_settings(
+    path: Path, given: GivenSettings, architecture: Architecture | None
+) -> tuple[FactTable, Settings] | None:
+    """What the framework of the checkpoint at `path` is told, and the table that says how.
+
+    None where the layout declares no facts. Raises as `read_facts` does.
+    """
+    layout, native = _recognised(path)
+    table = load_facts(layout.name)
+    if table is None or getattr(layout, "read_settings", None) is None:
+        if given:
+            raise UsageError(
+                f"The layout {layout.name} has no settings.", do="leave out --settings"
+            )
+        return None
+    return table, cast(ToldLayout, layout).read_settings(native, given, architecture)
 
 
 def is_native(path: Path) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from gemma_convert.engine.lockstep import is_leader, process_count, publish, published
 from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.files.given_settings import GivenSettings, given_settings
 from gemma_convert.files.libraries import told_by_library
 from gemma_convert.forward.native_model import (
     Dtype,
@@ -26,7 +27,7 @@ from gemma_convert.forward.native_model import (
     check_towers,
 )
 from gemma_convert.layouts.opening import check_seal
-from gemma_convert.layouts.registry import open_model
+from gemma_convert.layouts.registry import open_model, read_facts
 from gemma_convert.logits.achieved import forward_flops
 from gemma_convert.logits.divergence import Accumulator
 from gemma_convert.logits.drift import TOLERANCE, Drift
@@ -44,9 +45,11 @@ from gemma_convert.logits.streaming import (
     run_in_step,
 )
 from gemma_convert.logits.tokens import checked_sequences, worst_predictions
+from gemma_convert.mapping.native_facts import NativeFacts
 from gemma_convert.model.architecture import Architecture
-from gemma_convert.model.config import read_architecture
-from gemma_convert.output import shown
+from gemma_convert.model.config import load_config, read_architecture
+from gemma_convert.model.huggingface_files import CONFIG
+from gemma_convert.output import note, shown
 from gemma_convert.prompts.images import image_sequences
 from gemma_convert.prompts.sounds import sound_sequences
 from gemma_convert.prompts.text import (
@@ -73,6 +76,7 @@ def logit_check(
     golden: Path | None = None,
     lossy_rows: Sequence[str] | None = None,
     whole_model: bool = False,
+    settings: Sequence[str] = (),
 ) -> LogitReport:
     """The report on whether the checkpoint `native`, of any layout, computes what `hf` does.
 
@@ -81,6 +85,8 @@ def logit_check(
     config.json alone, and the sequences are the golden file's. `lossy_rows` names what the
     conversion rounded; None finds out. `max_kl` is in nats per token. Both sides run layer by layer
     and in step, unless `whole_model` loads all of both, and then nothing is said of single layers.
+    The native side is run by the facts that its framework is told: `settings` (files of the
+    framework's, or KEY=VALUE), those that lie beside the checkpoint, or the framework's own model.
     Several processes (`gemma_convert.engine.lockstep`) get the report of process 0, which alone
     runs the reference, without what it has of single tokens.
     Either side may be on the hub (`gemma_convert.stores.remote.locations`).
@@ -100,6 +106,7 @@ def logit_check(
             golden=golden,
             lossy_rows=lossy_rows,
             whole_model=whole_model,
+            settings=given_settings(settings),
         )
 
 
@@ -116,6 +123,7 @@ def _logit_check(
     golden: Path | None,
     lossy_rows: Sequence[str] | None,
     whole_model: bool,
+    settings: GivenSettings,
 ) -> LogitReport:
     """The report on two local checkpoints."""
     started = time.monotonic()
@@ -129,7 +137,11 @@ def _logit_check(
     if golden is None:
         check_sizes(hf, architecture)
     check_seal(native)
-    model = open_model(native, architecture)
+    facts = read_facts(native, load_config(hf), hf / CONFIG, settings)
+    model = open_model(native, architecture if facts is None else facts.architecture)
+    if is_leader():
+        for warning in _fact_warnings(facts):
+            note(f"warning: {warning}")
     if lossy_rows is None:
         lossy_rows = find_lossy_rows(model.folder, model.dtypes, model.scaled_dtype, architecture)
     limit = choose_limit(max_kl, dtype, lossy_rows)
@@ -182,7 +194,7 @@ def _logit_check(
         lossy_rows=tuple(lossy_rows),
         warnings=(
             *limit.warnings,
-            *_fact_warnings(model.fact_differences),
+            *_fact_warnings(facts),
             *_window_warning(longest, window),
         ),
         flops=forward_flops(architecture, sequences) * (1 if stored else 2),
@@ -293,8 +305,15 @@ def _matching_golden(path: Path, hf: Path, architecture: Architecture) -> Golden
     return golden
 
 
-def _fact_warnings(differences: Mapping[str, str]) -> Iterator[str]:
-    for key, how in differences.items():
+def _fact_warnings(facts: NativeFacts | None) -> Iterator[str]:
+    if facts is None:
+        return
+    if not facts.settings.written:
+        yield (
+            "Nothing says by which settings the native checkpoint is run: it ran by those of "
+            f"{facts.settings.model}. Name others with --settings."
+        )
+    for key, how in facts.differences.items():
         yield f"The two sides run by different facts: {key} is {how}."
 
 

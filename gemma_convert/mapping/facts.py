@@ -3,26 +3,23 @@
 A row has the key of config.json (`hf`) and the framework's key (`native`), or the value that the
 framework builds in (`fixed`) and why, or says that the shapes of tensors tell it (`tensors`): a
 model of other sizes does not load. `[models]` names the framework's model of each family,
-`[named.MODEL]` what that model says already. huggingface.toml lists every key of config.json.
+`[named.MODEL]` what that model says already; a framework without such models is told everything.
 """
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from gemma_convert.errors import MappingError, SourceError, short
+from gemma_convert.mapping.config_keys import config_keys
 from gemma_convert.mapping.record import Record
-from gemma_convert.mapping.table import HUGGINGFACE, table_file
+from gemma_convert.mapping.table import read_toml, table_file
 from gemma_convert.model.architecture import Architecture
-from gemma_convert.model.facts import ARITHMETIC, SOFTCAP, Fact, facts_of, is_value, with_facts
-
-SHOWN = 8
+from gemma_convert.model.facts import Fact, facts_of
 
 _OF_IMAGES = ("text_config.use_bidirectional_attention", "text_config.pad_token_id")
 """Facts of the text model that matter where there are images."""
@@ -34,10 +31,22 @@ class FactRow:
 
     hf: str
     native: str | None
+    """The key, or a pattern of keys (`*` stands for any part) that all say this fact."""
+    absent: Fact
+    """What settings say that have no such key, where they hold the whole model; or None."""
     fixed: Fact
     why: str
     tensors: bool
-    where: str
+
+    def said_in(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The framework's key → value, of all keys that say this fact."""
+        if self.native is None:
+            return {}
+        if "*" not in self.native:
+            found = {self.native: settings[self.native]} if self.native in settings else {}
+        else:
+            found = {key: settings[key] for key in settings if fnmatchcase(key, self.native)}
+        return found or ({} if self.absent is None else {self.native: self.absent})
 
 
 @dataclass(frozen=True)
@@ -52,36 +61,43 @@ class FactTable:
         """The framework's name for the model."""
         return self.models[architecture.family]
 
+    def said(self, architecture: Architecture | None) -> Mapping[str, Any]:
+        """Framework's key → value, of all that its own model says; nothing where it has none."""
+        if architecture is None or not self.named:
+            return {}
+        return self.named[self.model(architecture)]
+
     def told(
         self, architecture: Architecture, *, vision: bool, ignore: Sequence[str] = ()
     ) -> dict[str, Fact]:
         """Framework's key → value, of all facts that differ from what the named model says.
 
         Facts of the vision tower count where it goes along (`vision`). Raises SourceError where a
-        fact has another value than the framework builds in, unless it is one of `ignore`.
+        fact has another value than the framework builds in, or where its named model has nothing
+        of the kind, unless it is one of `ignore`.
         """
         facts = facts_of(architecture)
-        said = self.named[self.model(architecture)]
+        said = self.said(architecture)
         told: dict[str, Fact] = {}
         for row in self.rows:
-            if row.tensors or row.hf not in facts or (not vision and _of_vision(row.hf)):
+            if row.tensors or row.hf not in facts or (not vision and is_of_vision(row.hf)):
                 continue
             value = facts[row.hf]
-            if row.native is None:
-                if row.hf not in ignore:
-                    _check_fixed(row, value, said)
-            elif row.native in said and said[row.native] != value:
-                told[row.native] = value
+            if row.native is not None and row.native in said:
+                if said[row.native] != value:
+                    told[row.native] = value
+            elif row.hf in ignore:
+                continue
+            elif row.native is not None and self.named and value:
+                raise _not_told(row, value, None, "its own model has nothing of the kind")
+            elif row.native is None and value != said.get(row.hf, row.fixed):
+                raise _not_told(row, value, said.get(row.hf, row.fixed), row.why)
         return told
 
-    def run_by(
-        self, architecture: Architecture, model: str, settings: Mapping[str, Any], where: Path
-    ) -> tuple[Architecture, dict[str, str]]:
-        """The model as the framework runs it, which says what `model` says and these settings.
+    def model_facts(self, model: str, where: str) -> dict[str, Any]:
+        """Framework's key → value, of all that its model of this name says.
 
-        And the facts in which that differs from config.json: key → how. A soft-cap of 0 is none;
-        sizes are those of the tensors. Raises SourceError for a model that there is none of, and
-        for what is no value of a fact; `where` has the settings.
+        Raises SourceError where it has none; `where` names it.
         """
         if model not in self.named:
             raise SourceError(
@@ -90,45 +106,23 @@ class FactTable:
                 expected=", ".join(self.named),
                 found=short(model),
             )
-        said = {**self.named[model], **settings}
-        rows = [row for row in self.rows if row.native in said and row.hf in ARITHMETIC]
-        native = with_facts(architecture, {row.hf: _value(row, said, where) for row in rows})
-        ours, theirs = facts_of(native), facts_of(architecture)
-        return native, {
-            key: f"{ours[key]} in the settings, {theirs[key]} in config.json"
-            for key in theirs
-            if ours[key] != theirs[key]
-        }
+        return {key: value for key, value in self.named[model].items() if "." not in key}
 
 
-def _value(row: FactRow, said: Mapping[str, Any], where: Path) -> Fact:
-    found = said[str(row.native)]
-    value: Fact = None if row.hf == SOFTCAP and found == 0 else found
-    if not is_value(row.hf, value):
-        raise SourceError(
-            "The settings say what is no value of this fact.",
-            where=f"{where}, key {row.native}",
-            expected="a positive number",
-            found=short(found),
-        )
-    return value
-
-
-def _of_vision(hf: str) -> bool:
+def is_of_vision(hf: str) -> bool:
+    """Whether a fact matters only where there are images."""
     return hf.startswith("vision_config.") or hf in _OF_IMAGES
 
 
-def _check_fixed(row: FactRow, value: Fact, said: Mapping[str, Any]) -> None:
-    fixed = said.get(row.hf, row.fixed)
-    if value != fixed:
-        raise SourceError(
-            f"A fact of this model cannot be told to the framework: {row.why}.",
-            where=f"config.json, key {row.hf}",
-            expected=fixed,
-            found=value,
-            do="choose another layout with --format; if the framework at hand is another, "
-            f"--ignore-fact {row.hf}",
-        )
+def _not_told(row: FactRow, value: Fact, built_in: Fact, why: str) -> SourceError:
+    return SourceError(
+        f"A fact of this model cannot be told to the framework: {why}.",
+        where=f"config.json, key {row.hf}",
+        expected=built_in,
+        found=value,
+        do="choose another layout with --format; if the framework at hand is another, "
+        f"--ignore-fact {row.hf}",
+    )
 
 
 @cache
@@ -137,84 +131,30 @@ def load_facts(layout: str) -> FactTable | None:
 
     Raises MappingError where a row is wrong, or a fact of config.json has no row.
     """
-    file = table_file(layout)
-    top = Record(_read(file), file.name)
+    top = Record(*read_toml(table_file(layout)))
     if not top.has("fact"):
         return None
-    rows = tuple(_row(record) for record in top.records("fact"))
-    known = {row.hf for row in rows}
-    lacking = sorted(set(_claims().facts) - known)
+    rows = tuple(row for record in top.records("fact") for row in _rows(record))
+    lacking = sorted(set(config_keys().facts) - {row.hf for row in rows})
     if lacking:
-        raise MappingError("A fact of config.json has no row.", where=file.name, found=lacking[0])
+        raise MappingError("A fact of config.json has no row.", where=top.where, found=lacking[0])
     return FactTable(rows, top.table("models").values, top.table("named").values)
 
 
-def _row(record: Record) -> FactRow:
-    record.only("hf", "native", "fixed", "why", "tensors")
-    hf = record.text("hf")
+def _rows(record: Record) -> Iterator[FactRow]:
+    record.only("hf", "native", "absent", "fixed", "why", "tensors")
     if sum(map(record.has, ("native", "why", "tensors"))) != 1:
-        raise record.error("A fact has `native`, `tensors` or `why`, one alone.", found=hf)
-    if hf not in _claims().facts:
-        raise record.error("The row names no fact of huggingface.toml.", found=hf)
+        raise record.error("A fact has `native`, `tensors` or `why`, one alone.")
     native = record.text("native") if record.has("native") else None
-    why, tensors = record.text("why", ""), record.has("tensors")
-    return FactRow(hf, native, record.values.get("fixed"), why, tensors, record.where)
-
-
-@dataclass(frozen=True)
-class _Claims:
-    """Every key of config.json: the facts of a model, and patterns of what is none, with why."""
-
-    facts: tuple[str, ...]
-    others: tuple[str, ...]
-
-
-@cache
-def _claims() -> _Claims:
-    file = table_file(HUGGINGFACE)
-    facts: list[str] = []
-    others: list[str] = []
-    for record in Record(_read(file), file.name).records("fact"):
-        record.only("hf", "ignored")
-        keys = record.values.get("hf")
-        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-            raise record.error("`hf` is a list of keys.", found=keys)
-        (others if record.has("ignored") else facts).extend(keys)
-    return _Claims(tuple(facts), tuple(others))
-
-
-def check_keys(
-    config: Mapping[str, Any], text_only: bool, ignore: Sequence[str], where: Path
-) -> None:
-    """Nothing where every key of a config.json is known, or is one of `ignore`.
-
-    Raises SourceError that names the others.
-    """
-    claims = _claims()
-    unknown = [
-        key
-        for key in _keys(config, "text_config." if text_only else "")
-        if key not in claims.facts
-        and key not in ignore
-        and not any(fnmatchcase(key, pattern) for pattern in claims.others)
-    ]
-    if unknown:
-        more = f", and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
-        raise SourceError(
-            "config.json has a key that no table knows, so nothing says what becomes of it.",
-            where=where,
-            found=", ".join(unknown[:SHOWN]) + more,
-            do="go on without it, if it changes nothing that is computed: --ignore-fact KEY",
+    values = record.values
+    for hf in record.texts("hf"):
+        if hf not in config_keys().facts:
+            raise record.error("The row names no fact of huggingface.toml.", found=hf)
+        yield FactRow(
+            hf=hf,
+            native=native,
+            absent=values.get("absent"),
+            fixed=values.get("fixed"),
+            why=record.text("why", ""),
+            tensors=record.has("tensors"),
         )
-
-
-def _keys(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    for key, value in values.items():
-        if isinstance(value, dict) and key not in ("id2label", "label2id", "per_layer_config"):
-            yield from _keys(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
-
-
-def _read(file: Path) -> Mapping[str, Any]:
-    return tomllib.loads(file.read_text(encoding="utf-8"))

@@ -48,6 +48,14 @@ class Record:
             raise self.error(f"`{key}` is a string.", found=value)
         return value
 
+    def texts(self, key: str) -> tuple[str, ...]:
+        """The strings under `key`, of which there may be one alone, without a list."""
+        value = self.values.get(key)
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list) or not all(isinstance(one, str) for one in values):
+            raise self.error(f"`{key}` is a string or a list of strings.", found=value)
+        return tuple(values)
+
     def condition(self, key: str, name: Pattern | None = None) -> Condition:
         """The condition under `key`; facts of a layer need `{layer}` in `name`."""
         if not self.has(key):

@@ -43,7 +43,7 @@ def mappings_folder() -> Path:
 @cache
 def load_inventory() -> Inventory:
     """The Hugging Face inventory, read once."""
-    return parse_inventory(*_read(table_file(HUGGINGFACE)))
+    return parse_inventory(*read_toml(table_file(HUGGINGFACE)))
 
 
 @cache
@@ -68,7 +68,7 @@ def load_table(layout: str) -> Table:
 
 
 def _checked_table(layout: str, file: Path) -> Table:
-    table = parse_table(*_read(file), load_inventory())
+    table = parse_table(*read_toml(file), load_inventory())
     if table.layout != layout:
         raise MappingError(
             "The table is that of another layout.",
@@ -283,7 +283,7 @@ def _refuse_twice(names: list[tuple[str, str]]) -> None:
         seen[name] = where
 
 
-def _read(path: Path) -> tuple[Mapping[str, Any], str]:
+def read_toml(path: Path) -> tuple[Mapping[str, Any], str]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8")), path.name
     except (OSError, ValueError, RecursionError) as error:

@@ -6,21 +6,21 @@ two spellings (per-layer sizes, experts) stands under the first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
 
-from gemma_convert.model.architecture import Architecture, Rope, TextArchitecture
+from gemma_convert.model.architecture import Architecture, TextArchitecture
 
 Fact = int | float | str | bool | None
 
-_ROPE = "text_config.rope_parameters"
-FULL_THETA = f"{_ROPE}.full_attention.rope_theta"
-FULL_FRACTION = f"{_ROPE}.full_attention.partial_rotary_factor"
-SLIDING_THETA = f"{_ROPE}.sliding_attention.rope_theta"
-SLIDING_FRACTION = f"{_ROPE}.sliding_attention.partial_rotary_factor"
+ROPE = "text_config.rope_parameters"
+FULL_THETA = f"{ROPE}.full_attention.rope_theta"
+FULL_FRACTION = f"{ROPE}.full_attention.partial_rotary_factor"
+SLIDING_THETA = f"{ROPE}.sliding_attention.rope_theta"
+SLIDING_FRACTION = f"{ROPE}.sliding_attention.partial_rotary_factor"
 EPSILON = "text_config.rms_norm_eps"
 SOFTCAP = "text_config.final_logit_softcapping"
+LAYER_TYPES = "text_config.layer_types"
+TOP_K = "text_config.top_k_experts"
 WINDOW = "text_config.sliding_window"
 VISION_THETA = "vision_config.rope_parameters.rope_theta"
 
@@ -36,24 +36,25 @@ def facts_of(architecture: Architecture) -> dict[str, Fact]:
 def _text(text: TextArchitecture) -> dict[str, Fact]:
     sliding = next((layer for layer in text.layers if layer.sliding), text.layers[-1])
     full = text.layers[-1]
+    of_full = {"text_config.num_global_key_value_heads": full.kv_heads} if text.key_as_value else {}
     return {
+        **of_full,
         "text_config.vocab_size": text.vocab,
         "text_config.hidden_size": text.embed,
         "text_config.num_hidden_layers": len(text.layers),
-        "text_config.layer_types": layer_pattern(text),
+        LAYER_TYPES: layer_pattern(text),
         "text_config.intermediate_size": text.layers[0].mlp,
         "text_config.num_attention_heads": sliding.heads,
         "text_config.num_key_value_heads": sliding.kv_heads,
         "text_config.head_dim": sliding.head_dim,
         "text_config.global_head_dim": full.head_dim,
-        "text_config.num_global_key_value_heads": full.kv_heads,
         "text_config.attention_k_eq_v": text.key_as_value,
         "text_config.num_kv_shared_layers": text.kv_shared_layers,
         "text_config.use_double_wide_mlp": text.double_wide_mlp,
         "text_config.hidden_size_per_layer_input": text.ple,
         "text_config.vocab_size_per_layer_input": text.ple_vocab,
         "text_config.num_experts": text.experts,
-        "text_config.top_k_experts": text.experts_per_token,
+        TOP_K: text.experts_per_token,
         "text_config.moe_intermediate_size": text.expert_mlp,
         "text_config.tie_word_embeddings": text.tied,
         WINDOW: text.window,
@@ -93,38 +94,37 @@ def layer_pattern(text: TextArchitecture) -> str:
 
     The last layer is full whatever config.json says, and may break the pattern.
     """
-    kinds = [layer.sliding for layer in text.layers]
-    period = kinds.index(False) + 1
-    if all(kind == bool((place + 1) % period) for place, kind in enumerate(kinds)):
+    return pattern_of([layer.sliding for layer in text.layers])
+
+
+def pattern_of(sliding: Sequence[bool]) -> str:
+    """The pattern of layers of which these are sliding, the others full."""
+    period = sliding.index(False) + 1 if False in sliding else len(sliding) + 1
+    if all(kind == bool((place + 1) % period) for place, kind in enumerate(sliding)):
         return f"{period - 1} sliding, 1 full"
-    return " ".join("sliding" if kind else "full" for kind in kinds)
+    return " ".join("sliding" if kind else "full" for kind in sliding)
+
+
+def kinds_of(pattern: str, layers: int) -> list[str]:
+    """The `layer_types` of so many layers, of which `layer_pattern` gives this pattern."""
+    words = pattern.split()
+    if words[0].isdigit():
+        period = int(words[0]) + 1
+        words = ["full" if place % period == 0 else "sliding" for place in range(1, layers + 1)]
+    return [f"{word}_attention" for word in words]
 
 
 NUMBERS = (EPSILON, SLIDING_THETA, SLIDING_FRACTION, FULL_THETA, FULL_FRACTION, VISION_THETA)
-ARITHMETIC = (*NUMBERS, WINDOW, SOFTCAP)
-"""The facts that layers compute with, beside their sizes."""
+WHOLE_NUMBERS = (WINDOW, TOP_K)
+ARITHMETIC = (*NUMBERS, *WHOLE_NUMBERS, SOFTCAP)
+"""The facts that layers compute with and no shape of a tensor bears out."""
 
 
 def is_value(key: str, value: object) -> bool:
-    """Whether `value` may stand for an arithmetic fact; a soft-cap may be none."""
+    """Whether `value` may stand for the fact; arithmetic ones are positive, or no soft-cap."""
+    if key not in ARITHMETIC:
+        return value is None or isinstance(value, int | float | str)
     if key == SOFTCAP and value is None:
         return True
-    number = isinstance(value, int if key == WINDOW else int | float)
+    number = isinstance(value, int if key in WHOLE_NUMBERS else int | float)
     return number and not isinstance(value, bool) and 0 < value < 1e30  # type: ignore[operator]
-
-
-def with_facts(architecture: Architecture, facts: Mapping[str, Any]) -> Architecture:
-    """The model with `facts`, which has arithmetic ones alone; the others stay as they are."""
-    text, vision = architecture.text, architecture.vision
-    ours = {**facts_of(architecture), **facts}
-    text = replace(
-        text,
-        window=ours[WINDOW],
-        norm_epsilon=ours[EPSILON],
-        logit_softcap=ours[SOFTCAP],
-        rope_sliding=Rope(ours[SLIDING_THETA], ours[SLIDING_FRACTION]),
-        rope_full=Rope(ours[FULL_THETA], ours[FULL_FRACTION]),
-    )
-    if vision is not None:
-        vision = replace(vision, rope_theta=ours[VISION_THETA])
-    return replace(architecture, text=text, vision=vision)

@@ -6,6 +6,7 @@ be replaced from somebody's checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from gemma_convert.checkpoint import sidecar
@@ -30,7 +31,9 @@ def conversion_stands(job: Conversion) -> bool:
         return False
 
 
-def export_stands(target: Path, native: Path, original: Original, export: Export) -> bool:
+def export_stands(
+    target: Path, native: Path, original: Original, export: Export, settings: Sequence[str]
+) -> bool:
     """Whether `target` is the export of `native` that is asked for."""
     if not _folder(target):
         return False
@@ -43,12 +46,14 @@ def export_stands(target: Path, native: Path, original: Original, export: Export
         edited = all(
             (target / name).read_bytes() == text.encode() for name, text in export.edited.items()
         )
-        return headers and edited and verify(target, against=native).passed
+        return headers and edited and verify(target, against=native, settings=settings).passed
     except (GemmaConvertError, OSError):
         return False
 
 
-def strangers_of_export(native: Path, original: Original, export: Export) -> Strangers:
+def strangers_of_export(
+    native: Path, original: Original, export: Export, settings: Sequence[str]
+) -> Strangers:
     """What an older export in a folder holds beside the files that this one writes.
 
     It raises TargetError where the folder is none: it has no receipt of one, and is not what this
@@ -61,7 +66,7 @@ def strangers_of_export(native: Path, original: Original, export: Export) -> Str
         others = beside_huggingface(folder, names)
         if others or has_receipt(folder) or contents(folder) in proved:
             return others
-        if not export_stands(folder, native, original, export):
+        if not export_stands(folder, native, original, export, settings):
             raise TargetError(
                 "The target is a Hugging Face checkpoint that no export of ours has left as it is, "
                 "so it is not replaced.",

@@ -14,6 +14,7 @@ from gemma_convert.checkpoint.native import NativeSource
 from gemma_convert.checkpoint.original import Original, index_metadata
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.mapping.inventory import hf_tensors
+from gemma_convert.mapping.native_facts import NativeFacts
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.reverse import Arrays, Wanted, reverse_plan
 from gemma_convert.model.huggingface_files import CONFIG, INDEX, SINGLE
@@ -56,9 +57,12 @@ def plan_export(
     kv_shared: KVShared,
     text_only: bool,
     *,
+    facts: NativeFacts | None,
     groups: Sequence[Sequence[str]] | None = None,
 ) -> Export:
     """The shards and files of an export; `groups` is a division of its tensors that is asked for.
+
+    `facts` are those that the framework was told, which config.json then says.
 
     Raises SourceError where a tensor is neither on the native side nor at hand in the original, and
     UsageError for options that leave nothing to do.
@@ -95,7 +99,7 @@ def plan_export(
         if len(shards) > 1:
             edited = {INDEX: _index(original, shards, renamed)}
     files = [file for file in original.files if whole or str(file) != INDEX]
-    config = _config(original, dtype, text_only)
+    config = _config(original, dtype, text_only, facts)
     if config is not None:
         files = [file for file in files if str(file) != CONFIG]
         edited[CONFIG] = config
@@ -206,10 +210,15 @@ def _index(original: Original, shards: Sequence[OutputShard], stored: Mapping[st
     return json.dumps(index, indent=2) + "\n"
 
 
-def _config(original: Original, dtype: Choice, text_only: bool) -> str | None:
-    """config.json where it must change: the dtype in place, or text_config as the root."""
-    text = (original.folder / CONFIG).read_bytes().decode()
-    edited = text if dtype == "keep" else _DTYPE.sub(rf"\g<1>{dtype}\g<2>", text)
+def _config(
+    original: Original, dtype: Choice, text_only: bool, facts: NativeFacts | None
+) -> str | None:
+    """config.json where it must change: facts, the dtype in place, or text_config as the root."""
+    text = edited = (original.folder / CONFIG).read_bytes().decode()
+    if facts is not None and facts.differences:
+        edited = _json(facts.config)
+    if dtype != "keep":
+        edited = _DTYPE.sub(rf"\g<1>{dtype}\g<2>", edited)
     if text_only and not original.architecture.text_only:
         config = json.loads(edited)
         root = {
@@ -221,5 +230,9 @@ def _config(original: Original, dtype: Choice, text_only: bool) -> str | None:
         root.setdefault("dtype", config.get("dtype", "bfloat16"))
         if "transformers_version" in config:
             root["transformers_version"] = config["transformers_version"]
-        edited = json.dumps(root, indent=2, ensure_ascii=False) + "\n"
+        edited = _json(root)
     return None if edited == text else edited
+
+
+def _json(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from gemma_convert.arrays.dtypes import DTypePolicy, TensorSpec
 from gemma_convert.errors import UsageError
 from gemma_convert.layouts.registry import usable_layouts
+from gemma_convert.mapping.fact_listing import FactEntry, list_facts
+from gemma_convert.mapping.facts import load_facts
 from gemma_convert.mapping.listing import Entry, TableEntry, list_table, list_tensors
 from gemma_convert.mapping.plan import plan_to_native
 from gemma_convert.mapping.table import load_table
@@ -42,7 +44,7 @@ class FormatSummary:
 
 @dataclass(frozen=True)
 class MappingsReport:
-    """A listing: of the formats, or of the rows of one, or of the tensors of a model in it."""
+    """A listing: of the formats, of the rows or facts of one, or of a model's tensors in it."""
 
     format: str | None
     model: str | None
@@ -51,17 +53,23 @@ class MappingsReport:
     formats: tuple[FormatSummary, ...] = ()
     rows: tuple[TableEntry, ...] = ()
     tensors: tuple[Entry, ...] = ()
+    facts: tuple[FactEntry, ...] = ()
 
     def as_json(self) -> dict[str, object]:
         """The listing for `--json`."""
-        return {"schema": "gemma-convert/mappings/1", **asdict(self)}
+        return {"schema": "gemma-convert/mappings/2", **asdict(self)}
 
 
 def list_mappings(
-    layout: str | None = None, model: str | None = None, *, scan_layers: bool = False
+    layout: str | None = None,
+    model: str | None = None,
+    *,
+    scan_layers: bool = False,
+    facts: bool = False,
 ) -> MappingsReport:
     """A listing of the format `layout`, for `model`, a published name or a path; of all without.
 
+    With `facts` it is of config.json, key by key, instead of tensors.
     Raises UsageError for a format that there is none of, for a model that it has no place for and
     for scanned layers that it does not have; SourceError where there is no such model.
     """
@@ -70,8 +78,15 @@ def list_mappings(
             "Layers are scanned in one format and in blocks that only a model has.",
             do="add --format and --model, or drop --scan-layers",
         )
+    if facts and (layout is None or scan_layers):
+        raise UsageError(
+            "Facts are those of one format, whether layers are scanned or not.",
+            do="add --format, and drop --scan-layers",
+        )
     found = None if model is None else named_model(model)
     family = None if found is None else found[0].family
+    if facts and layout is not None:
+        return MappingsReport(layout, model, family, False, facts=_facts(layout, found))
     if layout is None:
         return MappingsReport(None, model, family, False, formats=_summaries(found))
     table = load_table(layout)
@@ -84,6 +99,15 @@ def list_mappings(
     return MappingsReport(
         layout, model, family, scan_layers, tensors=list_tensors(plan, table, source)
     )
+
+
+def _facts(
+    layout: str, found: tuple[Architecture, Mapping[str, TensorSpec]] | None
+) -> tuple[FactEntry, ...]:
+    table = load_facts(layout)
+    if table is None:
+        raise UsageError(f"The format {layout} declares no facts.", do="leave out --facts")
+    return list_facts(table, None if found is None else found[0])
 
 
 def _summaries(

@@ -17,6 +17,7 @@ from gemma_convert.engine.publishing import ProgressFactory, publish
 from gemma_convert.engine.restoring import Restoring
 from gemma_convert.engine.resumable import ResumableTransfer
 from gemma_convert.engine.staging import check_apart, check_space, check_target
+from gemma_convert.errors import SourceError
 from gemma_convert.files.identity import Unchanged
 from gemma_convert.layouts.opening import Checkpoint, open_checkpoint
 from gemma_convert.mapping.plan import Plan
@@ -36,6 +37,9 @@ class ToHFReport:
 
     `sealed` says whether the checkpoint has a seal, `changed_arrays` which of its arrays are not
     what was sealed (trained since, or damaged), `added_files` what nobody sealed and stays behind.
+    `changed_facts`: key of config.json → how the framework's settings, whose value is written
+    there, differ from the original's. `made_from_settings`: there was no original, and config.json
+    says what the settings say.
     """
 
     source: str
@@ -55,6 +59,8 @@ class ToHFReport:
     sealed: bool
     changed_arrays: tuple[str, ...]
     added_files: tuple[str, ...]
+    changed_facts: dict[str, str]
+    made_from_settings: bool
     largest_decode_bytes: int
     files: tuple[str, ...]
     seconds: float
@@ -84,6 +90,7 @@ def to_hf(
     text_only: bool = False,
     memory: int | None = None,
     accept_damage: Sequence[str] = (),
+    settings: Sequence[str] = (),
     dry_run: bool = False,
     overwrite: bool = False,
     resume: bool = False,
@@ -94,8 +101,9 @@ def to_hf(
     `like` names the original, or a converted checkpoint of it; by default the sidecar of `source`
     says what the original was. Each may be a folder or in an object store, and what is read also
     on the hub (`gemma_convert.stores.remote.locations`). Files that are not what was sealed are
-    refused, unless `accept_damage` names them. Raises SourceError, TargetError or UsageError with
-    one clear message; then nothing is left behind.
+    refused, unless `accept_damage` names them. Facts that the framework was told otherwise than
+    config.json says, by `settings` (files, or KEY=VALUE) or the file beside `source`, go into it.
+    Raises SourceError, TargetError or UsageError with one clear message; then nothing is left.
     """
     started = time.monotonic()
     with ExitStack() as stack:
@@ -104,16 +112,22 @@ def to_hf(
         folder = local(source, stack)
         named = None if like is None else local(like, stack)
         limit = block_bytes(memory)
-        checkpoint = open_checkpoint(folder, named, stack, block_bytes=limit, accept=accept_damage)
+        checkpoint = open_checkpoint(
+            folder, named, stack, block_bytes=limit, accept=accept_damage, settings=settings
+        )
         original = checkpoint.original
+        if original.made and checkpoint.native.towers:
+            checkpoint = _text_alone(checkpoint, text_only)
         plan = plan_native(checkpoint.native, original)
-        export = plan_export(plan, original, dtype, max_shard_size, kv_shared, text_only)
+        export = plan_export(
+            plan, original, dtype, max_shard_size, kv_shared, text_only, facts=checkpoint.facts
+        )
         job = _Job(checkpoint, plan, export)
-        strangers = strangers_of_export(folder, original, export)
+        strangers = strangers_of_export(folder, original, export, settings)
         if not dry_run:
             check_apart(folder, output)
             check_apart(original.folder, output)
-            if resume and export_stands(output, folder, original, export):
+            if resume and export_stands(output, folder, original, export, settings):
                 report = job.report(folder, output, started, dry_run=False)
                 return replace(report, already_complete=True, bytes_per_second=0.0)
             check_target(output, overwrite=overwrite, strangers=strangers)
@@ -131,6 +145,17 @@ def to_hf(
                 receipt=True,
             )
         return job.report(folder, output, started, dry_run=dry_run)
+
+
+def _text_alone(checkpoint: Checkpoint, text_only: bool) -> Checkpoint:
+    """The checkpoint without its towers, of which settings do not say all."""
+    if not text_only:
+        raise SourceError(
+            "Nothing says what the towers of this checkpoint are: it has no original.",
+            where=checkpoint.native.folder,
+            do="name the original with --like, or export the text model alone: --text-only",
+        )
+    return replace(checkpoint, native=checkpoint.native.without_towers())
 
 
 class _Job:
@@ -190,6 +215,8 @@ class _Job:
             sealed=checkpoint.arrays is not None,
             changed_arrays=checkpoint.changed_arrays,
             added_files=checkpoint.added_files,
+            changed_facts={} if checkpoint.facts is None else dict(checkpoint.facts.differences),
+            made_from_settings=checkpoint.original.made,
             largest_decode_bytes=checkpoint.native.largest_chunk(list(self.plan.targets)),
             files=tuple(sorted({*map(str, export.files), *export.edited})),
             seconds=seconds,

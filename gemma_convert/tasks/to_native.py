@@ -20,7 +20,7 @@ from gemma_convert.errors import UsageError
 from gemma_convert.files.identity import Unchanged
 from gemma_convert.layouts.opening import open_checkpoint
 from gemma_convert.layouts.registry import is_native, load_layout
-from gemma_convert.mapping.facts import check_keys
+from gemma_convert.mapping.config_keys import check_keys
 from gemma_convert.mapping.plan import plan_to_native
 from gemma_convert.mapping.table import load_table
 from gemma_convert.model.config import load_config, read_architecture
@@ -49,6 +49,7 @@ def to_native(
     memory: int | None = None,
     accept_damage: Sequence[str] = (),
     ignore_facts: Sequence[str] = (),
+    settings: Sequence[str] = (),
     dry_run: bool = False,
     overwrite: bool = False,
     resume: bool = False,
@@ -59,7 +60,8 @@ def to_native(
 
     `source` is a Hugging Face checkpoint, or a native one of any layout: a folder, `owner/name` on
     the hub, or a URL of an object store (`gemma_convert.stores.remote.locations`); `like` names the
-    Hugging Face original of one that has no sidecar. `target`, a folder or such a URL, appears, or
+    Hugging Face original of one that has no sidecar, and `settings` (files, or KEY=VALUE) what its
+    framework was told, if not what lies beside it. `target`, a folder or such a URL, appears, or
     is no longer marked as unfinished, when everything is in it. About `memory` bytes of anonymous
     memory are taken, 512 MiB by default. Several `processes` that share file systems,
     each of which makes the same call, divide the work. Raises SourceError, TargetError or
@@ -87,10 +89,13 @@ def to_native(
                 form=form,
                 limit=limit,
                 accept=accept_damage,
+                settings=settings,
             )
         else:
             if like is not None:
                 raise UsageError("--like is for a native SRC; this one is its own original.")
+            if settings:
+                raise UsageError("--settings are for a native SRC; this one has its config.json.")
             job = _from_huggingface(
                 folder,
                 output,
@@ -186,12 +191,17 @@ def _from_native(
     form: OrbaxFormat,
     limit: int | None,
     accept: Sequence[str],
+    settings: Sequence[str],
 ) -> Conversion:
-    checkpoint = open_checkpoint(source, like, stack, block_bytes=limit, accept=accept)
+    checkpoint = open_checkpoint(
+        source, like, stack, block_bytes=limit, accept=accept, settings=settings
+    )
     native, original = checkpoint.native, checkpoint.original
     plan, view = plan_relayout(
         native, original, layout, policy, scanned=scanned, text_only=text_only
     )
+    if checkpoint.facts is not None:
+        plan = replace(plan, architecture=checkpoint.facts.architecture)
     listed = original.manifest.get("not_carried")
     lossy = original.manifest.get("lossy_rows")
     return Conversion(

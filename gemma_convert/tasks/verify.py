@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,6 +52,7 @@ def verify(
     path: str | Path,
     *,
     against: str | Path | None = None,
+    settings: Sequence[str] = (),
     progress: ProgressFactory | None = None,
 ) -> VerifyReport:
     """A report on whether the checkpoint at `path` is whole and what it was converted from.
@@ -58,7 +60,8 @@ def verify(
     A native checkpoint is compared with its own seal: every array, tensor and file. With the
     Hugging Face folder `against`, its arrays and its sidecar are compared with that as well, bit
     for bit with what a conversion gives. An exported Hugging Face folder is compared, tensors and
-    files, with the export that the native checkpoint `against` gives. Both may be folders, on the
+    files, with the export that the native checkpoint `against` gives, by `settings` as `to_hf` has
+    them. Both may be folders, on the
     hub or in an object store (`gemma_convert.stores.remote.locations`). Raises SourceError where a
     side cannot be read or the two do not belong together.
     """
@@ -68,7 +71,7 @@ def verify(
         other = None if against is None else local(against, stack)
         found = Comparison()
         try:
-            _compare(folder, other, found, progress)
+            _compare(folder, other, settings, found, progress)
         except SourceError as error:
             if not found.different:
                 raise
@@ -86,8 +89,17 @@ def verify(
 
 
 def _compare(
-    folder: Path, other: Path | None, found: Comparison, progress: ProgressFactory | None
+    folder: Path,
+    other: Path | None,
+    settings: Sequence[str],
+    found: Comparison,
+    progress: ProgressFactory | None,
 ) -> None:
+    if settings and (other is None or not is_huggingface(folder)):
+        raise UsageError(
+            "--settings are what an export was made by.",
+            do="name the export, and its native checkpoint with --against",
+        )
     if not is_huggingface(folder):
         verify_seal(folder, other, found, progress)
         if other is not None:
@@ -98,4 +110,4 @@ def _compare(
             do="name the native checkpoint with --against",
         )
     else:
-        verify_export(folder, other, found, progress)
+        verify_export(folder, other, settings, found, progress)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -29,13 +29,17 @@ from gemma_convert.tasks.export_plan import Export, KVShared, plan_export, rever
 
 
 def verify_export(
-    path: Path, native: Path, found: Comparison, progress: ProgressFactory | None
+    path: Path,
+    native: Path,
+    settings: Sequence[str],
+    found: Comparison,
+    progress: ProgressFactory | None,
 ) -> None:
     """Compares every tensor and every file of the export at `path` with what `native` gives."""
     with ExitStack() as stack:
         reader = stack.enter_context(SafetensorsFolder(path))
         sealed = sidecar.sidecar_root(native) is not None
-        checkpoint = open_checkpoint(native, None if sealed else path, stack)
+        checkpoint = open_checkpoint(native, None if sealed else path, stack, settings=settings)
         if not sealed:
             found.notes.append(
                 "The native checkpoint has no sidecar, so nothing says what config.json, tokenizer "
@@ -45,7 +49,7 @@ def verify_export(
         if text_only and not sealed:
             checkpoint = replace(checkpoint, native=checkpoint.native.without_towers())
         plan = plan_native(checkpoint.native, checkpoint.original)
-        export = _export_of(reader, plan, checkpoint.original, text_only)
+        export = _export_of(reader, plan, checkpoint, text_only)
         _compare_tensors(checkpoint, plan, export, reader, found, progress)
         if sealed:
             _compare_files(path, checkpoint.original, export, found)
@@ -57,12 +61,13 @@ def verify_export(
 
 
 def _export_of(
-    reader: SafetensorsFolder, plan: Plan, original: Original, text_only: bool
+    reader: SafetensorsFolder, plan: Plan, checkpoint: Checkpoint, text_only: bool
 ) -> Export:
     """The export with the options that the folder shows to have been given."""
+    original, facts = checkpoint.original, checkpoint.facts
     there = set(reader.tensors)
     cut = text_only and not original.architecture.text_only
-    kept = plan_export(plan, original, "keep", None, "keep", cut)
+    kept = plan_export(plan, original, "keep", None, "keep", cut, facts=facts)
     kv_shared: KVShared = "keep" if set(kept.names.values()) <= there else "omit"
     dtypes = {
         spec.dtype
@@ -72,12 +77,12 @@ def _export_of(
         and spec.dtype in CONVERTED
     }
     dtype = cast(Choice, dtypes.pop() if len(dtypes) == 1 else "keep")
-    export = plan_export(plan, original, dtype, None, kv_shared, cut)
+    export = plan_export(plan, original, dtype, None, kv_shared, cut, facts=facts)
     groups = [[tensor.name for tensor in shard.tensors] for shard in reader.shards]
     planned = [{tensor.name for tensor in shard.tensors} for shard in export.shards]
     if [set(group) for group in groups] == planned or there != set(export.names.values()):
         return export
-    return plan_export(plan, original, dtype, None, kv_shared, cut, groups=groups)
+    return plan_export(plan, original, dtype, None, kv_shared, cut, facts=facts, groups=groups)
 
 
 def _compare_tensors(

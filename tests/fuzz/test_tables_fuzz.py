@@ -53,13 +53,13 @@ def test_bytes(data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(table.Path, "read_text", lambda *_, **__: content.decode("utf-8"))
         path = table.table_file(name)
-        outcome(lambda: parse(name, table._read(path)[0]), MappingError.exit_code)
+        outcome(lambda: parse(name, table.read_toml(path)[0]), MappingError.exit_code)
 
 
 @pytest.mark.parametrize("text", ["a = " + "[" * 100_000, "a = 1\na = 2", "a = " + "9" * 5000])
 def test_texts_that_found_something(monkeypatch, text):
     monkeypatch.setattr(table.Path, "read_text", lambda *_, **__: text)
-    refused(lambda: table._read(table.table_file("maxtext")), MappingError.exit_code)
+    refused(lambda: table.read_toml(table.table_file("maxtext")), MappingError.exit_code)
 
 
 @share(150)

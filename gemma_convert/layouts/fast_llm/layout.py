@@ -14,15 +14,18 @@ from gemma_convert.arrays.dtypes import TensorSpec
 from gemma_convert.checkpoint.native import NativeSource
 from gemma_convert.checkpoint.native_folder import NativeFolder
 from gemma_convert.checkpoint.safetensors_layout import SafetensorsStore, safetensors_source
-from gemma_convert.errors import SourceError, short
+from gemma_convert.errors import SourceError, UsageError, short
+from gemma_convert.files.given_settings import GivenSettings
 from gemma_convert.files.unfinished import refuse_unfinished
 from gemma_convert.layouts.fast_llm.metadata import (
     METADATA,
     differences,
     fast_llm_metadata,
+    flat,
     read_metadata,
     write_metadata,
 )
+from gemma_convert.mapping.native_facts import Settings
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.stores.orbax.writer import OrbaxFormat
@@ -70,6 +73,21 @@ class FastLLM:
     def settings_files(self, plan: Plan, target: Path) -> dict[str, str]:
         del plan, target
         return {}
+
+    def read_settings(
+        self, where: Path, given: GivenSettings, architecture: Architecture | None
+    ) -> Settings:
+        """What metadata.yaml says, below `config.base_model`, which is the whole model."""
+        del architecture
+        if given:
+            raise UsageError(
+                "A Fast-LLM checkpoint is run by its own metadata.",
+                where=where / METADATA,
+                do="leave out --settings",
+            )
+        config = read_metadata(where).get("config")
+        model = config.get("base_model") if isinstance(config, dict) else None
+        return Settings(dict(flat(model)), str(where / METADATA))
 
     def check_metadata(self, folder: Path, plan: Plan) -> dict[str, str]:
         found = read_metadata(folder)

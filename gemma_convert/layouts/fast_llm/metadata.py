@@ -73,6 +73,15 @@ def differences(expected: Any, found: Any, path: str = "") -> Iterator[tuple[str
         yield path, f"is {short(found)} instead of {short(expected)}"
 
 
+def flat(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Path with points → value, of all values in a tree of mappings."""
+    if not isinstance(values, dict):
+        yield path, values
+        return
+    for key, value in values.items():
+        yield from flat(value, f"{path}.{key}" if path else str(key))
+
+
 def _base_model(text: TextArchitecture) -> dict[str, Any]:
     kinds = {SLIDING: True, FULL: False}
     blocks = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 
@@ -26,7 +25,6 @@ class FastLLMModel:
     scaled_dtype: str | None = None
     towers: frozenset[str] = frozenset()
     device_count = 1
-    fact_differences: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, folder: Path, architecture: Architecture) -> None:
         self.folder = folder

@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma_convert.checkpoint.orbax_layout import OrbaxLayout
-from gemma_convert.layouts.gemma_jax.settings import gemma_jax_settings, settings_files
+from gemma_convert.files.given_settings import GivenSettings
+from gemma_convert.layouts.gemma_jax.settings import (
+    gemma_jax_settings,
+    read_settings,
+    settings_files,
+)
+from gemma_convert.mapping.native_facts import Settings
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.stores.orbax.writer import OrbaxFormat, OrbaxWriter, write_checkpoint_metadata
@@ -52,6 +58,11 @@ class GemmaJax(OrbaxLayout):
     def settings_files(self, plan: Plan, target: Path) -> dict[str, str]:
         del target
         return settings_files(plan, vision=_sees(plan))
+
+    def read_settings(
+        self, where: Path, given: GivenSettings, architecture: Architecture | None
+    ) -> Settings:
+        return read_settings(where, given, architecture)
 
 
 def _sees(plan: Plan) -> bool:

@@ -13,16 +13,15 @@ from typing import Any
 
 from gemma_convert.errors import SourceError, short
 from gemma_convert.files.confined import check_confined
-from gemma_convert.files.json_file import read_object
+from gemma_convert.files.given_settings import GivenSettings, read_settings_file
 from gemma_convert.mapping.facts import FactTable, load_facts
+from gemma_convert.mapping.native_facts import Settings
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.model.architecture import Architecture, TextArchitecture
 from gemma_convert.model.facts import Fact, layer_pattern
 
 FILE = "gemma.json"
 """Its name in the folder of a checkpoint: the class, and all that its config has."""
-
-MAX_BYTES = 1 << 20
 
 
 def gemma_facts() -> FactTable:
@@ -60,20 +59,38 @@ def settings_files(plan: Plan, *, vision: bool) -> dict[str, str]:
     return {FILE: json.dumps({"model": f"gm.nn.{model}", "config": said | told}, indent=1) + "\n"}
 
 
-def run_by(folder: Path, architecture: Architecture) -> tuple[Architecture, dict[str, str]]:
-    """The model as the library runs it: by the settings file, where the checkpoint has one.
+def read_settings(
+    folder: Path, given: GivenSettings, architecture: Architecture | None
+) -> Settings:
+    """What the library is told of the checkpoint: by `given`, or by the file of its folder.
 
-    And the facts in which that differs from config.json. Raises SourceError for a broken file.
+    Where there are none, the class that `architecture` has there says all. Raises SourceError for
+    a broken file and for a class that the library has not.
     """
-    file = folder / FILE
-    if not os.path.lexists(file):
-        return architecture, {}
-    check_confined(folder, FILE)
-    settings = read_object(file, FILE, MAX_BYTES)
-    model, config = str(settings.get("model")).removeprefix("gm.nn."), settings.get("config")
+    table = gemma_facts()
+    files = given.files
+    if not files and os.path.lexists(folder / FILE):
+        check_confined(folder, FILE)
+        files = (folder / FILE,)
+    model, own = "" if architecture is None else table.model(architecture), dict[str, Any]()
+    for file in files:
+        model, config = _read(file)
+        own |= config
+    if not files and not given and architecture is None:
+        return Settings({}, "no settings file")
+    where = str(files[-1]) if files else "--settings" if given else "no settings file"
+    name = str(given.pairs.get("model", model)).removeprefix("gm.nn.")
+    rest = table.model_facts(name, f"{where}, key model")
+    return Settings(own | given.pairs, where, name, rest)
+
+
+def _read(file: Path) -> tuple[str, dict[str, Any]]:
+    """The class that a settings file names, and the fields of its config."""
+    settings = read_settings_file(file, file.name)
+    config = settings.get("config")
     if not isinstance(config, dict):
         raise SourceError("The settings have no config.", where=file, found=short(config))
-    return gemma_facts().run_by(architecture, model, config, file)
+    return str(settings.get("model")), config
 
 
 def _fields(name: str, architecture: Architecture, told: dict[str, Fact]) -> dict[str, Any]:

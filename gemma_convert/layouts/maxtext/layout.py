@@ -14,7 +14,9 @@ import numpy as np
 
 from gemma_convert.arrays.dtypes import TensorSpec
 from gemma_convert.checkpoint.orbax_layout import OrbaxLayout
-from gemma_convert.layouts.maxtext.settings import maxtext_settings, settings_files
+from gemma_convert.files.given_settings import GivenSettings
+from gemma_convert.layouts.maxtext.settings import maxtext_settings, read_settings, settings_files
+from gemma_convert.mapping.native_facts import Settings
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.stores.orbax.writer import OrbaxFormat, OrbaxWriter, write_checkpoint_metadata
@@ -58,6 +60,11 @@ class MaxText(OrbaxLayout):
 
     def settings_files(self, plan: Plan, target: Path) -> dict[str, str]:
         return settings_files(plan, _items(target), multimodal=_sees(plan))
+
+    def read_settings(
+        self, where: Path, given: GivenSettings, architecture: Architecture | None
+    ) -> Settings:
+        return read_settings(where, given, architecture)
 
 
 def _items(target: Path) -> Path:

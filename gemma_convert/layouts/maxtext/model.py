@@ -10,7 +10,6 @@ from gemma_convert.forward.jax_model import JaxModel
 from gemma_convert.forward.orbax_tree import LIBRARIES
 from gemma_convert.forward.tree import Tree
 from gemma_convert.layouts.maxtext import forward, vision
-from gemma_convert.layouts.maxtext.settings import run_by
 from gemma_convert.layouts.maxtext.shapes import check_shapes, text_axes
 from gemma_convert.layouts.maxtext.tree import open_tree, restore_tree, tree_facts
 from gemma_convert.model.architecture import Architecture
@@ -39,9 +38,5 @@ LAYOUT = JaxLayout(
 
 
 def open_model(items: Path, architecture: Architecture) -> JaxModel:
-    """The tree in an Orbax item folder, run by the settings that lie beside it.
-
-    Raises SourceError where it does not fit.
-    """
-    native, differences = run_by(items, architecture)
-    return JaxModel(items, native, LAYOUT, differences)
+    """The tree in an Orbax item folder. Raises SourceError where it does not fit."""
+    return JaxModel(items, architecture, LAYOUT)

@@ -12,18 +12,16 @@ from typing import Any
 
 import yaml
 
-from gemma_convert.errors import SourceError, short
 from gemma_convert.files.confined import check_confined
-from gemma_convert.files.yaml_file import read_yaml
+from gemma_convert.files.given_settings import GivenSettings, read_settings_file
 from gemma_convert.mapping.facts import FactTable, load_facts
+from gemma_convert.mapping.native_facts import Settings
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.facts import Fact
 
 FILE = "maxtext.yml"
 """Its name in the folder of a checkpoint; `train.py` takes it as its config."""
-
-MAX_BYTES = 1 << 20
 
 
 def maxtext_facts() -> FactTable:
@@ -81,28 +79,53 @@ def _yaml(values: Mapping[str, Any]) -> str:
     return text
 
 
-def run_by(items: Path, architecture: Architecture) -> tuple[Architecture, dict[str, str]]:
-    """The model as MaxText runs it: by the settings file of the checkpoint, where it has one.
+def read_settings(items: Path, given: GivenSettings, architecture: Architecture | None) -> Settings:
+    """What MaxText is told of the checkpoint: by `given`, or by the settings file of its folder.
 
-    And the facts in which that differs from config.json. Raises SourceError for a broken file.
+    As in MaxText, the file of the model that is named counts more than a config, and single
+    settings count most. Where there are none, the model that `architecture` has there says all.
+    Raises SourceError for a broken file and for a model that MaxText has not.
     """
-    root = items.parent.parent
-    if not os.path.lexists(root / FILE):
-        return architecture, {}
-    settings = _read(root, FILE)
-    model = str(settings.get("model_name"))
-    if model in maxtext_facts().named and os.path.lexists(root / _model_file(model)):
-        settings = _read(root, _model_file(model)) | settings
-    return maxtext_facts().run_by(architecture, model, settings, root / FILE)
+    table, root = maxtext_facts(), items.parent.parent
+    files, own = given.files, dict[str, Any]()
+    for file in files:
+        own |= _with_base(file)
+    if not files and os.path.lexists(root / FILE):
+        check_confined(root, FILE)
+        files, own = (root / FILE,), read_settings_file(root / FILE, FILE)
+    own |= given.pairs
+    if not own and architecture is None:
+        return Settings({}, "no settings file")
+    where = str(files[-1]) if files else "--settings" if given else "no settings file"
+    usual = "default" if files or architecture is None else table.model(architecture)
+    named = own.get("model_name", usual)
+    model = str(named).replace("-Instruct", "")
+    rest = table.model_facts(model, f"{where}, key model_name")
+    own = {key: value for key, value in own.items() if key not in rest}
+    if beside := _beside(files[-1], model) if files else None:
+        own |= read_settings_file(beside, beside.name)
+    return Settings(own | given.pairs, where, model, rest)
 
 
-def _read(root: Path, name: str) -> dict[str, Any]:
-    """The settings in a file of a checkpoint; SourceError where it is none, or leads elsewhere."""
-    check_confined(root, PurePath(name).parts[0])
-    values = read_yaml(root / name, name, MAX_BYTES)
-    if not isinstance(values, dict):
-        raise SourceError("The settings are no mapping.", where=root / name, found=short(values))
-    return {str(key): value for key, value in values.items()}
+def _with_base(file: Path) -> dict[str, Any]:
+    """The settings in a config, over those of its `base_config`, where that lies beside it."""
+    values: dict[str, Any] = {}
+    seen: list[Path] = []
+    while file not in seen and file.is_file():
+        seen.append(file)
+        found = read_settings_file(file, file.name)
+        values = found | values
+        file = file.parent / PurePath(str(found.get("base_config", ""))).name
+    return values
+
+
+def _beside(config: Path, model: str) -> Path | None:
+    """The file of a model in the folder `models` beside a config; None where there is none."""
+    name = _model_file(model)
+    if not os.path.lexists(config.parent / name):
+        return None
+    check_confined(config.parent, PurePath(name).parts[0])
+    return config.parent / name
 
 
 def _spelled(value: Fact) -> str:

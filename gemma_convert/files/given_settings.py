@@ -1,0 +1,74 @@
+"""What `--settings` gives: files of a framework's settings, and single ones as KEY=VALUE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gemma_convert.errors import SourceError, UsageError, short
+from gemma_convert.files.yaml_file import read_yaml
+
+MAX_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class GivenSettings:
+    """Files in their order, and key → value of what was given one by one, which counts last."""
+
+    files: tuple[Path, ...] = ()
+    pairs: dict[str, Any] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.files or self.pairs)
+
+
+def given_settings(items: Sequence[str]) -> GivenSettings:
+    """What each of `items` names, which is a file or KEY=VALUE. Raises UsageError where neither."""
+    files, pairs = [], {}
+    for item in items:
+        if Path(item).is_file():
+            files.append(Path(item))
+        elif "=" in item:
+            pairs.update(_pair(item))
+        else:
+            raise UsageError(
+                "This is neither a file of settings nor a setting.",
+                where=f"--settings {short(item)}",
+                expected="a file, or KEY=VALUE",
+            )
+    return GivenSettings(tuple(files), pairs)
+
+
+def read_settings_file(path: Path, name: str) -> dict[str, Any]:
+    """Key → value in a file of YAML or JSON, or of KEY=VALUE with spaces or lines between them.
+
+    Raises SourceError where it is none of these.
+    """
+    values = read_yaml(path, name, MAX_BYTES)
+    if isinstance(values, str):
+        words = values.split()
+        if all("=" in word for word in words):
+            return {key: value for word in words for key, value in _pair(word).items()}
+    if not isinstance(values, dict):
+        raise SourceError("The settings are no mapping.", where=path, found=short(values))
+    return {str(key): value for key, value in values.items()}
+
+
+def _pair(text: str) -> dict[str, Any]:
+    key, _, value = text.partition("=")
+    return {key.strip(): _value(value.strip())}
+
+
+def _value(text: str) -> Any:
+    """The value of a setting as MaxText's command line has it: true, a number, or text."""
+    words = {"true": True, "false": False, "null": None, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,336 @@
+"""What a framework is told is what the native side is run by, and what an export says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from commands import said
+from transformers import AutoConfig
+
+from gemma_convert import SourceError, logit_check, to_hf, to_native, verify
+from gemma_convert.model.config import read_architecture
+from gemma_convert.model.facts import facts_of
+
+SETTINGS = {"maxtext": "models/gemma4-31b.yml", "gemma-jax": "gemma.json"}
+
+
+def edited(out: Path, layout: str, **values: object) -> None:
+    """Puts values into the settings file of a checkpoint."""
+    file = out / SETTINGS[layout]
+    settings = yaml.safe_load(file.read_text())
+    (settings["config"] if layout == "gemma-jax" else settings).update(values)
+    file.write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize("layout", SETTINGS)
+def test_odd_values_in_settings_are_messages(shallow, converted, tmp_path, layout):
+    source = shallow("31b")
+    for number, value in enumerate(("x", [1], {}, True, -3, 1e99, None, 0)):
+        out = shutil.copytree(converted(source, layout), tmp_path / str(number))
+        edited(out, layout, sliding_window_size=value)
+        code, _, errors = said("logit-check", source, out, "--tokens", 5)
+        assert code == 3, value
+        assert "sliding_window_size" in errors and "no value of this fact" in errors
+
+
+@pytest.mark.parametrize(
+    ("layout", "file", "text"),
+    [
+        ("maxtext", "maxtext.yml", "x: ["),
+        ("maxtext", "maxtext.yml", "- 1"),
+        ("maxtext", "maxtext.yml", "model_name: ../../gemma4-31b"),
+        ("maxtext", "maxtext.yml", "model_name: [1]"),
+        ("maxtext", "models/gemma4-31b.yml", "a: !!python/object/apply:os.getcwd []"),
+        ("gemma-jax", "gemma.json", "{"),
+        ("gemma-jax", "gemma.json", '{"model": 3, "config": {}}'),
+        ("gemma-jax", "gemma.json", '{"model": "gm.nn.Gemma4_31B", "config": 1}'),
+    ],
+)
+def test_broken_settings_are_messages(shallow, converted, tmp_path, layout, file, text):
+    out = shutil.copytree(converted(shallow("31b"), layout), tmp_path / "out")
+    (out / file).write_text(text)
+    code, _, errors = said("logit-check", shallow("31b"), out, "--tokens", 5)
+    assert code == 3
+    assert errors.count("\n") <= 5
+
+
+@pytest.mark.parametrize("file", ["maxtext.yml", "models/gemma4-31b.yml", "models"])
+@pytest.mark.parametrize("items", ["", "0/items"])
+def test_settings_elsewhere_are_not_read(shallow, converted, tmp_path, file, items):
+    """Nor is a checkpoint run by config.json because its settings are gone."""
+    source = shallow("31b")
+    out = shutil.copytree(converted(source, "maxtext"), tmp_path / "out")
+    (out / file).rename(tmp_path / "elsewhere")
+    code, _, errors = said("logit-check", source, out / items, "--tokens", 5)
+    assert (code, "is missing" in errors) == (3, True)
+    (out / file).symlink_to(tmp_path / "elsewhere")
+    for command in (("logit-check", source, out / items, "--tokens", 5), ("verify", out / items)):
+        code, _, errors = said(*command)
+        assert code == 3
+        assert "leads out" in errors or "linked folder" in errors or "not a file" in errors
+
+
+def in_metadata(out: Path, ending: str, value: object) -> None:
+    """Puts a value into metadata.yaml, wherever a path ends like that."""
+    file = out / "metadata.yaml"
+    metadata = yaml.safe_load(file.read_text())
+
+    def put(section: dict, path: str) -> None:
+        for key, below in section.items():
+            if isinstance(below, dict):
+                put(below, f"{path}.{key}")
+            elif f"{path}.{key}".endswith(f".{ending}"):
+                section[key] = value
+
+    put(metadata["config"], "")
+    file.write_text(yaml.safe_dump(metadata))
+
+
+def put(out: Path, layout: str, key: str, value: object) -> None:
+    """Tells the framework something else."""
+    if layout == "fast-llm":
+        in_metadata(out, key, value)
+    else:
+        edited(out, layout, **{key: value})
+
+
+_ROPE = "text_config.rope_parameters"
+WRONG = {
+    "text_config.sliding_window": 7,
+    "text_config.final_logit_softcapping": 3.0,
+    "text_config.top_k_experts": 1,
+    "text_config.rms_norm_eps": 0.1,
+    f"{_ROPE}.sliding_attention.rope_theta": 20.0,
+    f"{_ROPE}.sliding_attention.partial_rotary_factor": 0.5,
+    f"{_ROPE}.full_attention.rope_theta": 20.0,
+    f"{_ROPE}.full_attention.partial_rotary_factor": 1.0,
+}
+KEYS = {
+    "maxtext": {
+        "sliding_window_size": "text_config.sliding_window",
+        "final_logits_soft_cap": "text_config.final_logit_softcapping",
+        "num_experts_per_tok": "text_config.top_k_experts",
+        "normalization_layer_epsilon": "text_config.rms_norm_eps",
+        "local_rope_max_timescale": f"{_ROPE}.sliding_attention.rope_theta",
+        "local_rope_proportion": f"{_ROPE}.sliding_attention.partial_rotary_factor",
+        "global_rope_max_timescale": f"{_ROPE}.full_attention.rope_theta",
+        "global_rope_proportion": f"{_ROPE}.full_attention.partial_rotary_factor",
+    },
+    "gemma-jax": {
+        "sliding_window_size": "text_config.sliding_window",
+        "final_logit_softcap": "text_config.final_logit_softcapping",
+        "top_k_experts": "text_config.top_k_experts",
+        "local_base_frequency": f"{_ROPE}.sliding_attention.rope_theta",
+        "local_rope_proportion": f"{_ROPE}.sliding_attention.partial_rotary_factor",
+        "global_base_frequency": f"{_ROPE}.full_attention.rope_theta",
+        "global_rope_proportion": f"{_ROPE}.full_attention.partial_rotary_factor",
+    },
+    "fast-llm": {
+        "window_size": "text_config.sliding_window",
+        "final_logit_softcap": "text_config.final_logit_softcapping",
+        "experts_per_token": "text_config.top_k_experts",
+        "epsilon": "text_config.rms_norm_eps",
+        "sliding_attention.mixer.rotary.theta": f"{_ROPE}.sliding_attention.rope_theta",
+        "full_attention.mixer.rotary.theta": f"{_ROPE}.full_attention.rope_theta",
+        "full_attention.mixer.rotary.partial_rotary_factor": (
+            f"{_ROPE}.full_attention.partial_rotary_factor"
+        ),
+    },
+}
+"""Layout → the framework's key of each fact that its forward pass reads → key of config.json."""
+
+CASES = [(layout, key) for layout, keys in KEYS.items() for key in keys]
+MODELS = {"maxtext": "models/gemma4-26b.yml", "gemma-jax": "gemma.json"}
+
+
+@pytest.fixture
+def told(shallow, converted, tmp_path, monkeypatch):
+    """told(layout, key): source, and its conversion with another value of a fact."""
+    monkeypatch.setattr("test_settings.SETTINGS", MODELS)
+
+    def make(layout: str, key: str) -> tuple[Path, Path]:
+        source = shallow("26b-a4b", text_only=True)
+        out = shutil.copytree(converted(source, layout), tmp_path / "out")
+        put(out, layout, key, WRONG[KEYS[layout][key]])
+        if layout == "fast-llm":  # sealed metadata is not edited, it is damaged
+            shutil.rmtree(out / "hf")
+        return source, out
+
+    return make
+
+
+@pytest.mark.parametrize(("layout", "key"), CASES)
+def test_a_fact_planted_wrong_fails_the_check(told, layout, key):
+    source, out = told(layout, key)
+    report = logit_check(source, out, tokens=40)
+    assert not report.passed and report.divergence.kl_max > 1e-4
+    assert any(KEYS[layout][key] in warning for warning in report.warnings)
+
+
+@pytest.mark.parametrize(("layout", "key"), CASES)
+def test_a_changed_fact_goes_into_config_json(told, tmp_path, layout, key):
+    """The export then computes what the native side does, and nothing else of config.json moves."""
+    source, out = told(layout, key)
+    hf, value = KEYS[layout][key], WRONG[KEYS[layout][key]]
+    report = to_hf(out, tmp_path / "back", like=source)
+    assert list(report.changed_facts) == [hf]
+    config = json.loads((tmp_path / "back/config.json").read_text())
+    before = json.loads((source / "config.json").read_text())
+    *sections, last = hf.split(".")[1:]
+    section, original = config, before
+    for name in sections:
+        section, original = section[name], original[name]
+    assert section[last] == value
+    if sections:
+        section.pop("rope_type"), original.pop("rope_type")
+    section.pop(last), original.pop(last, None)
+    if sections:
+        section.pop("partial_rotary_factor", 0), original.pop("partial_rotary_factor", 0)
+    assert config == before
+    AutoConfig.from_pretrained(tmp_path / "back")
+    assert logit_check(tmp_path / "back", out, tokens=20).passed
+    assert verify(tmp_path / "back", against=out).passed
+
+
+@pytest.mark.parametrize("layout", KEYS)
+def test_settings_that_say_the_same_change_no_byte(shallow, converted, tmp_path, layout):
+    source = shallow("26b-a4b", text_only=True)
+    report = to_hf(converted(source, layout), tmp_path / "back")
+    assert not report.changed_facts
+    assert (tmp_path / "back/config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+def test_one_place_of_many_is_run_and_cannot_be_exported(shallow, converted, tmp_path):
+    source = shallow("26b-a4b", text_only=True)
+    out = shutil.copytree(converted(source, "fast-llm"), tmp_path / "out")
+    shutil.rmtree(out / "hf")
+    in_metadata(out, "full_attention.mixer.query_norm.epsilon", 0.1)
+    report = logit_check(source, out, tokens=20)
+    assert not report.passed
+    assert any("query_norm" in warning for warning in report.warnings)
+    with pytest.raises(SourceError, match="two values of one fact"):
+        to_hf(out, tmp_path / "back", like=source)
+
+
+def run_of(out: Path, folder: Path) -> Path:
+    """A MaxText run that was trained from a checkpoint: its arrays, and no settings."""
+    step = folder / "checkpoints" / "3"
+    shutil.copytree(out / "0", step)
+    return step
+
+
+@pytest.fixture
+def trained(shallow, tmp_path):
+    """A source with another rotary base, its conversion, and a run of MaxText without settings."""
+    source = shutil.copytree(shallow("31b", text_only=True), tmp_path / "in")
+    config = json.loads((source / "config.json").read_text())
+    config["rope_parameters"]["full_attention"]["rope_theta"] = 20.0
+    config["sliding_window"] = 1024  # as the named model has it
+    (source / "config.json").write_text(json.dumps(config))
+    to_native(source, tmp_path / "out", layout="maxtext")
+    return source, tmp_path / "out", run_of(tmp_path / "out", tmp_path / "run")
+
+
+def test_a_run_without_settings_is_run_as_the_named_model(trained):
+    source, out, run = trained
+    alone = logit_check(source, run, tokens=20)
+    assert not alone.passed
+    assert "ran by those of gemma4-31b" in alone.warnings[0]
+    assert logit_check(source, run, tokens=20, settings=[str(out / "maxtext.yml")]).passed
+    assert logit_check(source, run, tokens=20, settings=["global_rope_max_timescale=20"]).passed
+
+
+def test_settings_count_as_in_maxtext(trained, tmp_path):
+    """The file of the model counts more than a config, single settings count most."""
+    source, out, run = trained
+    config = out / "maxtext.yml"
+    text = config.read_text()
+    config.write_text(f"{text}global_rope_max_timescale: 1000000\n")
+    assert logit_check(source, run, tokens=20, settings=[str(config)]).passed
+    pair = "global_rope_max_timescale=1000000"
+    assert not logit_check(source, run, tokens=20, settings=[str(config), pair]).passed
+    config.write_text(text)
+    below = tmp_path / "mine.yml"
+    below.write_text("base_config: maxtext.yml\n")
+    shutil.copytree(out / "models", tmp_path / "models")
+    shutil.copy(config, tmp_path)
+    assert logit_check(source, run, tokens=20, settings=[str(below)]).passed
+    below.write_text("model_name=gemma4-31b global_rope_max_timescale=20\nbase_emb_dim=48")
+    shutil.rmtree(tmp_path / "models")
+    assert not logit_check(source, run, tokens=20, settings=[str(below)]).passed
+    with pytest.raises(SourceError, match="another shape"):
+        logit_check(source, run, tokens=20, settings=["base_emb_dim=48"])
+
+
+def test_a_trained_run_is_exported_by_its_settings(trained, tmp_path):
+    source, out, run = trained
+    settings = [str(out / "maxtext.yml"), "sliding_window_size=8"]
+    report = to_hf(run, tmp_path / "back", like=source, settings=settings)
+    assert list(report.changed_facts) == ["text_config.sliding_window"]
+    assert json.loads((tmp_path / "back/config.json").read_text())["sliding_window"] == 8
+    assert to_hf(run, tmp_path / "as it was", like=source).changed_facts == {}
+
+
+@pytest.mark.parametrize("layout", ["gemma-jax", "fast-llm"])
+def test_changed_facts_go_along_to_another_layout(told, tmp_path, layout):
+    source, out = told("maxtext", "global_rope_max_timescale")
+    to_native(out, tmp_path / "next", layout=layout)
+    report = logit_check(source, tmp_path / "next", tokens=20)
+    assert not report.passed
+    assert "20.0 in the settings" in " ".join(report.warnings)
+
+
+def test_settings_that_have_no_place(shallow, converted, tmp_path):
+    source = shallow("26b-a4b", text_only=True)
+    metadata = converted(source, "fast-llm")
+    for command, expected in {
+        ("logit-check", source, metadata, "--settings", "a=1"): "its own metadata",
+        ("to-hf", metadata, tmp_path / "x", "--settings", "a=1"): "its own metadata",
+        ("to-native", source, tmp_path / "x", "--format", "maxtext", "--settings", "a=1"): "native",
+        ("verify", metadata, "--settings", "a=1"): "--against",
+        ("logit-check", source, metadata, "--settings", "nothing"): "neither a file",
+    }.items():
+        code, _, errors = said(*command)
+        assert (code, expected in errors) == (2, True), errors
+
+
+@pytest.mark.parametrize(
+    ("layout", "model"),
+    [
+        ("maxtext", "31b"),
+        ("maxtext", "26b-a4b"),
+        ("maxtext", "e4b"),
+        ("gemma-jax", "31b"),
+        ("gemma-jax", "26b-a4b"),
+        ("gemma-jax", "e2b"),
+        ("fast-llm", "31b"),
+        ("fast-llm", "26b-a4b"),
+    ],
+)
+@pytest.mark.share(1)
+def test_without_an_original_settings_make_config_json(shallow, converted, tmp_path, layout, model):
+    """The export loads in transformers and computes what the native checkpoint does."""
+    source = shallow(model, text_only=True)
+    out = shutil.copytree(converted(source, layout), tmp_path / "out")
+    shutil.rmtree(out / "hf")
+    report = to_hf(out, tmp_path / "back")
+    assert report.made_from_settings and not report.sealed
+    before, after = (read_architecture(folder) for folder in (source, tmp_path / "back"))
+    assert facts_of(before) == facts_of(after)
+    assert logit_check(tmp_path / "back", converted(source, layout), tokens=20).passed
+
+
+def test_towers_need_an_original(shallow, converted, tmp_path):
+    out = shutil.copytree(converted(shallow("31b"), "maxtext"), tmp_path / "out")
+    shutil.rmtree(out / "hf")
+    with pytest.raises(SourceError, match="what the towers"):
+        to_hf(out, tmp_path / "back")
+    assert to_hf(out, tmp_path / "back", text_only=True).made_from_settings
+    shutil.rmtree(out / "models")
+    (out / "maxtext.yml").unlink()
+    code, _, errors = said("to-hf", out, tmp_path / "again")
+    assert (code, "no sidecar" in errors, "--like" in errors) == (3, True, True)
