@@ -17,10 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from gemma_convert.errors import MappingError, SourceError, short
+from gemma_convert.mapping.notation import Condition
 from gemma_convert.mapping.record import Record
 from gemma_convert.mapping.table import HUGGINGFACE, table_file
 from gemma_convert.model.architecture import Architecture
-from gemma_convert.model.facts import ARITHMETIC, SOFTCAP, Fact, facts_of, is_value, with_facts
+from gemma_convert.model.facts import (
+    ARITHMETIC,
+    SOFTCAP,
+    TIED,
+    Fact,
+    facts_of,
+    is_value,
+    with_facts,
+)
 
 SHOWN = 8
 
@@ -30,9 +39,13 @@ _OF_IMAGES = ("text_config.use_bidirectional_attention", "text_config.pad_token_
 
 @dataclass(frozen=True)
 class FactRow:
-    """One fact: its key in config.json, and how the framework is told it, or what it builds in."""
+    """One fact: its key in config.json, and how the framework is told it, or what it builds in.
+
+    A row is there for the models for which `when` holds.
+    """
 
     hf: str
+    when: Condition
     native: str | None
     fixed: Fact
     why: str
@@ -65,6 +78,8 @@ class FactTable:
         told: dict[str, Fact] = {}
         for row in self.rows:
             if row.tensors or row.hf not in facts or (not vision and _of_vision(row.hf)):
+                continue
+            if not row.when.holds(architecture, {}):
                 continue
             value = facts[row.hf]
             if row.native is None:
@@ -108,7 +123,7 @@ def _value(row: FactRow, said: Mapping[str, Any], where: Path) -> Fact:
         raise SourceError(
             "The settings say what is no value of this fact.",
             where=f"{where}, key {row.native}",
-            expected="a positive number",
+            expected="true or false" if row.hf == TIED else "a positive number",
             found=short(found),
         )
     return value
@@ -124,7 +139,7 @@ def _check_fixed(row: FactRow, value: Fact, said: Mapping[str, Any]) -> None:
         raise SourceError(
             f"A fact of this model cannot be told to the framework: {row.why}.",
             where=f"config.json, key {row.hf}",
-            expected=fixed,
+            expected="null" if fixed is None else fixed,
             found=value,
             do="choose another layout with --format; if the framework at hand is another, "
             f"--ignore-fact {row.hf}",
@@ -150,7 +165,7 @@ def load_facts(layout: str) -> FactTable | None:
 
 
 def _row(record: Record) -> FactRow:
-    record.only("hf", "native", "fixed", "why", "tensors")
+    record.only("hf", "when", "native", "fixed", "why", "tensors")
     hf = record.text("hf")
     if sum(map(record.has, ("native", "why", "tensors"))) != 1:
         raise record.error("A fact has `native`, `tensors` or `why`, one alone.", found=hf)
@@ -158,7 +173,8 @@ def _row(record: Record) -> FactRow:
         raise record.error("The row names no fact of huggingface.toml.", found=hf)
     native = record.text("native") if record.has("native") else None
     why, tensors = record.text("why", ""), record.has("tensors")
-    return FactRow(hf, native, record.values.get("fixed"), why, tensors, record.where)
+    when, fixed = record.condition("when"), record.values.get("fixed")
+    return FactRow(hf, when, native, fixed, why, tensors, record.where)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ SLIDING_FRACTION = f"{_ROPE}.sliding_attention.partial_rotary_factor"
 EPSILON = "text_config.rms_norm_eps"
 SOFTCAP = "text_config.final_logit_softcapping"
 WINDOW = "text_config.sliding_window"
+TIED = "text_config.tie_word_embeddings"
 VISION_THETA = "vision_config.rope_parameters.rope_theta"
 
 
@@ -55,7 +56,7 @@ def _text(text: TextArchitecture) -> dict[str, Fact]:
         "text_config.num_experts": text.experts,
         "text_config.top_k_experts": text.experts_per_token,
         "text_config.moe_intermediate_size": text.expert_mlp,
-        "text_config.tie_word_embeddings": text.tied,
+        TIED: text.tied,
         WINDOW: text.window,
         EPSILON: text.norm_epsilon,
         SOFTCAP: text.logit_softcap,
@@ -101,7 +102,7 @@ def layer_pattern(text: TextArchitecture) -> str:
 
 
 NUMBERS = (EPSILON, SLIDING_THETA, SLIDING_FRACTION, FULL_THETA, FULL_FRACTION, VISION_THETA)
-ARITHMETIC = (*NUMBERS, WINDOW, SOFTCAP)
+ARITHMETIC = (*NUMBERS, WINDOW, SOFTCAP, TIED)
 """The facts that layers compute with, beside their sizes."""
 
 
@@ -109,6 +110,8 @@ def is_value(key: str, value: object) -> bool:
     """Whether `value` may stand for an arithmetic fact; a soft-cap may be none."""
     if key == SOFTCAP and value is None:
         return True
+    if key == TIED:
+        return isinstance(value, bool)
     number = isinstance(value, int if key == WINDOW else int | float)
     return number and not isinstance(value, bool) and 0 < value < 1e30  # type: ignore[operator]
 
@@ -122,6 +125,7 @@ def with_facts(architecture: Architecture, facts: Mapping[str, Any]) -> Architec
         window=ours[WINDOW],
         norm_epsilon=ours[EPSILON],
         logit_softcap=ours[SOFTCAP],
+        tied=ours[TIED],
         rope_sliding=Rope(ours[SLIDING_THETA], ours[SLIDING_FRACTION]),
         rope_full=Rope(ours[FULL_THETA], ours[FULL_FRACTION]),
     )

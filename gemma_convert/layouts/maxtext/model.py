@@ -14,6 +14,7 @@ from gemma_convert.layouts.maxtext.settings import run_by
 from gemma_convert.layouts.maxtext.shapes import check_shapes, text_axes
 from gemma_convert.layouts.maxtext.tree import open_tree, restore_tree, tree_facts
 from gemma_convert.model.architecture import Architecture
+from gemma_convert.model.facts import SOFTCAP, with_facts
 from gemma_convert.prompts.images import ImageSequence
 
 
@@ -41,7 +42,13 @@ LAYOUT = JaxLayout(
 def open_model(items: Path, architecture: Architecture) -> JaxModel:
     """The tree in an Orbax item folder, run by the settings that lie beside it.
 
-    Raises SourceError where it does not fit.
+    MaxText 0.2.5 caps the logits of a tied head alone (`apply_output_head` in
+    `layers/nnx_decoders.py`). Raises SourceError where the tree does not fit.
     """
     native, differences = run_by(items, architecture)
+    softcap = architecture.text.logit_softcap
+    if not native.text.tied and softcap is not None:
+        native = with_facts(native, {SOFTCAP: None})
+        untied = f"MaxText caps no logits of an untied head, {softcap} in config.json"
+        differences = {**differences, SOFTCAP: untied}
     return JaxModel(items, native, LAYOUT, differences)
