@@ -26,6 +26,8 @@ def fast_llm_tensors(
         "embeddings.word_embeddings_weight": hf[prefix + "embed_tokens.weight"],
         "head.final_norm.weight": hf[prefix + "norm.weight"],
     }
+    if not text.tied:
+        tensors["head.output_weights"] = hf["lm_head.weight"]
     for layer in text.layers:
         at = f"{prefix}layers.{layer.index}."
         own = {name.removeprefix(at): value for name, value in hf.items() if name.startswith(at)}
@@ -107,7 +109,7 @@ def fast_llm_metadata(architecture: Architecture) -> dict:
                 },
                 "hidden_size": text.embed,
                 "peft": {"type": "none"},
-                "tied_embedding_weight": True,
+                "tied_embedding_weight": text.tied,
             },
             "type": "gpt",
         },

@@ -21,6 +21,8 @@ def maxtext_tree(
         "token_embedder/embedding": embedding * np.float32(text.embed**0.5),
         "decoder/decoder_norm/scale": hf[prefix + "norm.weight"],
     }
+    if not text.tied:
+        tree["decoder/logits_dense/kernel"] = hf["lm_head.weight"].T
     if text.ple:
         ple = "decoder/per_layer_embedder/"
         tree[ple + "embed_tokens_per_layer"] = hf[prefix + "embed_tokens_per_layer.weight"]

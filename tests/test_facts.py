@@ -285,12 +285,13 @@ _EXPERTS = {
 }
 _PLE = {"text_config.vocab_size_per_layer_input"}
 _IMAGES = {"text_config.use_bidirectional_attention", "text_config.pad_token_id"}
+_TIED = {"text_config.tie_word_embeddings"}  # of a whole model the key at the top counts
 MEANS_NOTHING = {
-    E2B: _EXPERTS | {"text_config.num_global_key_value_heads"},
-    E4B: _EXPERTS | {"text_config.num_global_key_value_heads"},
-    A4B: _PLE,
-    DENSE: _PLE | _EXPERTS,
-    UNIFIED: _PLE | _EXPERTS | _IMAGES,  # its embedders are carried
+    E2B: _EXPERTS | _TIED | {"text_config.num_global_key_value_heads"},
+    E4B: _EXPERTS | _TIED | {"text_config.num_global_key_value_heads"},
+    A4B: _PLE | _TIED,
+    DENSE: _PLE | _EXPERTS | _TIED,
+    UNIFIED: _PLE | _EXPERTS | _IMAGES | _TIED,  # its embedders are carried
 }
 """Keys that say how large something is that the model has not."""
 

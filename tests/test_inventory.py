@@ -68,7 +68,7 @@ def test_names_are_listed_once_and_the_head_is_never_required(name):
 
 def test_an_untied_head_is_required():
     config = load_config(DENSE)
-    config["text_config"]["tie_word_embeddings"] = False
+    config["tie_word_embeddings"] = False
     tensors = hf_tensors(parse_architecture(config, WHERE))
     (head,) = [tensor for tensor in tensors if tensor.name == "lm_head.weight"]
     assert head.required

@@ -285,7 +285,7 @@ TABLE_LINES = {
     "maxtext": (
         "converted\tmodel.language_model.embed_tokens.weight [vocab embed]\t"
         "params/params/token_embedder/embedding [vocab embed]\t\t× √embed",
-        "tied\tlm_head.weight [vocab embed]\t\t\t"
+        "tied\tlm_head.weight [vocab embed]\t\ttied\t"
         "equal to model.language_model.embed_tokens.weight, or absent",
         "carried\tmodel.vision_tower.*\t\tvision_clipped & !ple\t"
         "MaxText has no place for clip bounds",

@@ -559,7 +559,6 @@ REFUSED = {
     "shards": ["weights", "optimizer"],
     "fast_llm_version": "",
     "config.type": "multimodal",
-    f"{BASE}.tied_embedding_weight": False,
     f"{BASE}.peft": {"type": "lora"},
     f"{BASE}.hidden_size": -40,
     f"{BASE}.embeddings.vocab_size": 2**31,

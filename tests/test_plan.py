@@ -786,7 +786,7 @@ def test_layers_that_are_written_over_each_other(scanned):
     ]
     error = faulty(DENSE, *stack, scanned=scanned)
     assert error.what == "Two copies write the same part of a target."
-    assert error.where == "maxtext.toml, section 5, row 1 and maxtext.toml, section 5, row 2"
+    assert error.where == "maxtext.toml, section 6, row 1 and maxtext.toml, section 6, row 2"
 
 
 def apart(hf, rows):
@@ -808,7 +808,7 @@ def test_a_hole():
     ]
     error = faulty(E2B, apart("input_layernorm.weight", rows))
     assert error.what == "The copies leave a hole in a target."
-    assert error.where == "maxtext.toml, section 5, row 1"
+    assert error.where == "maxtext.toml, section 6, row 1"
     assert error.expected == f"{P}some [35, 1536], {35 * 1536} elements"
     assert error.found == f"{28 * 1536} elements covered"
 
@@ -817,14 +817,14 @@ def test_layers_of_different_shapes_in_one_array():
     rows = [{"hf": "self_attn.q_norm.weight", "native": "all [layers head_dim]"}]
     error = faulty(E2B, apart("self_attn.q_norm.weight", rows))
     assert error.what == "Two copies disagree about the shape of their target."
-    assert error.where == "maxtext.toml, section 5, row 1"
+    assert error.where == "maxtext.toml, section 6, row 1"
     assert (error.expected, error.found) == ("(35, 256)", f"{P}all (35, 512)")
 
 
 def test_layers_that_are_interleaved_in_one_array():
     rows = [{"hf": "input_layernorm.weight", "native": "all [(embed layers)]"}]
     error = faulty(E2B, apart("input_layernorm.weight", rows))
-    assert error.where == "maxtext.toml, section 5, row 1"
+    assert error.where == "maxtext.toml, section 6, row 1"
 
 
 def test_a_part_of_a_source_that_is_no_box():

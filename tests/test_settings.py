@@ -334,3 +334,12 @@ def test_towers_need_an_original(shallow, converted, tmp_path):
     (out / "maxtext.yml").unlink()
     code, _, errors = said("to-hf", out, tmp_path / "again")
     assert (code, "no sidecar" in errors, "--like" in errors) == (3, True, True)
+
+
+def test_an_untied_head_is_among_what_settings_say(shallow, converted, tmp_path):
+    source = shallow("31b", text_only=True, untied=True)
+    out = shutil.copytree(converted(source, "fast-llm"), tmp_path / "out")
+    shutil.rmtree(out / "hf")
+    to_hf(out, tmp_path / "back")
+    assert not read_architecture(tmp_path / "back").text.tied
+    assert logit_check(tmp_path / "back", converted(source, "fast-llm"), tokens=20).passed

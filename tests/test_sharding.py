@@ -39,8 +39,10 @@ CASES = {
     "maxtext 31b scanned": ("maxtext", "31b", {"scan_layers": True}),
     "gemma-jax 26b-a4b": ("gemma-jax", "26b-a4b", {}),
     "gemma-jax e2b": ("gemma-jax", "e2b", {}),
+    "maxtext 31b untied": ("maxtext", "31b", {}),
 }
-WHOLE = ("maxtext 31b scanned", "gemma-jax 26b-a4b")
+UNTIED = {"ignore_facts": ("text_config.final_logit_softcapping",)}
+WHOLE = ("maxtext 31b scanned", "gemma-jax 26b-a4b", "maxtext 31b untied")
 SENSED = ("maxtext 26b-a4b", "gemma-jax e2b")
 """Those that are given an image too, and a sound where the model hears."""
 
@@ -201,10 +203,18 @@ def media(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def jobs(shallow, converted, media):
+    def source(name, family, options):
+        return shallow(family, "scan_layers" in options, untied=name.endswith("untied"))
+
+    def more(name):
+        return UNTIED if name.endswith("untied") else {}
+
     return {
         name: {
-            "hf": str(shallow(family, "scan_layers" in options)),
-            "native": str(converted(shallow(family, "scan_layers" in options), layout, **options)),
+            "hf": str(source(name, family, options)),
+            "native": str(
+                converted(source(name, family, options), layout, **options, **more(name))
+            ),
             "sensed": name in SENSED,
             "modes": ["streamed", "whole"] if name in WHOLE else ["streamed"],
             **media,
@@ -305,6 +315,7 @@ def test_the_best_axis_that_divides_is_split():
         split("embed width", 8, 8)
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize("name", CASES)
 def test_every_array_of_a_tree_has_named_axes_of_its_own_shape(jobs, name):
     """Those of norms and of clip bounds may be missing; each other name is in the one table."""

@@ -404,6 +404,7 @@ def test_the_gemma_table_loads():
     table = load_table("gemma-jax")
     assert (table.layout, table.placements) == ("gemma-jax", {})
     assert [entry.name for entry in table.carried] == [
+        "lm_head.weight",
         "model.vision_embedder.*",
         "model.embed_vision.*",
         "model.embed_audio.*",

@@ -42,6 +42,9 @@ def command(
         bool, typer.Option("--text-only", help="The language model alone, without towers.")
     ] = False,
     dtype: Annotated[DType, typer.Option(help="Dtype of the weights.")] = DType.BFLOAT16,
+    untied: Annotated[
+        bool, typer.Option("--untied", help="An output head of its own, not the embedding.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a tiny random checkpoint in the Hugging Face layout, towers and tokenizer included.
@@ -63,6 +66,7 @@ def command(
         shards=shards,
         text_only=text_only,
         dtype=dtype.value,
+        untied=untied,
     )
     if as_json:
         show_json(report.as_json())

@@ -25,7 +25,7 @@ class ForwardPass(Protocol):
     def weights(self, tree: Tree, text: TextArchitecture, /) -> DecoderWeights:
         """The arrays of `tree`, which may still be in a file, and the products over their axes."""
 
-    def stored_table(self, tree: Tree, /) -> Any:
+    def stored_table(self, tree: Tree, text: TextArchitecture, /) -> Any:
         """The array [vocab embed], perhaps still in a file, that the output table is made of."""
 
     def output_rows(self, stored: Any, text: TextArchitecture, dtype: Dtype, /) -> jax.Array:

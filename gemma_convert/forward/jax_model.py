@@ -58,7 +58,7 @@ class JaxModel:
             for group, state in zip(groups, map(np.asarray, states), strict=True)
             for index, row in zip(group, state, strict=True)
         }
-        table = forward.output_rows(forward.stored_table(tree), text, dtype)
+        table = forward.output_rows(forward.stored_table(tree, text), text, dtype)
         lengths = [len(sequence.ids) for sequence in sequences]
         return JaxLogits(text, table, hidden, lengths)
 
@@ -193,7 +193,7 @@ class JaxStream:
 
     def _slices(self, hidden: npt.NDArray[Any], vocab: Sequence[slice]) -> Iterator[Logits]:
         states = place(hidden)
-        table = _RowsInOrder(self._forward.stored_table(self._tree))
+        table = _RowsInOrder(self._forward.stored_table(self._tree, self._text))
         for part in vocab:
             rows = self._forward.output_rows(table.placed(part), self._text, self._dtype)
             yield np.asarray(head(rows, states, self._text))[0]

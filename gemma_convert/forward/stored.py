@@ -52,6 +52,11 @@ class StoredArray:
         """How many entries of the first axis are decoded at once."""
         return self.chunk_shape[0]
 
+    @property
+    def T(self) -> StoredArray:  # noqa: N802
+        """A view of this array with its axes in the opposite order, as numpy's and JAX' have it."""
+        return StoredArray(self._where, self._store.T)
+
     def __len__(self) -> int:
         return self.shape[0]
 

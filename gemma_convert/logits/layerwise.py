@@ -54,7 +54,7 @@ class LayerwiseReference:
         wanted = {
             name: tuple(tensor.shape)
             for name, tensor in self._model.state_dict().items()
-            if name != _HEAD or name in self._files.shapes
+            if name != _HEAD or name in self._files.shapes or not self.architecture.text.tied
         }
         check_loaded(_filling(wanted, self._files.shapes), self.architecture, hf)
         self._text = getattr(self._model.model, "language_model", self._model.model)

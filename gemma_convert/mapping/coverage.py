@@ -34,6 +34,7 @@ def check_source(
             found=f"{_some(unexpected)}; {named}",
             do="rename the tensors, or save the checkpoint without what wraps the model",
         )
+    _check_head([expected[name] for name in missing], where)
     if missing:
         raise SourceError(
             f"The checkpoint lacks {_count(missing)}.",
@@ -59,6 +60,20 @@ def check_source(
             do="check that config.json belongs to these weights",
         )
     _check_groups(expected, source, where)
+
+
+def _check_head(missing: Sequence[HFTensor], where: str) -> None:
+    """An output head of its own is there, where config.json says that there is one."""
+    if len(missing) == 1 and missing[0].row.tied is not None:
+        head = missing[0]
+        raise SourceError(
+            "By config.json the output head is not tied to the embedding, and there is none.",
+            where=where,
+            expected=f"{head.name} {list(head.shape)}",
+            found="no such tensor",
+            do="check that every shard is there; if the embedding is the head, say so in "
+            'config.json: "tie_word_embeddings": true',
+        )
 
 
 def _check_groups(

@@ -16,6 +16,7 @@ from typing import Any
 
 from gemma_convert.errors import MappingError, SourceError, short
 from gemma_convert.mapping.config_keys import config_keys
+from gemma_convert.mapping.notation import Condition
 from gemma_convert.mapping.record import Record
 from gemma_convert.mapping.table import read_toml, table_file
 from gemma_convert.model.architecture import Architecture
@@ -27,9 +28,13 @@ _OF_IMAGES = ("text_config.use_bidirectional_attention", "text_config.pad_token_
 
 @dataclass(frozen=True)
 class FactRow:
-    """One fact: its key in config.json, and how the framework is told it, or what it builds in."""
+    """One fact: its key in config.json, and how the framework is told it, or what it builds in.
+
+    A row is there for the models for which `when` holds.
+    """
 
     hf: str
+    when: Condition
     native: str | None
     """The key, or a pattern of keys (`*` stands for any part) that all say this fact."""
     absent: Fact
@@ -82,6 +87,8 @@ class FactTable:
         for row in self.rows:
             if row.tensors or row.hf not in facts or (not vision and is_of_vision(row.hf)):
                 continue
+            if not row.when.holds(architecture, {}):
+                continue
             value = facts[row.hf]
             if row.native is not None and row.native in said:
                 if said[row.native] != value:
@@ -118,7 +125,7 @@ def _not_told(row: FactRow, value: Fact, built_in: Fact, why: str) -> SourceErro
     return SourceError(
         f"A fact of this model cannot be told to the framework: {why}.",
         where=f"config.json, key {row.hf}",
-        expected=built_in,
+        expected="null" if built_in is None else built_in,
         found=value,
         do="choose another layout with --format; if the framework at hand is another, "
         f"--ignore-fact {row.hf}",
@@ -142,7 +149,7 @@ def load_facts(layout: str) -> FactTable | None:
 
 
 def _rows(record: Record) -> Iterator[FactRow]:
-    record.only("hf", "native", "absent", "fixed", "why", "tensors")
+    record.only("hf", "when", "native", "absent", "fixed", "why", "tensors")
     if sum(map(record.has, ("native", "why", "tensors"))) != 1:
         raise record.error("A fact has `native`, `tensors` or `why`, one alone.")
     native = record.text("native") if record.has("native") else None
@@ -152,6 +159,7 @@ def _rows(record: Record) -> Iterator[FactRow]:
             raise record.error("The row names no fact of huggingface.toml.", found=hf)
         yield FactRow(
             hf=hf,
+            when=record.condition("when"),
             native=native,
             absent=values.get("absent"),
             fixed=values.get("fixed"),

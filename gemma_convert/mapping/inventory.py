@@ -23,6 +23,7 @@ class HFTensor:
     index: Index
     shape: tuple[int, ...]
     required: bool
+    tied: str | None
 
 
 def hf_tensors(architecture: Architecture, inventory: Inventory | None = None) -> list[HFTensor]:
@@ -36,14 +37,14 @@ def hf_tensors(architecture: Architecture, inventory: Inventory | None = None) -
 def huggingface_tensors(
     architecture: Architecture, kv_leftovers: bool
 ) -> dict[str, tuple[int, ...]]:
-    """Name → shape of the tensors that a checkpoint holds, lm_head apart.
+    """Name → shape of the tensors that a checkpoint holds, a tied lm_head apart.
 
     `kv_leftovers` asks for the keys and values of KV-shared layers too: published files have them.
     """
     return {
         tensor.name: tensor.shape
         for tensor in hf_tensors(architecture)
-        if tensor.required or (kv_leftovers and tensor.row.tied is None)
+        if tensor.required or (kv_leftovers and tensor.tied is None)
     }
 
 
@@ -60,12 +61,14 @@ def _row_tensors(
     for index in indices(name.axes, architecture, row.where):
         if row.when.holds(architecture, index):
             optional = row.optional is not None and row.optional.holds(architecture, index)
+            tied = row.tied if architecture.text.tied else None
             yield HFTensor(
                 name=name.render(index, inventory.spellings),
                 row=row,
                 index=index,
                 shape=shape_of(row.view, architecture, index),
-                required=not optional and (row.tied is None or not architecture.text.tied),
+                required=not optional and tied is None,
+                tied=tied,
             )
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from gemma_convert.arrays.dtypes import TensorSpec
 from gemma_convert.mapping.inventory import HFTensor, hf_tensors, shape_of
-from gemma_convert.mapping.notation import UNIT, Condition, Spellings
+from gemma_convert.mapping.notation import UNIT, Condition, Spellings, parse_condition
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.region import Region, RegionCopy
 from gemma_convert.mapping.rows import NativeRow, Table
@@ -21,6 +21,7 @@ from gemma_convert.mapping.rows import NativeRow, Table
 Kind = Literal["converted", "filled", "shared", "tied", "carried"]
 
 _NUMBER = re.compile(r"(\d+)")
+_TIED = parse_condition("tied")
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,8 @@ def _rows(table: Table) -> Iterator[TableEntry]:
         )
     for hf in table.inventory.rows:
         if hf.tied is not None:
-            yield TableEntry("tied", str(hf.view), when=condition_text(hf.when), equals=hf.tied)
+            when = condition_text(hf.when, _TIED)
+            yield TableEntry("tied", str(hf.view), when=when, equals=hf.tied)
 
 
 def _exceptions(table: Table) -> Iterator[TableEntry]:

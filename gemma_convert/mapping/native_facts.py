@@ -50,12 +50,14 @@ class Settings:
 class NativeFacts:
     """A model as a framework runs it.
 
-    `differences` has what is not as config.json has it: its key → how. `several` are facts of
-    which the settings say more than one value, layer by layer, which config.json cannot.
+    `config` is config.json with the facts that it is told, of which `changed` are other ones: key →
+    how. `differences` has what it builds in otherwise as well. `several` are facts of which the
+    settings say more than one value, layer by layer, which config.json cannot.
     """
 
     architecture: Architecture
     config: Mapping[str, Any]
+    changed: Mapping[str, str]
     differences: Mapping[str, str]
     several: Mapping[str, str]
     settings: Settings
@@ -80,7 +82,8 @@ def native_facts(
     What layers compute with is taken from the settings; sizes, which tensors bear out, must be the
     same. Raises SourceError where they are not, and for what is no value of a fact.
     """
-    ours = facts_of(parse_architecture(config, where))
+    model = parse_architecture(config, where)
+    ours = facts_of(model)
     told: dict[str, dict[str, Fact]] = {}
     for row, key, value in _told(table, settings, ours):
         told.setdefault(row.hf, {})[key] = value
@@ -91,17 +94,34 @@ def native_facts(
             raise _another_shape(settings, said, ours[hf])
     wrong = {hf: said for hf, said in wrong.items() if hf in ARITHMETIC}
     facts = {hf: next(iter(said.values())) for hf, said in wrong.items() if _is_one(said)}
-    edited = with_facts(config, facts)
+    built_in = dict(_built_in(table, model))
+    changed = {
+        hf: f"{_all(said)} in the settings, {ours[hf]} in config.json" for hf, said in wrong.items()
+    }
+    edited = with_facts(config, facts) if facts else config
     return NativeFacts(
-        architecture=parse_architecture(edited, where),
-        config=edited if facts else config,
-        differences={
-            hf: f"{_all(said)} in the settings, {ours[hf]} in config.json"
-            for hf, said in wrong.items()
+        architecture=parse_architecture(with_facts(edited, built_in), where),
+        config=edited,
+        changed=changed,
+        differences=changed
+        | {
+            hf: f"{value} in the framework, which cannot be told, {ours[hf]} in config.json"
+            for hf, value in built_in.items()
+            if value != ours[hf]
         },
         several={hf: _all(said) for hf, said in wrong.items() if not _is_one(said)},
         settings=settings,
     )
+
+
+def _built_in(table: FactTable, model: Architecture) -> Iterator[tuple[str, Fact]]:
+    """Key of config.json → value, of what layers compute with and the framework cannot be told."""
+    ours = facts_of(model)
+    for row in table.rows:
+        known = row.fixed is not None or row.hf == SOFTCAP
+        computed = row.hf in ours and row.hf in ARITHMETIC
+        if row.why and known and computed and row.when.holds(model, {}):
+            yield row.hf, row.fixed
 
 
 def _is_one(said: Mapping[str, Fact]) -> bool:

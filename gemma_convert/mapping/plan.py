@@ -151,10 +151,11 @@ def plan_to_native(
     shared: dict[str, str] = {}
     for name in source:
         tensor = expected[name]
+        if tensor.tied is not None:
+            tied[name] = _tied_name(tensor.tied, tensor.row.where, architecture, table)
+            continue
         row, reason = _find_row(tensor, architecture, table, text_only)
-        if tensor.row.tied is not None:
-            tied[name] = _tied_name(tensor, architecture, table)
-        elif row is None:
+        if row is None:
             carried[name] = reason
         elif row.share is not None and tensor.index[row.share]:
             shared[name] = _first_of_share(tensor, row.share, architecture, table)
@@ -217,7 +218,7 @@ def _filled(
     (usual, _), *_ = Counter(spec.dtype for spec in source.values()).most_common(1)
     targets = {}
     for name, tensor in expected.items():
-        if name in source or tensor.required or tensor.row.tied is not None:
+        if name in source or tensor.required or tensor.tied is not None:
             continue
         row, _ = _find_row(tensor, architecture, table, text_only=False)
         if row is not None and row.fill is not None:
@@ -247,8 +248,6 @@ def _find_row(
     for entry in table.carried:
         if entry.matches(tensor.row) and entry.when.holds(architecture, tensor.index):
             return None, entry.why
-    if tensor.row.tied is not None:
-        return None, ""
     raise MappingError(
         "No row converts this tensor, and nothing says why it would be carried.",
         where=f"{table.layout}.toml",
@@ -256,10 +255,10 @@ def _find_row(
     )
 
 
-def _tied_name(tensor: HFTensor, architecture: Architecture, table: Table) -> str:
-    row = table.inventory.row(tensor.row.tied or "")
+def _tied_name(tied: str, where: str, architecture: Architecture, table: Table) -> str:
+    row = table.inventory.row(tied)
     if row is None:
-        raise MappingError("`tied` names no row.", where=tensor.row.where, found=tensor.row.tied)
+        raise MappingError("`tied` names no row.", where=where, found=tied)
     return row.name(architecture.text_only).render({}, table.inventory.spellings)
 
 

@@ -11,7 +11,10 @@ from gemma_convert.mapping.notation import Condition, Pattern, Spellings, View
 
 @dataclass(frozen=True)
 class HFRow:
-    """One family of Hugging Face tensors; where `optional` holds, a tensor may be absent."""
+    """One family of Hugging Face tensors; where `optional` holds, a tensor may be absent.
+
+    In a model whose output head is tied, it is absent or equals the one that `tied` names.
+    """
 
     view: View
     when: Condition

@@ -157,7 +157,7 @@ def parse_table(data: Mapping[str, Any], file: str, inventory: Inventory) -> Tab
     )
     for row in inventory.rows:
         mapped = row.view.pattern.text in without or any(native.hf is row for native in rows)
-        if not mapped and row.tied is None and not any(entry.matches(row) for entry in carried):
+        if not mapped and not any(entry.matches(row) for entry in carried):
             raise MappingError(
                 "A Hugging Face row is neither mapped nor carried nor refused.",
                 where=f"{file}, for {row.where}",

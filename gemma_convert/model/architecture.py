@@ -41,7 +41,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class TextArchitecture:
-    """The language model. `ple` is the width of the per-layer embedding, 0 where there is none."""
+    """The language model. `ple` is the width of the per-layer embedding, 0 where there is none.
+
+    `tied` says that the output head is the embedding, rather than a matrix of its own.
+    """
 
     vocab: int
     embed: int
@@ -290,6 +293,7 @@ class Architecture:
             "kv_shared": text.kv_shared_layers > 0,
             "kv_sources_apart": self._kv_sources_apart(),
             "double_wide": text.double_wide_mlp,
+            "tied": text.tied,
             "vision": vision is not None,
             "vision_clipped": vision is not None and vision.clipped,
             "vision_standardized": vision is not None and vision.standardize,
@@ -322,7 +326,7 @@ LAYER_FACTS = frozenset({"owns_kv", "sliding", "key_as_value"})
 """Facts that hold for a layer, so that a row which asks for them has `{layer}` in its name."""
 
 _MODEL_FACT_WORDS = """
-ple moe kv_shared kv_sources_apart double_wide
+ple moe kv_shared kv_sources_apart double_wide tied
 vision vision_clipped vision_standardized audio audio_clipped
 vision_embedder audio_embedder images sounds
 """

@@ -80,8 +80,9 @@ def _whole(reader: Section, unified: bool) -> Architecture:
         raise SourceError(
             "config.json has no text_config.", where=reader.where, expected="a text_config"
         )
+    tied = reader.boolean("tie_word_embeddings", True)  # text_config's own ties nothing here
     facts = Architecture(
-        text=_text(text, unified),
+        text=replace(_text(text, unified), tied=tied),
         vision=None,
         audio=None,
         text_only=False,

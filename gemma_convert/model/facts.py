@@ -22,6 +22,7 @@ SOFTCAP = "text_config.final_logit_softcapping"
 LAYER_TYPES = "text_config.layer_types"
 TOP_K = "text_config.top_k_experts"
 WINDOW = "text_config.sliding_window"
+TIED = "text_config.tie_word_embeddings"
 VISION_THETA = "vision_config.rope_parameters.rope_theta"
 
 
@@ -56,7 +57,7 @@ def _text(text: TextArchitecture) -> dict[str, Fact]:
         "text_config.num_experts": text.experts,
         TOP_K: text.experts_per_token,
         "text_config.moe_intermediate_size": text.expert_mlp,
-        "text_config.tie_word_embeddings": text.tied,
+        TIED: text.tied,
         WINDOW: text.window,
         EPSILON: text.norm_epsilon,
         SOFTCAP: text.logit_softcap,

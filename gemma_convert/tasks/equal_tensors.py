@@ -18,10 +18,12 @@ def check_equal(plan: Plan, tensors: HuggingFaceTensors, where: Path) -> None:
     for name, other in plan.tied.items():
         if not _same(tensors, name, other):
             raise SourceError(
-                "The output head is not tied to the embedding; no layout has a place for it.",
+                "The output head is not tied to the embedding, and config.json says that it is.",
                 where=where,
                 expected=f"{name} equal to {other}, bit for bit",
                 found="different values",
+                do="if the head is the model's own, say so in config.json, outside of text_config "
+                'where there is one: "tie_word_embeddings": false',
             )
     for name, other in plan.shared.items():
         if not _same(tensors, name, other):

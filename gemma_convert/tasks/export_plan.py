@@ -215,7 +215,7 @@ def _config(
 ) -> str | None:
     """config.json where it must change: facts, the dtype in place, or text_config as the root."""
     text = edited = (original.folder / CONFIG).read_bytes().decode()
-    if facts is not None and facts.differences:
+    if facts is not None and facts.changed:
         edited = _json(facts.config)
     if dtype != "keep":
         edited = _DTYPE.sub(rf"\g<1>{dtype}\g<2>", edited)

@@ -215,7 +215,7 @@ class _Job:
             sealed=checkpoint.arrays is not None,
             changed_arrays=checkpoint.changed_arrays,
             added_files=checkpoint.added_files,
-            changed_facts={} if checkpoint.facts is None else dict(checkpoint.facts.differences),
+            changed_facts={} if checkpoint.facts is None else dict(checkpoint.facts.changed),
             made_from_settings=checkpoint.original.made,
             largest_decode_bytes=checkpoint.native.largest_chunk(list(self.plan.targets)),
             files=tuple(sorted({*map(str, export.files), *export.edited})),

@@ -52,11 +52,13 @@ def make_tiny(
     text_only: bool = False,
     dtype: DType = "bfloat16",
     config_spelling: ConfigSpelling = "published",
+    untied: bool = False,
 ) -> TinyReport:
     """What was written into the folder `out`: a random checkpoint with the structure of `family`.
 
     The same arguments give the same bytes. `layers` counts decoder layers; with `kv_shared` "keep"
-    KV-shared layers have keys and values, as in published files; `save_pretrained` omits them.
+    KV-shared layers have keys and values, as in published files; `save_pretrained` omits them. An
+    `untied` one has an output head of its own, which no published model has.
     Raises UsageError for arguments that no checkpoint can have, TargetError where `out`
     exists or cannot be written.
     """
@@ -65,7 +67,7 @@ def make_tiny(
     _check_choice("dtype", dtype, get_args(DType))
     _check_choice("config_spelling", config_spelling, get_args(ConfigSpelling))
     _check_count("seed", seed, 0, None)
-    config = config_json(family, layers, text_only, dtype, config_spelling)
+    config = config_json(family, layers, text_only, dtype, config_spelling, tied=not untied)
     architecture = parse_architecture(config, out / "config.json")
     shapes = huggingface_tensors(architecture, kv_leftovers=kv_shared == "keep")
     _check_count("shards", shards, 1, len(shapes))

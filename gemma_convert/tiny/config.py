@@ -27,11 +27,18 @@ DType = Literal["bfloat16", "float32", "float16"]
 
 
 def config_json(
-    family: Family, layers: int | None, text_only: bool, dtype: DType, spelling: ConfigSpelling
+    family: Family,
+    layers: int | None,
+    text_only: bool,
+    dtype: DType,
+    spelling: ConfigSpelling,
+    *,
+    tied: bool,
 ) -> dict[str, object]:
     """The whole config.json; raises UsageError for a number of layers the family cannot have."""
     sizes = SIZES[family]
     text = _text_config(sizes, _depth(family, layers), spelling)
+    text["tie_word_embeddings"] = tied
     version = "5.5.0.dev0" if spelling == "published" else "5.23.0"
     if text_only:
         generation = "Gemma4Unified" if sizes.unified else "Gemma4"
@@ -47,6 +54,7 @@ def config_json(
         own = _config_with_towers(sizes.vision, sizes.audio, dtype, spelling)
         if spelling == "published":
             text["dtype"] = dtype
+    own["tie_word_embeddings"] = tied
     return own | {"dtype": dtype, "text_config": text, "transformers_version": version}
 
 

@@ -85,7 +85,10 @@ def _spread(deviation: float) -> Draw:
 
 
 def _table(spread: float) -> Draw:
-    """An embedding table, which the model multiplies by the root of its width [rows, width]."""
+    """An embedding table, which the model multiplies by the root of its width [rows, width].
+
+    As an output head it gives logits of this spread.
+    """
 
     def draw(generator: np.random.Generator, shape: Shape) -> Float64:
         return _spread(spread / sqrt(shape[-1]))(generator, shape)
@@ -140,7 +143,7 @@ _DRAWS = _compiled(
         r"per_dim_scale$": _around(0.2, 0.9),
         r"(std_bias|output_proj\.bias)$": _around(0.2, 1.5),
         r"vision_embedder\.\w+\.bias$": _around(0.2, 0.9),
-        r"embed_tokens\.weight$": _table(EMBEDDING_SPREAD),
+        r"(embed_tokens|lm_head)\.weight$": _table(EMBEDDING_SPREAD),
         # One row of the table holds every layer's part, each scaled by the root of its own width.
         r"embed_tokens_per_layer\.weight$": _spread(0.4),
         r"(position_embedding_table|pos_embedding)$": _spread(0.5),

@@ -44,6 +44,7 @@ Tokens: TypeAlias = npt.NDArray[np.integer[Any]]
 
 EMBEDDING = "embeddings.word_embeddings_weight"
 FINAL_NORM = "head.final_norm.weight"
+OUTPUT = "head.output_weights"
 _SUFFIX = "/weights"
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _LISTED = 8
@@ -108,12 +109,12 @@ class FastLLM:
     def head(
         self, hidden: Float[torch.Tensor, "*places embed"], vocab: slice = slice(None)
     ) -> Float[torch.Tensor, "*places vocab"]:
-        """Logits [*places vocab] in float32, soft-capped; the output table is the embedding.
+        """Logits [*places vocab] in float32, soft-capped; a tied output table is the embedding.
 
         `vocab` are the tokens whose logits are wanted. The table stays in the file: a slice of its
         rows at a time is moved to the device.
         """
-        table = self._read(EMBEDDING)[vocab]
+        table = self._read(EMBEDDING if self.config.tied_embedding_weight else OUTPUT)[vocab]
         slices = (
             rows.to(self.device).to(self._dtype).float() for rows in table.split(_VOCAB_SLICE)
         )
@@ -230,6 +231,8 @@ def shapes(config: FastLLMConfig) -> Iterator[tuple[str, Shape]]:
     """Every parameter of the model and its shape, written out by hand."""
     yield EMBEDDING, (config.vocab_size, config.hidden_size)
     yield FINAL_NORM, (config.hidden_size,)
+    if not config.tied_embedding_weight:
+        yield OUTPUT, (config.vocab_size, config.hidden_size)
     for index, block in enumerate(config.layers):
         for name, shape in layer_shapes(block, config.hidden_size).items():
             yield f"decoder.{index}.{name}", shape

@@ -113,6 +113,7 @@ class FastLLMConfig:
     hidden_size: int
     vocab_size: int
     embedding_scale: float
+    tied_embedding_weight: bool
     layers: tuple[Block, ...]
     final_epsilon: float
     final_logit_softcap: float | None
@@ -316,7 +317,6 @@ def _is_plain(file: str) -> bool:
 
 
 def _model(model: _Section, version: str, state_index: Mapping[str, str]) -> FastLLMConfig:
-    model.must_be("tied_embedding_weight", True)
     with model.section("peft", default={"type": "none"}) as peft:
         peft.must_be("type", "none")
     with model.section("embeddings") as embeddings:
@@ -332,6 +332,7 @@ def _model(model: _Section, version: str, state_index: Mapping[str, str]) -> Fas
         hidden_size=model.integer("hidden_size"),
         vocab_size=vocab_size,
         embedding_scale=embedding_scale,
+        tied_embedding_weight=model.flag("tied_embedding_weight"),
         layers=layers,
         final_epsilon=final_epsilon,
         final_logit_softcap=softcap,

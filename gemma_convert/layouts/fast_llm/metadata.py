@@ -89,12 +89,13 @@ def _base_model(text: TextArchitecture) -> dict[str, Any]:
         for name, sliding in kinds.items()
         if any(layer.sliding is sliding for layer in text.layers)
     }
-    head: dict[str, Any] = {"normalization": {**_norm(text), "zero_centered": False}}
-    if text.logit_softcap is not None:
-        head["final_logit_softcap"] = text.logit_softcap
+    head = {
+        "normalization": {**_norm(text), "zero_centered": False},
+        "final_logit_softcap": text.logit_softcap,
+    }
     return {
         "hidden_size": text.embed,
-        "tied_embedding_weight": True,
+        "tied_embedding_weight": text.tied,
         "embeddings": {"embedding_scale": text.embed**0.5, "vocab_size": text.vocab},
         "decoder": {
             "type": "pattern",

@@ -79,11 +79,12 @@ def output_table(
     tree: Params, text: TextArchitecture, dtype: Dtype = "float32"
 ) -> Float[Array, "vocab embed"]:
     """The tied output table [vocab embed]: the embedding as it is stored."""
-    return output_rows(stored_table(tree), text, dtype)
+    return output_rows(stored_table(tree, text), text, dtype)
 
 
-def stored_table(tree: Params) -> Any:
+def stored_table(tree: Params, text: TextArchitecture) -> Any:
     """The array [vocab embed], perhaps still in a file, that the output table is made of."""
+    del text  # the library has no other table
     return at(tree, "embedder", "input_embedding")
 
 

@@ -74,21 +74,25 @@ def weights(tree: Params, text: TextArchitecture) -> MaxTextWeights:
 def output_table(
     tree: Params, text: TextArchitecture, dtype: Dtype = "float32"
 ) -> Float[Array, "vocab embed"]:
-    """The tied output table [vocab embed]: the stored embedding without its factor √embed."""
-    return output_rows(stored_table(tree), text, dtype)
+    """The output table [vocab embed]: a kernel of its own, or the stored embedding over √embed."""
+    return output_rows(stored_table(tree, text), text, dtype)
 
 
-def stored_table(tree: Params) -> Any:
+def stored_table(tree: Params, text: TextArchitecture) -> Any:
     """The array [vocab embed], perhaps still in a file, that the output table is made of."""
-    return at(tree, "token_embedder", "embedding")
+    if text.tied:
+        return at(tree, "token_embedder", "embedding")
+    return at(tree, "decoder", "logits_dense", "kernel").T
 
 
 def output_rows(
     stored: Float[Array, "rows embed"], text: TextArchitecture, dtype: Dtype = "float32"
 ) -> Float[Array, "rows embed"]:
     """Rows of the output table, made of the same rows of `stored_table`."""
-    table = place(stored, ("vocab", "embed")).astype(jnp.float32)
-    return (table / np.float32(text.embed**0.5)).astype(dtype)
+    table = place(stored, ("vocab", "embed"))
+    if text.tied:
+        table = table.astype(jnp.float32) / np.float32(text.embed**0.5)
+    return table.astype(dtype)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,8 @@ def _scan(place: str) -> Axes:
 def _outer_axes(text: TextArchitecture) -> Iterator[tuple[str, Axes]]:
     yield "token_embedder/embedding", ("vocab", "embed")
     yield "decoder/decoder_norm/scale", ("embed",)
+    if not text.tied:
+        yield "decoder/logits_dense/kernel", ("embed", "vocab")
     if text.ple:
         embedder = "decoder/per_layer_embedder"
         yield f"{embedder}/embed_tokens_per_layer", ("ple_vocab", "layers_ple")
