@@ -175,6 +175,7 @@ FIXED_IN_GEMMA = {
     "vision theta": (("vision_config", "rope_parameters", "rope_theta"), 50.0),
 }
 FIXED = {
+    "a base that is no whole number": (("vision_config", "rope_parameters", "rope_theta"), 50.5),
     "pad token": (("text_config", "pad_token_id"), 3),
     "vision epsilon": (("vision_config", "rms_norm_eps"), 1e-5),
     "pooling": (("vision_config", "pooling_kernel_size"), 2),

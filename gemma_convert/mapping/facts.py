@@ -39,6 +39,8 @@ class FactRow:
     """The key, or a pattern of keys (`*` stands for any part) that all say this fact."""
     absent: Fact
     """What settings say that have no such key, where they hold the whole model; or None."""
+    whole: bool
+    """Whether the framework takes whole numbers alone."""
     fixed: Fact
     why: str
     tensors: bool
@@ -91,6 +93,8 @@ class FactTable:
                 continue
             value = facts[row.hf]
             if row.native is not None and row.native in said:
+                if row.whole and value != int(value or 0):
+                    raise _not_told(row, value, "a whole number", "it takes whole numbers alone")
                 if said[row.native] != value:
                     told[row.native] = value
             elif row.hf in ignore:
@@ -149,7 +153,7 @@ def load_facts(layout: str) -> FactTable | None:
 
 
 def _rows(record: Record) -> Iterator[FactRow]:
-    record.only("hf", "when", "native", "absent", "fixed", "why", "tensors")
+    record.only("hf", "when", "native", "absent", "whole", "fixed", "why", "tensors")
     if sum(map(record.has, ("native", "why", "tensors"))) != 1:
         raise record.error("A fact has `native`, `tensors` or `why`, one alone.")
     native = record.text("native") if record.has("native") else None
@@ -162,6 +166,7 @@ def _rows(record: Record) -> Iterator[FactRow]:
             when=record.condition("when"),
             native=native,
             absent=values.get("absent"),
+            whole=record.has("whole"),
             fixed=values.get("fixed"),
             why=record.text("why", ""),
             tensors=record.has("tensors"),
