@@ -17,7 +17,7 @@ from test_verification import change
 
 from gemma_convert import SourceError, to_hf, to_native, verify
 from gemma_convert.checkpoint import sidecar
-from gemma_convert.tasks import conversion
+from gemma_convert.tasks import conversion_sidecar
 
 SINGLE = "model.safetensors"
 EMBEDDING = "model.language_model.embed_tokens.weight"
@@ -296,7 +296,7 @@ def test_a_source_that_is_replaced_by_a_rename(shallow, tmp_path, monkeypatch, f
         (tmp_path / "other").replace(source / file)
         return carry(*arguments)
 
-    monkeypatch.setattr(conversion.sidecar, "copy_files", replace)
+    monkeypatch.setattr(conversion_sidecar.sidecar, "copy_files", replace)
     with pytest.raises(SourceError, match="changed while it was read") as caught:
         to_native(source, tmp_path / "out", layout="maxtext")
     assert file in str(caught.value)
@@ -312,7 +312,7 @@ def test_a_source_that_changed_is_not_continued(shallow, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(conversion, "write_manifest", interrupt)
+        patch.setattr(conversion_sidecar, "write_manifest", interrupt)
         to_native(source, tmp_path / "out", layout="maxtext")
     tensors = load_file(source / SINGLE)
     tensors = {name: (t + 1).astype(ml_dtypes.bfloat16) for name, t in tensors.items()}

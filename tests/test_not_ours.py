@@ -15,6 +15,7 @@ from gemma_convert import TargetError, to_hf, to_native
 from gemma_convert.checkpoint.accounted import beside_huggingface
 from gemma_convert.engine import staging
 from gemma_convert.engine.staging import StagedFolder
+from gemma_convert.engine.target import check_target
 from gemma_convert.files import receipt
 
 
@@ -214,5 +215,5 @@ def test_a_target_that_cannot_be_read_is_a_message(tmp_path):
 
     old_one(tmp_path / "out")
     with pytest.raises(TargetError, match="cannot be read") as caught:
-        staging.check_target(tmp_path / "out", overwrite=True, strangers=refuse)
+        check_target(tmp_path / "out", overwrite=True, strangers=refuse)
     assert caught.value.found == os.strerror(errno.EACCES)

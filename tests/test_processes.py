@@ -18,12 +18,22 @@ from key_value_store import Store
 from native_checkpoints import arrays_of, differing, manifest
 from test_convert import _patch
 
-from gemma_convert import SourceError, TargetError, UsageError, to_hf, to_native, verify
+from gemma_convert import (
+    GemmaConvertError,
+    SourceError,
+    TargetError,
+    UsageError,
+    to_hf,
+    to_native,
+    verify,
+)
 from gemma_convert.arrays.dtypes import DTypePolicy
+from gemma_convert.checkpoint.accounted import beside_native
 from gemma_convert.cli.app import main
 from gemma_convert.engine import joined
 from gemma_convert.engine.cluster import connect
 from gemma_convert.engine.processes import Processes
+from gemma_convert.engine.publishing import Publication
 from gemma_convert.mapping import plan as planning
 from gemma_convert.mapping.region import blocks
 from gemma_convert.mapping.split import split_sources
@@ -182,6 +192,26 @@ def test_single_exceptions_of_other_processes_are_kept(shallow, tmp_path):
     assert manifest(tmp_path / "one")["exceptions"] == manifest(tmp_path / "more")["exceptions"]
     assert reports[0].exceptions == manifest(tmp_path / "one")["exceptions"] > 0
     assert to_hf(tmp_path / "more", tmp_path / "back").bit_for_bit
+
+
+def test_a_failure_is_heard_in_the_midst_of_the_work(tmp_path):
+    store = Store({"step/0/1": "", "failure/first": "1 3 The source is gone.", "left/1": ""})
+    publication = Publication(
+        target=tmp_path / "out",
+        strangers=beside_native,
+        overwrite=False,
+        resume=False,
+        progress=None,
+        processes=Processes(store, 0, 2),
+    )
+
+    def write(_, bar):
+        bar.advance(1, "a tensor")
+        raise AssertionError("it went on")
+
+    with pytest.raises(GemmaConvertError, match="Process 1 failed"):
+        publication.publish("key", "", 1, write)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("broken", [0, 1])

@@ -12,7 +12,8 @@ import pytest
 
 from gemma_convert.checkpoint.accounted import beside_huggingface
 from gemma_convert.engine import staging
-from gemma_convert.engine.staging import StagedFolder, check_apart, check_space
+from gemma_convert.engine.staging import StagedFolder
+from gemma_convert.engine.target import check_apart, check_space
 from gemma_convert.errors import TargetError
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from gemma_convert.checkpoint import sidecar
@@ -24,8 +24,7 @@ from gemma_convert.model.huggingface_files import INDEX, SINGLE
 Strangers = Callable[[Path], list[str]]
 """A folder → what stands in it beside a checkpoint. Raises TargetError where it holds none."""
 
-SHOWN = 8
-
+_SHOWN = 8
 _MAX_METADATA_BYTES = 256 << 20
 _ORBAX = (
     r"_METADATA|_CHECKPOINT_METADATA|_sharding|_strings\.json|commit_success\.txt",
@@ -74,12 +73,17 @@ def beside_huggingface(folder: Path, writes: Iterable[str] = ()) -> list[str]:
     return _others(folder, _HUGGING_FACE, _with_folders(writes))
 
 
+def listed(names: Sequence[str]) -> str:
+    """Names for a message, the first few of many."""
+    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
+
+
 def _no_checkpoint(folder: Path, wanted: str) -> TargetError:
-    listed = sorted(f"{e.name}/" if e.is_dir() else e.name for e in folder.iterdir())
+    names = sorted(f"{e.name}/" if e.is_dir() else e.name for e in folder.iterdir())
     return TargetError(
         f"The target is not a {wanted}, so it is not replaced.",
         where=folder,
-        found=", ".join(listed[:SHOWN]) + (", …" if len(listed) > SHOWN else ""),
+        found=listed(names),
         do="choose another target, or remove it yourself",
     )
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Protocol
@@ -154,8 +155,7 @@ class NativeReader:
         self, native: NativeSource, original: Original, cache_bytes: Mapping[str, int]
     ) -> None:
         self._native, self._original, self._cache_bytes = native, original, cache_bytes
-        self._name: str | None = None
-        self._array: StoredArray | None = None
+        self._array = lru_cache(1)(lambda name: native.opener(name, cache_bytes[name]))
 
     def read_block(self, source: SourceTensor, ranges: Ranges, offset: int, data: Array) -> None:
         """Fills `data` (bytes) with the block `ranges` of an array or of a supplied tensor."""
@@ -163,12 +163,9 @@ class NativeReader:
         if name not in self._cache_bytes:
             self._original.read_bytes(name, offset, data)
             return
-        if name != self._name or self._array is None:
-            self._array = self._native.opener(name, self._cache_bytes[name])
-            self._name = name
         box = source.region.box(ranges)
         shape = tuple(length for _, length in box)
-        self._array.read(box, data.view(numpy_dtype(source.spec.dtype)).reshape(shape))
+        self._array(name).read(box, data.view(numpy_dtype(source.spec.dtype)).reshape(shape))
 
     def in_order(self, name: str) -> bool:
         """Only what the original supplies is read in the order of its bytes."""

@@ -7,7 +7,7 @@ carried tensors, and values that do not come back from the native dtype.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,9 @@ class Original:
     naming: Naming
     files: list[Path]
     stored: SafetensorsFolder | None
-    exceptions: Mapping[str, tuple[Array, Array]]
-    checksums: Mapping[str, str]
-    manifest: Mapping[str, Any]
+    exceptions: Mapping[str, tuple[Array, Array]] = field(default_factory=dict)
+    checksums: Mapping[str, str] = field(default_factory=dict)
+    manifest: Mapping[str, Any] = field(default_factory=dict)
     """The manifest of the sidecar; empty for a Hugging Face folder."""
     made: bool = False
     """Whether there is no original, and settings alone say what it would have been."""
@@ -72,24 +72,23 @@ class Original:
 
     def read_bytes(self, name: str, offset: int, data: Array) -> None:
         """Fills `data` with the bytes of a tensor from `offset` on, if it is at hand."""
-        if self.stored is None or name not in self.stored.tensors:
-            raise self.not_at_hand(name)
-        self.stored.read_into(self.stored.tensors[name], offset, data.data)
+        stored = self.at_hand(name)
+        stored.read_into(stored.tensors[name], offset, data.data)
 
-    def not_at_hand(self, name: str) -> SourceError:
-        """What the user is told of a tensor that is needed and not at hand."""
-        return SourceError(
-            "A tensor is neither in the native tree nor in the sidecar.",
-            where=self.folder,
-            found=name,
-            do="name the Hugging Face original with --like, or leave the tensor out: --text-only",
-        )
+    def at_hand(self, name: str) -> SafetensorsFolder:
+        """The reader of a tensor's values; raises SourceError where they are not at hand."""
+        if self.stored is None or name not in self.stored.tensors:
+            raise SourceError(
+                "A tensor is neither in the native tree nor in the sidecar.",
+                where=self.folder,
+                found=name,
+                do="name the original with --like, or leave the tensor out: --text-only",
+            )
+        return self.stored
 
     def read_box(self, name: str, box: Box) -> Array:
         """The values in `box` of a tensor that is at hand; whole rows of it are read."""
-        if self.stored is None or name not in self.stored.tensors:
-            raise self.not_at_hand(name)
-        spec = self.stored.specs[name]
+        spec = self.at_hand(name).specs[name]
         (start, count), *inner = box or [(0, 1)]
         row = prod(spec.shape[1:])
         rows = np.empty(count * row, numpy_dtype(spec.dtype))
@@ -133,7 +132,7 @@ def _from_folder(folder: Path) -> Original:
     except BaseException:
         reader.close()
         raise
-    return Original(folder, architecture, reader.shards, reader.naming, files, reader, {}, {}, {})
+    return Original(folder, architecture, reader.shards, reader.naming, files, reader)
 
 
 def _from_sidecar(root: Path) -> Original:
@@ -155,17 +154,14 @@ def _from_sidecar(root: Path) -> Original:
     stored = None
     if (own / sidecar.CARRIED).exists():
         stored = SafetensorsFolder(own, [sidecar.CARRIED])
-    specs = {tensor.name: tensor.spec for shard in shards for tensor in shard.tensors}
     try:
-        architecture = read_architecture(folder)
-        exceptions = read_exceptions(own, specs)
+        original = Original(folder, read_architecture(folder), shards, naming, files, stored)
+        exceptions = read_exceptions(own, original.specs)
     except BaseException:
         if stored is not None:
             stored.close()
         raise
-    return Original(
-        folder, architecture, shards, naming, files, stored, exceptions, checksums, manifest
-    )
+    return replace(original, exceptions=exceptions, checksums=checksums, manifest=manifest)
 
 
 def _shard(own: Path, entry: Mapping[str, Any]) -> Shard:

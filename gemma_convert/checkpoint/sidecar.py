@@ -33,7 +33,6 @@ CARRIED = "carried.safetensors"
 EXCEPTIONS = "exceptions.safetensors"
 HEADERS = "headers"
 
-
 _SKIPPED_FOLDERS = {*NEVER_READ, OWN}
 
 
@@ -98,11 +97,6 @@ def _pieces(path: Path) -> Iterator[bytes]:
         raise SourceError(
             "A file of the source cannot be read.", where=path, found=error.strerror
         ) from None
-
-
-def sha256_of(data: bytes) -> str:
-    """The sha256 of `data`."""
-    return hashlib.sha256(data).hexdigest()
 
 
 def head(file: Path, count: int) -> bytes:

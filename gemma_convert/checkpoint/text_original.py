@@ -41,6 +41,5 @@ def text_original(config: Mapping[str, Any], dtype: str, stack: ExitStack) -> Or
     }
     made = output_shard(SINGLE, specs, {"format": "pt"})
     shard = Shard(made.file, made.header, made.tensors, made.size, 0)
-    return Original(
-        folder, architecture, (shard,), Naming({}, ()), [Path(CONFIG)], None, {}, {}, {}, made=True
-    )
+    naming, files = Naming({}, ()), [Path(CONFIG)]
+    return Original(folder, architecture, (shard,), naming, files, None, made=True)

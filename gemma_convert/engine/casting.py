@@ -26,6 +26,21 @@ class Losses:
     whole: bool = False
     """Too many to list, so that the original is carried whole."""
 
+    def carry_whole(self) -> None:
+        """Lists none of them: the tensor's original is carried."""
+        self.whole = True
+        self.places.clear()
+        self.originals.clear()
+
+
+def listed_values(losses: Mapping[str, Losses]) -> dict[str, tuple[Array, Array]]:
+    """Tensor → places and original bits of the values that are listed."""
+    return {
+        name: (np.concatenate(one.places), np.concatenate(one.originals))
+        for name, one in losses.items()
+        if one.places
+    }
+
 
 class Casting:
     """Casts and scales by the plan. `losses` has the source tensors that lose values.
@@ -60,9 +75,7 @@ class Casting:
             if losses.whole or name in self._rounded:
                 return
             if losses.count > EXCEPTION_SHARE * source.spec.size:
-                losses.whole = True
-                losses.places.clear()
-                losses.originals.clear()
+                losses.carry_whole()
                 return
             losses.places.append(_flat_places(copy, ranges, places))
             losses.originals.append(bits(part)[tuple(places.T)])

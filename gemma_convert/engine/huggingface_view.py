@@ -7,8 +7,9 @@ Where both scale it alike it is neither cast nor scaled, and bits are copied.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import prod
 
 import numpy as np
@@ -25,6 +26,7 @@ from gemma_convert.mapping.region import Ranges, RegionCopy, blocks, selection
 from gemma_convert.mapping.table import load_table
 
 OPEN_ARRAYS = 4
+"""Only the last few stay open, since their decoded chunks are kept."""
 
 
 @dataclass
@@ -44,8 +46,8 @@ class HuggingFaceView:
     rounded: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._copies = _copies_by_array(self.plan)
-        self._arrays: dict[str, StoredArray] = {}
+        native, copies = self.native, _copies_by_array(self.plan)
+        self._array = lru_cache(OPEN_ARRAYS)(lambda name: _open(native, name, copies[name]))
         self._buffer = ThreadBuffer()
         self._restorer = Restorer(self.original)
 
@@ -79,9 +81,7 @@ class HuggingFaceView:
         name = self.plan.equal.get(name, name)
         planned = self.plan.sources.get(name)
         if planned is None:
-            if not self.original.holds(name) or self.original.stored is None:
-                raise self.original.not_at_hand(name)
-            yield from self.original.stored.pieces(name)
+            yield from self.original.at_hand(name).pieces(name)
             return
         source, offset = replace(planned, spec=self.specs[name]), 0
         for ranges in blocks(source.region, source.steps):
@@ -110,16 +110,11 @@ class HuggingFaceView:
                 part = block[selection(copy, ranges)].transpose(copy.permutation)
                 convert(values.reshape(part.shape), part, None)
 
-    def _array(self, name: str) -> StoredArray:
-        """The open array; only the last few stay open, since their decoded chunks are kept."""
-        if name not in self._arrays:
-            while len(self._arrays) >= OPEN_ARRAYS:
-                self._arrays.pop(next(iter(self._arrays)))
-            spec, chunk = self.native.specs[name], self.native.chunks[name]
-            limit = block_limit(self.native.block_bytes)
-            cut = cut_by_chunks(self._copies[name], spec.shape, chunk, spec.itemsize, limit)
-            self._arrays[name] = self.native.opener(name, cut.cache_bytes)
-        return self._arrays[name]
+
+def _open(native: NativeSource, name: str, copies: Sequence[RegionCopy]) -> StoredArray:
+    spec, limit = native.specs[name], block_limit(native.block_bytes)
+    cut = cut_by_chunks(copies, spec.shape, native.chunks[name], spec.itemsize, limit)
+    return native.opener(name, cut.cache_bytes)
 
 
 def _copies_by_array(plan: Plan) -> dict[str, list[RegionCopy]]:
@@ -156,12 +151,11 @@ def plan_relayout(
     """
     before = plan_native(native, original)
     text_only = text_only or (layout == native.layout and not native.towers)
-    table = load_table(layout)
 
     def plan(specs: Mapping[str, TensorSpec], policy: DTypePolicy) -> Plan:
         return plan_to_native(
             original.architecture,
-            table,
+            load_table(layout),
             specs,
             policy,
             scanned=scanned,
@@ -178,20 +172,25 @@ def plan_relayout(
     )
     specs = _specs(native, original, before, raw)
     after = plan(specs, _Raw(policy.dtype, policy.scaled, raw))
-    sources = {
-        name: replace(source, copies=tuple(replace(copy, scale=None) for copy in source.copies))
-        if name in raw
-        else source
-        for name, source in _in_order(before, after).items()
-    }
+    view = HuggingFaceView(native, original, before, specs, raw)
+    return replace(_unscaled(after, _in_order(before, after), raw), policy=policy), view
+
+
+def _unscaled(plan: Plan, sources: Mapping[str, SourceTensor], raw: frozenset[str]) -> Plan:
+    """The plan with these sources, of which `raw` ones are copied as they are."""
     unscaled = {copy.target.tensor for name in raw for copy in sources[name].copies}
-    targets = {
-        name: replace(target, scale=None) if name in unscaled else target
-        for name, target in after.targets.items()
-    }
-    return (
-        replace(after, policy=policy, sources=sources, targets=targets),
-        HuggingFaceView(native, original, before, specs, raw),
+    return replace(
+        plan,
+        sources={
+            name: replace(source, copies=tuple(replace(copy, scale=None) for copy in source.copies))
+            if name in raw
+            else source
+            for name, source in sources.items()
+        },
+        targets={
+            name: replace(target, scale=None) if name in unscaled else target
+            for name, target in plan.targets.items()
+        },
     )
 
 
@@ -210,11 +209,10 @@ def _specs(
     for name, dtype in found.items():
         if name in raw or name not in scaled or trained:
             specs[name] = TensorSpec(dtype, specs[name].shape)
-        elif original.stored is not None and original.holds(name):
-            specs[name] = original.stored.specs[name]
-    for name in original.specs:
-        if original.stored is not None and name in before.carried and original.holds(name):
-            specs[name] = original.stored.specs[name]
+        elif original.holds(name):
+            specs[name] = original.at_hand(name).specs[name]
+    for name in filter(original.holds, before.carried):
+        specs[name] = original.at_hand(name).specs[name]
     for name, other in before.equal.items():
         specs[name] = specs[other]
     return specs

@@ -8,12 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from gemma_convert.arrays.dtypes import TensorSpec
 from gemma_convert.checkpoint import sidecar
 from gemma_convert.checkpoint.original import read_exceptions
-from gemma_convert.engine.casting import Losses
+from gemma_convert.engine.casting import Losses, listed_values
 from gemma_convert.mapping.region import Box
 
 Regions = dict[str, dict[Box, str]]
@@ -30,6 +28,11 @@ class TransferResult:
     checksums: dict[str, str] = field(default_factory=dict)
     losses: dict[str, Losses] = field(default_factory=dict)
 
+    @property
+    def exceptions(self) -> int:
+        """How many single values are listed that do not come back."""
+        return sum(len(places) for losses in self.losses.values() for places in losses.places)
+
 
 def leave_part(folder: Path, index: int, result: TransferResult, regions: Regions) -> None:
     """Writes what process `index` has transferred."""
@@ -37,11 +40,7 @@ def leave_part(folder: Path, index: int, result: TransferResult, regions: Region
     if part.exists():
         shutil.rmtree(part)
     part.mkdir()
-    listed = {
-        name: (np.concatenate(losses.places), np.concatenate(losses.originals))
-        for name, losses in result.losses.items()
-        if losses.places
-    }
+    listed = listed_values(result.losses)
     if listed:
         sidecar.write_exceptions(part, listed)
     values = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,89 +33,81 @@ def progress_bar(
     return progress(title, total) if progress else nullcontext(NoProgress())
 
 
-def publish(
-    target: Path,
-    key: str,
-    write: Callable[[Path, Progress], T],
-    *,
-    title: str,
-    total: int,
-    overwrite: bool,
-    resume: bool,
-    progress: ProgressFactory | None,
-    strangers: Strangers,
-    receipt: bool = False,
-    processes: Processes | None = None,
-) -> T:
-    """What `write(folder, progress)` returns, when that folder stands under the name `target`.
+@dataclass(frozen=True)
+class Publication:
+    """An output that is built out of sight, and then takes the name `target`.
 
-    With `resume` the folder is what an interrupted run with the same `key` left. Of several
-    `processes` the one that leads makes and publishes the folder. With `receipt` the folder itself
-    says what was written into it (`stores.receipt`). Raises TargetError where it
-    cannot be written, or holds what `strangers` tells; then nothing is left behind.
+    With `resume` the folder is what an interrupted run with the same key left, with `receipt` it
+    says itself what was written into it (`files.receipt`). Of several `processes` the one that
+    leads makes and publishes the folder.
     """
-    mirror = target_mirror(target)
-    if mirror is not None:
-        return _publish_remotely(
-            mirror, write, title=title, total=total, overwrite=overwrite, progress=progress
+
+    target: Path
+    strangers: Strangers
+    overwrite: bool
+    resume: bool
+    progress: ProgressFactory | None
+    receipt: bool = False
+    processes: Processes = field(default_factory=Processes)
+
+    def publish(self, key: str, title: str, total: int, write: Callable[[Path, Progress], T]) -> T:
+        """What `write(folder, progress)` returns, when that folder stands under the name.
+
+        `title` and `total`, in bytes, are those of the bar.
+        Raises TargetError where it cannot be written, or holds what `strangers` tells; then nothing
+        is left behind.
+        """
+        mirror = target_mirror(self.target)
+        if mirror is not None:
+            return self._publish_remotely(mirror, title, total, write)
+        if not self.processes.leads:
+            return self._contribute(write)
+        staged = StagedFolder(
+            self.target, overwrite=self.overwrite, resume=self.resume, strangers=self.strangers
         )
-    processes = processes or Processes()
-    if not processes.leads:
-        return _contribute(write, target, processes)
-    with (
-        StagedFolder(target, overwrite=overwrite, resume=resume, strangers=strangers) as staged,
-        progress_bar(progress, title, total) as bar,
-    ):
-        with _told(target, processes):
-            if resume and not matches(staged.folder, key):
-                staged.clear()
-            sidecar.remove(staged.folder)
-            processes.step()
-            result = write(staged.folder, _Watched(bar, processes))
-            sync_folder(staged.folder)
-        remove_journals(staged.folder, processes.count)
-        if receipt:
-            leave_receipt(staged.folder)
-        staged.publish()
-    processes.step()
-    return result
+        with staged, progress_bar(self.progress, title, total) as bar:
+            with _told(self.target, self.processes):
+                if self.resume and not matches(staged.folder, key):
+                    staged.clear()
+                sidecar.remove(staged.folder)
+                self.processes.step()
+                result = write(staged.folder, _Watched(bar, self.processes))
+                sync_folder(staged.folder)
+            remove_journals(staged.folder, self.processes.count)
+            if self.receipt:
+                leave_receipt(staged.folder)
+            staged.publish()
+        self.processes.step()
+        return result
 
+    def _publish_remotely(
+        self, mirror: Mirror, title: str, total: int, write: Callable[[Path, Progress], T]
+    ) -> T:
+        """What `write` returns, when all that it wrote is in the object store."""
+        with (
+            _told(mirror.folder, self.processes),
+            staged_objects(mirror, overwrite=self.overwrite) as mark,
+        ):
+            with progress_bar(self.progress, title, total) as bar:
+                result = write(mirror.folder, bar)
+            with progress_bar(self.progress, "upload", upload_bytes(mirror)) as bar:
+                upload(mirror, mark, bar)
+        return result
 
-def _publish_remotely(
-    mirror: Mirror,
-    write: Callable[[Path, Progress], T],
-    *,
-    title: str,
-    total: int,
-    overwrite: bool,
-    progress: ProgressFactory | None,
-) -> T:
-    """What `write` returns, when all that it wrote is in the object store."""
-    with (
-        _told(mirror.folder, Processes()),
-        staged_objects(mirror, overwrite=overwrite) as mark,
-    ):
-        with progress_bar(progress, title, total) as bar:
-            result = write(mirror.folder, bar)
-        with progress_bar(progress, "upload", upload_bytes(mirror)) as bar:
-            upload(mirror, mark, bar)
-    return result
-
-
-def _contribute(write: Callable[[Path, Progress], T], target: Path, processes: Processes) -> T:
-    """What `write` returns in a process that does not lead, when the target is published."""
-    processes.step()
-    folder = staged_folder(target)
-    with _told(target, processes):
-        if not folder.is_dir():
-            raise TargetError(
-                "The target's folder is not that of the process that leads.",
-                where=folder,
-                do="choose a target on a file system that all processes share",
-            )
-        result = write(folder, _Watched(NoProgress(), processes))
-    processes.step()
-    return result
+    def _contribute(self, write: Callable[[Path, Progress], T]) -> T:
+        """What `write` returns in a process that does not lead, when the target is published."""
+        self.processes.step()
+        folder = staged_folder(self.target)
+        with _told(self.target, self.processes):
+            if not folder.is_dir():
+                raise TargetError(
+                    "The target's folder is not that of the process that leads.",
+                    where=folder,
+                    do="choose a target on a file system that all processes share",
+                )
+            result = write(folder, _Watched(NoProgress(), self.processes))
+        self.processes.step()
+        return result
 
 
 class _Watched:

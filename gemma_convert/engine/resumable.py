@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_convert.arrays.dtypes import TensorSpec, numpy_dtype
+from gemma_convert.arrays.dtypes import numpy_dtype
 from gemma_convert.checkpoint.layout import NativeStore
 from gemma_convert.engine.journal import Journal, journal_key
 from gemma_convert.engine.process_results import Regions, TransferResult, leave_part, take_part
@@ -70,8 +70,10 @@ class ResumableTransfer:
     @property
     def share_bytes(self) -> int:
         """Bytes of the source tensors that this process transfers."""
-        share = split_sources(self.plan, self.processes.count)[self.processes.index]
-        return sum(self.plan.sources[name].spec.nbytes for name in share)
+        return sum(self.plan.sources[name].spec.nbytes for name in self._share())
+
+    def _share(self) -> Collection[str]:
+        return split_sources(self.plan, self.processes.count)[self.processes.index]
 
     def write(self, folder: Path, progress: Progress) -> TransferResult:
         """Checksums and losses, when the checkpoint is complete but for its sidecar.
@@ -107,8 +109,9 @@ class ResumableTransfer:
         self.processes.step()
         if index:
             return result
+        specs = {name: source.spec for name, source in self.plan.sources.items()}
         for other in range(1, count):
-            self._add(result, *take_part(folder, other, self._specs()))
+            self._add(result, *take_part(folder, other, specs))
         for name, target in self.plan.filled.items():
             for box, values in filling(target):
                 store.write(name, box, values).result()
@@ -118,7 +121,6 @@ class ResumableTransfer:
         self, done: Mapping[str, str], journal: Journal, store: NativeStore, progress: Progress
     ) -> dict[str, str]:
         """Transfers what is not done of this process's share; the checksums of its sources."""
-        share = split_sources(self.plan, self.processes.count)[self.processes.index]
 
         def finished(name: str, checksum: str) -> None:
             notes = self.values.notes(name)
@@ -128,19 +130,12 @@ class ResumableTransfer:
                 array: [[box, store.regions[array][box]] for box in boxes]
                 for array, boxes in self._boxes(name).items()
             }
-            entry = {"tensor": name, "checksum": checksum, "notes": notes, "regions": regions}
-            journal.add(entry)
+            journal.add({"tensor": name, "checksum": checksum, "notes": notes, "regions": regions})
 
-        rest = {
-            name: source
-            for name, source in self.plan.sources.items()
-            if name in share and name not in done
-        }
+        share = self._share()
+        rest = {n: s for n, s in self.plan.sources.items() if n in share and n not in done}
         plan = replace(self.plan, sources=rest)
         return Transfer(plan, self.reader, store, self.values, progress, finished).run()
-
-    def _specs(self) -> dict[str, TensorSpec]:
-        return {name: source.spec for name, source in self.plan.sources.items()}
 
     def _add(self, result: TransferResult, other: TransferResult, regions: Regions) -> None:
         """Adds what another process has transferred."""

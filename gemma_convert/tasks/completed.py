@@ -12,7 +12,6 @@ from pathlib import Path
 from gemma_convert.checkpoint import sidecar
 from gemma_convert.checkpoint.accounted import Strangers, beside_huggingface
 from gemma_convert.checkpoint.manifest import read_manifest
-from gemma_convert.checkpoint.original import Original
 from gemma_convert.errors import GemmaConvertError, TargetError
 from gemma_convert.files.receipt import contents, has_receipt
 from gemma_convert.layouts.registry import is_native, open_native
@@ -31,9 +30,7 @@ def conversion_stands(job: Conversion) -> bool:
         return False
 
 
-def export_stands(
-    target: Path, native: Path, original: Original, export: Export, settings: Sequence[str]
-) -> bool:
+def export_stands(target: Path, native: Path, export: Export, settings: Sequence[str]) -> bool:
     """Whether `target` is the export of `native` that is asked for."""
     if not _folder(target):
         return False
@@ -51,9 +48,7 @@ def export_stands(
         return False
 
 
-def strangers_of_export(
-    native: Path, original: Original, export: Export, settings: Sequence[str]
-) -> Strangers:
+def strangers_of_export(native: Path, export: Export, settings: Sequence[str]) -> Strangers:
     """What an older export in a folder holds beside the files that this one writes.
 
     It raises TargetError where the folder is none: it has no receipt of one, and is not what this
@@ -66,7 +61,7 @@ def strangers_of_export(
         others = beside_huggingface(folder, names)
         if others or has_receipt(folder) or contents(folder) in proved:
             return others
-        if not export_stands(folder, native, original, export, settings):
+        if not export_stands(folder, native, export, settings):
             raise TargetError(
                 "The target is a Hugging Face checkpoint that no export of ours has left as it is, "
                 "so it is not replaced.",
@@ -102,11 +97,11 @@ def _same_native(job: Conversion) -> bool:
         ocdbt = any(job.target.rglob("manifest.ocdbt")) if job.layout.streams else job.form.ocdbt
         if dict(native.specs) != wanted or ocdbt != job.form.ocdbt:
             return False
-    listed = {str(file): sidecar.sha256(job.root / file) for file in job.files}
+    listed = {str(file): sidecar.sha256(job.original.folder / file) for file in job.original.files}
     if manifest.get("files_sha256") != listed:
         return False
     if not is_native(job.source):
         return verify(job.target, against=job.source).passed
     known = {name: entry["xxh3_128"] for name, entry in manifest["tensors"].items()}
-    ours = dict(job.inherited.checksums)
+    ours = dict(job.original.checksums)
     return bool(ours) and known == ours and verify(job.target).passed and verify(job.source).passed

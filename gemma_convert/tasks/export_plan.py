@@ -12,7 +12,7 @@ from typing import Any, Literal
 from gemma_convert.arrays.dtypes import CONVERTED, Choice, TensorSpec
 from gemma_convert.checkpoint.native import NativeSource
 from gemma_convert.checkpoint.original import Original, index_metadata
-from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.errors import UsageError
 from gemma_convert.mapping.inventory import hf_tensors
 from gemma_convert.mapping.native_facts import NativeFacts
 from gemma_convert.mapping.plan import Plan
@@ -49,57 +49,44 @@ class Export:
         return sum(file_size(folder / file) for file in self.files)
 
 
-def plan_export(
-    plan: Plan,
-    original: Original,
-    dtype: Choice,
-    max_shard_size: int | None,
-    kv_shared: KVShared,
-    text_only: bool,
-    *,
-    facts: NativeFacts | None,
-    groups: Sequence[Sequence[str]] | None = None,
-) -> Export:
-    """The shards and files of an export; `groups` is a division of its tensors that is asked for.
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is asked of an export; `groups` is a division of its tensors into shards."""
 
-    `facts` are those that the framework was told, which config.json then says.
+    dtype: Choice = "keep"
+    max_shard_size: int | None = None
+    kv_shared: KVShared = "keep"
+    text_only: bool = False
+    groups: Sequence[Sequence[str]] | None = None
+
+
+def plan_export(
+    plan: Plan, original: Original, options: ExportOptions, facts: NativeFacts | None
+) -> Export:
+    """The shards and files of an export; `facts` are what config.json then says.
 
     Raises SourceError where a tensor is neither on the native side nor at hand in the original, and
     UsageError for options that leave nothing to do.
     """
-    if max_shard_size is not None and max_shard_size < 1:
-        raise UsageError("--max-shard-size is a size.", found=max_shard_size)
-    names = dict(_names(plan, original, kv_shared, text_only))
-    specs = {name: _cast(original.specs[origin], dtype) for origin, name in names.items()}
+    if options.max_shard_size is not None and options.max_shard_size < 1:
+        raise UsageError("--max-shard-size is a size.", found=options.max_shard_size)
+    cut = options.text_only and not plan.architecture.text_only
+    names = dict(_names(plan, original, options.kv_shared, cut))
     stored = {name: origin for origin, name in names.items() if origin in plan.carried}
     for origin in stored.values():
-        if not original.holds(origin):
-            raise SourceError(
-                "A tensor is neither in the native tree nor in the sidecar.",
-                where=original.folder,
-                found=origin,
-                do="name the Hugging Face original with --like, or export with --text-only",
-            )
-    unchanged = (
-        max_shard_size is None
-        and groups is None
-        and all(
-            origin == name and original.specs[origin] == specs[name]
-            for origin, name in names.items()
-        )
-    )
+        original.at_hand(origin)
+    specs = {name: _cast(original.specs[origin], options.dtype) for origin, name in names.items()}
     edited: dict[str, str] = {}
-    whole = unchanged and len(names) == len(original.specs)
+    whole = options.max_shard_size is None and options.groups is None and specs == original.specs
     if whole:
         shards = tuple(OutputShard(s.file, s.header, s.tensors) for s in original.shards)
     else:
-        cut = text_only and not plan.architecture.text_only
         renamed = {} if cut else original.naming.stored
-        shards = tuple(_new_shards(original, names, specs, max_shard_size, renamed, groups))
+        shards = tuple(_new_shards(original, names, specs, options, renamed))
         if len(shards) > 1:
-            edited = {INDEX: _index(original, shards, renamed)}
+            edited[INDEX] = _index(original, shards, renamed)
     files = [file for file in original.files if whole or str(file) != INDEX]
-    config = _config(original, dtype, text_only, facts)
+    config = _config(original, options.dtype, options.text_only, facts)
     if config is not None:
         files = [file for file in files if str(file) != CONFIG]
         edited[CONFIG] = config
@@ -110,7 +97,10 @@ def plan_export(
 def reversed_plan(
     plan: Plan, native: NativeSource, original: Original, export: Export
 ) -> tuple[Plan, dict[str, int], dict[str, str]]:
-    """The plan of the export, array → bytes to keep decoded, and tensor → the original's name."""
+    """The plan of the export, array → bytes to keep decoded, and tensor → the original's name.
+
+    The name is that of the tensor whose values are written, where one stands for an equal one.
+    """
     specs = {tensor.name: tensor.spec for shard in export.shards for tensor in shard.tensors}
     wanted = Wanted(specs, export.names, export.stored, export.equal)
     stored = {} if original.stored is None else original.stored.specs
@@ -118,21 +108,23 @@ def reversed_plan(
         plan, Arrays(native.specs, native.chunks), wanted, stored, native.block_bytes
     )
     origins = {name: origin for origin, name in export.names.items()}
-    return back, caches, origins
+    return back, caches, origins | {name: origins[one] for name, one in export.equal.items()}
 
 
 def _names(
-    plan: Plan, original: Original, kv_shared: KVShared, text_only: bool
+    plan: Plan, original: Original, kv_shared: KVShared, cut: bool
 ) -> Iterator[tuple[str, str]]:
-    """(name in the original, name in the export) of every exported tensor, in file order."""
+    """(name in the original, name in the export) of every exported tensor, in file order.
+
+    `cut` says whether the text model of a whole one is exported alone.
+    """
     tensors = {tensor.name: tensor for tensor in hf_tensors(plan.architecture)}
-    rename = text_only and not plan.architecture.text_only
     for name in original.specs:
         tensor = tensors[name]
         leftover = not tensor.required and tensor.row.tied is None
         if leftover and kv_shared == "omit":
             continue
-        if not rename:
+        if not cut:
             yield name, name
         elif name.startswith("model.language_model.") or tensor.row.tied is not None:
             yield name, name.replace("model.language_model.", "model.", 1)
@@ -147,25 +139,25 @@ def _new_shards(
     original: Original,
     names: Mapping[str, str],
     specs: Mapping[str, TensorSpec],
-    max_shard_size: int | None,
+    options: ExportOptions,
     stored: Mapping[str, str],
-    division: Sequence[Sequence[str]] | None,
 ) -> Iterator[OutputShard]:
     """Shards with headers of our own: the original's division, or one by size.
 
     `stored` has the names of the original's files, where they are others than those of the tables.
     """
-    if division is not None:
-        groups = [list(group) for group in division]
-    elif max_shard_size is None:
+    limit = options.max_shard_size
+    if options.groups is not None:
+        groups = [list(group) for group in options.groups]
+    elif limit is None:
         groups = [
             [names[tensor.name] for tensor in shard.tensors if tensor.name in names]
             for shard in original.shards
         ]
         groups = [group for group in groups if group]
     else:
-        groups = list(_by_size(specs, max_shard_size))
-    kept = max_shard_size is None and division is None and len(groups) == len(original.shards)
+        groups = list(_by_size(specs, limit))
+    kept = limit is None and options.groups is None and len(groups) == len(original.shards)
     files = [shard.file for shard in original.shards] if kept else _file_names(len(groups))
     metadata = _metadata(original.shards[0])
     for file, group in zip(files, groups, strict=True):

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import resource
 import sys
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from gemma_convert.checkpoint.layout import Layout
-from gemma_convert.engine.process_results import TransferResult
 from gemma_convert.mapping.plan import Plan
 
 
@@ -76,47 +73,6 @@ class ToNativeReport:
         return {"schema": "gemma-convert/to-native/2", **values}
 
 
-def native_report(
-    source: Path,
-    target: Path,
-    plan: Plan,
-    layout: Layout,
-    result: TransferResult,
-    started: float,
-    dry_run: bool,
-) -> ToNativeReport:
-    """The parts of a report that the plan and the transfer tell."""
-    seconds = time.monotonic() - started
-    return ToNativeReport(
-        source=str(source),
-        target=str(target),
-        layout=plan.layout,
-        scanned=plan.scanned,
-        family=plan.architecture.family,
-        dry_run=dry_run,
-        tensors_converted=len(plan.sources),
-        bytes_read=plan.source_bytes,
-        arrays_written=len(plan.targets),
-        bytes_written=plan.target_bytes,
-        tensors_carried=0,
-        bytes_carried=0,
-        carried_why={},
-        tied=tuple(plan.tied),
-        shared=len(plan.shared),
-        filled=tuple(plan.filled),
-        lossy_rows=lossy_rows(plan, result),
-        exceptions=exceptions(result),
-        files_carried=(),
-        not_carried=(),
-        framework=layout.framework,
-        settings=layout.settings(plan, target),
-        seconds=seconds,
-        bytes_per_second=0.0 if dry_run else plan.source_bytes / seconds,
-        peak_memory_bytes=peak_memory(),
-        plan=plan,
-    )
-
-
 def peak_memory() -> int:
     """Largest resident memory of this process so far, in bytes.
 
@@ -129,20 +85,3 @@ def peak_memory() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def lossy_rows(plan: Plan, result: TransferResult) -> tuple[LossyRow, ...]:
-    """Rows that the dtype policy rounds, with the number of values that do not come back."""
-    return tuple(
-        LossyRow(plan.sources[name].copies[0].row, name, reason, _lost(result, name))
-        for name, reason in plan.rounded.items()
-    )
-
-
-def _lost(result: TransferResult, name: str) -> int:
-    losses = result.losses.get(name)
-    return losses.count if losses is not None else 0
-
-
-def exceptions(result: TransferResult) -> int:
-    return sum(len(places) for losses in result.losses.values() for places in losses.places)

@@ -13,22 +13,19 @@ from gemma_convert.arrays.dtypes import Choice
 from gemma_convert.checkpoint import sidecar
 from gemma_convert.checkpoint.native import NativeReader, plan_native
 from gemma_convert.engine.memory import block_bytes
-from gemma_convert.engine.publishing import ProgressFactory, publish
+from gemma_convert.engine.publishing import ProgressFactory, Publication
 from gemma_convert.engine.restoring import Restoring
-from gemma_convert.engine.resumable import ResumableTransfer
-from gemma_convert.engine.staging import check_apart, check_space, check_target
+from gemma_convert.engine.resumable import SPARE_BYTES, ResumableTransfer
+from gemma_convert.engine.target import check_apart, check_space, check_target
 from gemma_convert.errors import SourceError
 from gemma_convert.files.identity import Unchanged
 from gemma_convert.layouts.opening import Checkpoint, open_checkpoint
-from gemma_convert.mapping.plan import Plan
 from gemma_convert.output import Progress, shown
 from gemma_convert.stores.remote.locations import check_remote_options, local, local_target
 from gemma_convert.stores.safetensors.writer import OutputShard, SafetensorsWriter
 from gemma_convert.tasks.completed import export_stands, strangers_of_export
-from gemma_convert.tasks.export_plan import Export, KVShared, plan_export, reversed_plan
+from gemma_convert.tasks.export_plan import ExportOptions, KVShared, plan_export, reversed_plan
 from gemma_convert.tasks.reports import peak_memory
-
-SPARE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -106,80 +103,63 @@ def to_hf(
     Raises SourceError, TargetError or UsageError with one clear message; then nothing is left.
     """
     started = time.monotonic()
+    options = ExportOptions(dtype, max_shard_size, kv_shared, text_only)
     with ExitStack() as stack:
         output = local_target(target, stack)
         check_remote_options(output, resume=resume)
         folder = local(source, stack)
-        named = None if like is None else local(like, stack)
-        limit = block_bytes(memory)
         checkpoint = open_checkpoint(
-            folder, named, stack, block_bytes=limit, accept=accept_damage, settings=settings
+            folder,
+            None if like is None else local(like, stack),
+            stack,
+            block_bytes=block_bytes(memory),
+            accept=accept_damage,
+            settings=settings,
         )
-        original = checkpoint.original
-        if original.made and checkpoint.native.towers:
-            checkpoint = _text_alone(checkpoint, text_only)
-        plan = plan_native(checkpoint.native, original)
-        export = plan_export(
-            plan, original, dtype, max_shard_size, kv_shared, text_only, facts=checkpoint.facts
-        )
-        job = _Job(checkpoint, plan, export)
-        strangers = strangers_of_export(folder, original, export, settings)
-        if not dry_run:
-            check_apart(folder, output)
-            check_apart(original.folder, output)
-            if resume and export_stands(output, folder, original, export, settings):
-                report = job.report(folder, output, started, dry_run=False)
-                return replace(report, already_complete=True, bytes_per_second=0.0)
-            check_target(output, overwrite=overwrite, strangers=strangers)
-            check_space(output, export.nbytes + export.file_bytes(original.folder) + SPARE_BYTES)
-            publish(
-                output,
-                job.transfer.key,
-                job.write,
-                title="to huggingface",
-                total=job.transfer.share_bytes,
-                overwrite=overwrite,
-                resume=resume,
-                progress=progress,
-                strangers=strangers,
-                receipt=True,
-            )
-        return job.report(folder, output, started, dry_run=dry_run)
-
-
-def _text_alone(checkpoint: Checkpoint, text_only: bool) -> Checkpoint:
-    """The checkpoint without its towers, of which settings do not say all."""
-    if not text_only:
-        raise SourceError(
-            "Nothing says what the towers of this checkpoint are: it has no original.",
-            where=checkpoint.native.folder,
-            do="name the original with --like, or export the text model alone: --text-only",
-        )
-    return replace(checkpoint, native=checkpoint.native.without_towers())
+        job = _Job(folder, output, checkpoint, options)
+        if dry_run:
+            return job.report(started, dry_run=True)
+        check_apart(folder, output)
+        check_apart(checkpoint.original.folder, output)
+        if resume and export_stands(output, folder, job.export, settings):
+            report = job.report(started, dry_run=False)
+            return replace(report, already_complete=True, bytes_per_second=0.0)
+        strangers = strangers_of_export(folder, job.export, settings)
+        check_target(output, overwrite=overwrite, strangers=strangers)
+        files = job.export.file_bytes(checkpoint.original.folder)
+        check_space(output, job.export.nbytes + files + SPARE_BYTES)
+        publication = Publication(output, strangers, overwrite, resume, progress, receipt=True)
+        total = job.transfer.share_bytes
+        publication.publish(job.transfer.key, "to huggingface", total, job.write)
+        return job.report(started, dry_run=False)
 
 
 class _Job:
     """One export: the plan read from right to left, into the shards."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, export: Export) -> None:
-        self.checkpoint, self.plan, self.export = checkpoint, plan, export
+    def __init__(
+        self, source: Path, target: Path, checkpoint: Checkpoint, options: ExportOptions
+    ) -> None:
+        self.source, self.target = source, target
+        self.checkpoint = checkpoint = _with_told_towers(checkpoint, options.text_only)
         native, original = checkpoint.native, checkpoint.original
-        back, caches, origins = reversed_plan(plan, native, original, export)
-        standing = {name: origins[other] for name, other in export.equal.items()}
-        self.values = Restoring(original, origins | standing)
+        self.plan = plan_native(native, original)
+        self.export = plan_export(self.plan, original, options, checkpoint.facts)
+        back, caches, origins = reversed_plan(self.plan, native, original, self.export)
+        self.values = Restoring(original, origins)
         self.checks = _Checks(original.checksums, origins)
         self.unchanged = Unchanged(original.folder, original.files)
-        shards = [(s.file, hashlib.sha256(s.header).hexdigest()) for s in export.shards]
+        shards = self.export.shards
         identity = {
             "native": (shown(native.folder), native.fingerprint),
             "original": (shown(original.folder.absolute()), self.unchanged.files),
-            "shards": shards,
+            "shards": [(s.file, hashlib.sha256(s.header).hexdigest()) for s in shards],
         }
         self.transfer = ResumableTransfer(
             back,
             NativeReader(native, original, caches),
             self.values,
-            lambda folder, _: _ExportWriter(folder, export.shards, self.checks),
+            lambda folder, _: _ExportWriter(folder, shards, self.checks),
             identity,
         )
 
@@ -193,13 +173,13 @@ class _Job:
         self.checkpoint.read_rest(n for n in sources if n in self.checkpoint.native.specs)
         self.unchanged.check()
 
-    def report(self, source: Path, target: Path, started: float, *, dry_run: bool) -> ToHFReport:
+    def report(self, started: float, *, dry_run: bool) -> ToHFReport:
         """The report of this export."""
         seconds = time.monotonic() - started
         checkpoint, export = self.checkpoint, self.export
         return ToHFReport(
-            source=shown(source),
-            target=shown(target),
+            source=shown(self.source),
+            target=shown(self.target),
             layout=self.plan.layout,
             scanned=self.plan.scanned,
             family=self.plan.architecture.family,
@@ -223,6 +203,19 @@ class _Job:
             bytes_per_second=0.0 if dry_run else export.nbytes / seconds,
             peak_memory_bytes=peak_memory(),
         )
+
+
+def _with_told_towers(checkpoint: Checkpoint, text_only: bool) -> Checkpoint:
+    """The checkpoint without its towers where settings alone describe it: they do not say all."""
+    if not checkpoint.original.made or not checkpoint.native.towers:
+        return checkpoint
+    if not text_only:
+        raise SourceError(
+            "Nothing says what the towers of this checkpoint are: it has no original.",
+            where=checkpoint.native.folder,
+            do="name the original with --like, or export the text model alone: --text-only",
+        )
+    return replace(checkpoint, native=checkpoint.native.without_towers())
 
 
 @dataclass

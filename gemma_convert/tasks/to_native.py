@@ -5,32 +5,28 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from gemma_convert.arrays.dtypes import Choice, DTypePolicy, ScaledChoice
-from gemma_convert.checkpoint import sidecar
-from gemma_convert.engine.huggingface_view import plan_relayout
+from gemma_convert.checkpoint.accounted import beside_native
+from gemma_convert.engine.casting import Casting
 from gemma_convert.engine.memory import block_bytes
 from gemma_convert.engine.process_results import TransferResult
 from gemma_convert.engine.processes import Processes
-from gemma_convert.engine.publishing import ProgressFactory
-from gemma_convert.engine.staging import check_apart, check_space, check_target
+from gemma_convert.engine.publishing import ProgressFactory, Publication
+from gemma_convert.engine.resumable import ResumableTransfer
+from gemma_convert.engine.target import check_apart, check_space, check_target
 from gemma_convert.errors import UsageError
-from gemma_convert.files.identity import Unchanged
-from gemma_convert.layouts.opening import open_checkpoint
-from gemma_convert.layouts.registry import is_native, load_layout
-from gemma_convert.mapping.config_keys import check_keys
-from gemma_convert.mapping.plan import plan_to_native
 from gemma_convert.mapping.table import load_table
-from gemma_convert.model.config import load_config, read_architecture
-from gemma_convert.model.huggingface_files import CONFIG
-from gemma_convert.output import shown
+from gemma_convert.output import Progress
 from gemma_convert.stores.orbax.writer import Compression, OrbaxFormat
 from gemma_convert.stores.remote.locations import check_remote_options, local, local_target
-from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 from gemma_convert.tasks.completed import conversion_stands
-from gemma_convert.tasks.conversion import Conversion, Inherited
+from gemma_convert.tasks.conversion import Conversion
+from gemma_convert.tasks.conversion_sidecar import write_sidecar
+from gemma_convert.tasks.conversion_source import ConversionOptions, plan_conversion
+from gemma_convert.tasks.equal_tensors import check_equal
 from gemma_convert.tasks.reports import ToNativeReport
 
 
@@ -69,162 +65,71 @@ def to_native(
     nothing is left behind.
     """
     started = time.monotonic()
-    policy, form = DTypePolicy(dtype, scaled_dtype), OrbaxFormat(ocdbt, compression)
     load_table(layout)
-    limit = block_bytes(memory)
+    options = ConversionOptions(
+        layout=layout,
+        like=like,
+        policy=DTypePolicy(dtype, scaled_dtype),
+        form=OrbaxFormat(ocdbt, compression),
+        scanned=scan_layers,
+        text_only=text_only,
+        block_bytes=block_bytes(memory),
+        accept=accept_damage,
+        ignored_facts=ignore_facts,
+        settings=settings,
+    )
     with ExitStack() as stack:
         processes = stack.enter_context(processes or Processes())
         output = local_target(target, stack)
         check_remote_options(output, resume=resume, processes=processes.count)
         folder = local(source, stack, headers=dry_run)
-        if is_native(folder):
-            job = _from_native(
-                folder,
-                output,
-                stack,
-                layout=layout,
-                like=None if like is None else local(like, stack),
-                policy=policy,
-                scanned=scan_layers,
-                text_only=text_only,
-                form=form,
-                limit=limit,
-                accept=accept_damage,
-                settings=settings,
-            )
-        else:
-            if like is not None:
-                raise UsageError("--like is for a native SRC; this one is its own original.")
-            if settings:
-                raise UsageError("--settings are for a native SRC; this one has its config.json.")
-            job = _from_huggingface(
-                folder,
-                output,
-                stack,
-                layout=layout,
-                policy=policy,
-                scanned=scan_layers,
-                text_only=text_only,
-                form=form,
-                limit=limit,
-                ignore_facts=ignore_facts,
-            )
-        job.plan = replace(job.plan, ignored_facts=tuple(ignore_facts))
-        job.layout.settings(job.plan, job.target)  # what cannot be told is refused before any work
-        job.processes = processes
-        if processes.count > 1 and not job.layout.divisible:
-            raise UsageError(
-                f"A {layout} checkpoint cannot be written by several processes.",
-                do=f"convert to {layout} with one process",
-            )
-        if dry_run:
-            return job.report(TransferResult(), started, dry_run=True)
-        check_apart(folder, output)
-        if resume and conversion_stands(job):
-            report = job.report(TransferResult(), started, dry_run=False)
-            return replace(report, already_complete=True, bytes_per_second=0.0)
-        if processes.leads:
-            check_target(output, overwrite=overwrite)
-            check_space(output, job.needed_bytes())
-        result = job.run(overwrite=overwrite, resume=resume, progress=progress)
-        return job.report(result, started, dry_run=False)
+        job = plan_conversion(folder, output, options, stack)
+        publication = Publication(
+            output, beside_native, overwrite, resume, progress, processes=processes
+        )
+        return _run(job, publication, started, dry_run)
 
 
-def _from_huggingface(
-    source: Path,
-    target: Path,
-    stack: ExitStack,
-    *,
-    layout: str,
-    policy: DTypePolicy,
-    scanned: bool,
-    text_only: bool,
-    form: OrbaxFormat,
-    limit: int | None,
-    ignore_facts: Sequence[str],
-) -> Conversion:
-    found, others = sidecar.other_files(source, [])
-    weights = (name for name in others if name.endswith(".safetensors") and "/" not in name)
-    unchanged = Unchanged(source, [*found, *weights])
-    architecture = read_architecture(source)
-    check_keys(load_config(source), architecture.text_only, ignore_facts, source / CONFIG)
-    reader = stack.enter_context(SafetensorsFolder(source))
-    plan = plan_to_native(
-        architecture,
-        load_table(layout),
-        reader.specs,
-        policy,
-        scanned=scanned,
-        text_only=text_only,
-        block_bytes=limit,
-        where=str(source),
-    )
-    files, listed = sidecar.other_files(source, [shard.file for shard in reader.shards])
-    shards = [(shard.file, shard.size, shard.modified) for shard in reader.shards]
-    return Conversion(
-        source=source,
-        target=target,
-        layout=load_layout(layout),
-        plan=plan,
-        tensors=reader,
-        shards=reader.shards,
-        root=source,
-        files=files,
-        listed=listed,
-        form=form,
-        identity={"source": shards, "files": unchanged.files},
-        inherited=Inherited(),
-        naming=reader.naming,
-        unchanged=unchanged,
-    )
+def _run(
+    job: Conversion, publication: Publication, started: float, dry_run: bool
+) -> ToNativeReport:
+    """The report of a conversion that has come to its end, or is only planned."""
+    if publication.processes.count > 1 and not job.layout.divisible:
+        raise UsageError(
+            f"A {job.layout.name} checkpoint cannot be written by several processes.",
+            do=f"convert to {job.layout.name} with one process",
+        )
+    if dry_run:
+        return job.report(TransferResult(), started, dry_run=True)
+    check_apart(job.source, job.target)
+    if publication.resume and conversion_stands(job):
+        report = job.report(TransferResult(), started, dry_run=False)
+        return replace(report, already_complete=True, bytes_per_second=0.0)
+    if publication.processes.leads:
+        check_target(job.target, overwrite=publication.overwrite)
+        check_space(job.target, job.needed_bytes())
+        check_equal(job.plan, job.tensors, job.source)
+    result = _convert(job, publication)
+    return job.report(result, started, dry_run=False)
 
 
-def _from_native(
-    source: Path,
-    target: Path,
-    stack: ExitStack,
-    *,
-    layout: str,
-    like: Path | None,
-    policy: DTypePolicy,
-    scanned: bool,
-    text_only: bool,
-    form: OrbaxFormat,
-    limit: int | None,
-    accept: Sequence[str],
-    settings: Sequence[str],
-) -> Conversion:
-    checkpoint = open_checkpoint(
-        source, like, stack, block_bytes=limit, accept=accept, settings=settings
+def _convert(job: Conversion, publication: Publication) -> TransferResult:
+    """Checksums and losses, when the checkpoint stands under its name."""
+    transfer = ResumableTransfer(
+        job.plan,
+        job.tensors,
+        Casting(job.plan.rounded),
+        lambda folder, part: job.layout.create(folder, job.plan, job.form, part),
+        {"form": asdict(job.form), **job.identity},
+        publication.processes,
     )
-    native, original = checkpoint.native, checkpoint.original
-    plan, view = plan_relayout(
-        native, original, layout, policy, scanned=scanned, text_only=text_only
-    )
-    if checkpoint.facts is not None:
-        plan = replace(plan, architecture=checkpoint.facts.architecture)
-    listed = original.manifest.get("not_carried")
-    lossy = original.manifest.get("lossy_rows")
-    return Conversion(
-        source=source,
-        target=target,
-        layout=load_layout(layout),
-        plan=plan,
-        tensors=view,
-        shards=original.shards,
-        root=original.folder,
-        files=original.files,
-        listed=list(map(str, listed)) if isinstance(listed, list) else [],
-        form=form,
-        identity={"native": shown(native.folder), "state": native.fingerprint},
-        inherited=Inherited(
-            checksums=original.checksums,
-            lossy_rows=lossy if isinstance(lossy, list) else [],
-            exceptions={name: e for name, e in original.exceptions.items() if name in view.raw},
-            rounded=view.rounded,
-        ),
-        naming=original.naming,
-        unchanged=Unchanged(original.folder, original.files),
-        checkpoint=checkpoint,
-        native_arrays=view.arrays(plan.sources),
-    )
+
+    def write(folder: Path, bar: Progress) -> TransferResult:
+        result = transfer.write(folder, bar)
+        if publication.processes.leads:
+            write_sidecar(job, folder, result, transfer, bar)
+        return result
+
+    carried = sum(job.tensors.specs[name].nbytes for name in job.plan.carried)
+    total = transfer.share_bytes + carried
+    return publication.publish(transfer.key, f"to {job.plan.layout}", total, write)

@@ -25,9 +25,8 @@ THE_SEAL = "the manifest's checksums"
 class VerifyReport:
     """What was read again: tensors (`checked`), other files, and bytes of both.
 
-    `different` names what is not as it should be, and how.
-
-    `notes` say what could not be proved, in whole sentences.
+    `different` names what is not as it should be, and how; `notes` say, in whole sentences, what
+    could not be proved.
     """
 
     path: str
@@ -61,9 +60,9 @@ def verify(
     Hugging Face folder `against`, its arrays and its sidecar are compared with that as well, bit
     for bit with what a conversion gives. An exported Hugging Face folder is compared, tensors and
     files, with the export that the native checkpoint `against` gives, by `settings` as `to_hf` has
-    them. Both may be folders, on the
-    hub or in an object store (`gemma_convert.stores.remote.locations`). Raises SourceError where a
-    side cannot be read or the two do not belong together.
+    them. Both may be folders, on the hub or in an object store
+    (`gemma_convert.stores.remote.locations`). Raises SourceError where a side cannot be read or the
+    two do not belong together.
     """
     started = time.monotonic()
     with ExitStack() as stack:

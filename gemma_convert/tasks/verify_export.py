@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -25,7 +26,7 @@ from gemma_convert.mapping.region import Box, slices
 from gemma_convert.model.config import read_architecture
 from gemma_convert.stores.remote.mirror import file_size
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
-from gemma_convert.tasks.export_plan import Export, KVShared, plan_export, reversed_plan
+from gemma_convert.tasks.export_plan import Export, ExportOptions, plan_export, reversed_plan
 
 
 def verify_export(
@@ -67,8 +68,8 @@ def _export_of(
     original, facts = checkpoint.original, checkpoint.facts
     there = set(reader.tensors)
     cut = text_only and not original.architecture.text_only
-    kept = plan_export(plan, original, "keep", None, "keep", cut, facts=facts)
-    kv_shared: KVShared = "keep" if set(kept.names.values()) <= there else "omit"
+    options = ExportOptions(text_only=cut)
+    kept = plan_export(plan, original, options, facts)
     dtypes = {
         spec.dtype
         for shard in kept.shards
@@ -77,12 +78,14 @@ def _export_of(
         and spec.dtype in CONVERTED
     }
     dtype = cast(Choice, dtypes.pop() if len(dtypes) == 1 else "keep")
-    export = plan_export(plan, original, dtype, None, kv_shared, cut, facts=facts)
+    whole = set(kept.names.values()) <= there
+    options = replace(options, dtype=dtype, kv_shared="keep" if whole else "omit")
+    export = plan_export(plan, original, options, facts)
     groups = [[tensor.name for tensor in shard.tensors] for shard in reader.shards]
     planned = [{tensor.name for tensor in shard.tensors} for shard in export.shards]
     if [set(group) for group in groups] == planned or there != set(export.names.values()):
         return export
-    return plan_export(plan, original, dtype, None, kv_shared, cut, facts=facts, groups=groups)
+    return plan_export(plan, original, replace(options, groups=groups), facts)
 
 
 def _compare_tensors(
@@ -96,7 +99,6 @@ def _compare_tensors(
     """The tensors that the export would have, and those that stand in the folder."""
     native, original = checkpoint.native, checkpoint.original
     back, caches, origins = reversed_plan(plan, native, original, export)
-    standing = {name: origins[other] for name, other in export.equal.items()}
     for name, target in back.targets.items():
         if name not in reader.tensors:
             found.differ(name, "is missing")
@@ -115,7 +117,7 @@ def _compare_tensors(
         )
         for name, source in back.sources.items()
     }
-    values = Restoring(original, origins | standing)
+    values = Restoring(original, origins)
 
     def read(name: str, box: Box) -> Array:
         values: Array = reader.mapped(reader.tensors[name])[slices(box)]
@@ -137,7 +139,7 @@ def _compare_files(path: Path, original: Original, export: Export, found: Compar
     for file in export.files:
         _compare_bytes(path, str(file), sidecar.sha256(original.folder / file), found)
     for name, text in export.edited.items():
-        _compare_bytes(path, name, sidecar.sha256_of(text.encode()), found)
+        _compare_bytes(path, name, hashlib.sha256(text.encode()).hexdigest(), found)
     ours = {*map(str, export.files), *export.edited, *(shard.file for shard in export.shards)}
     for name in _files(path, ""):
         if name not in ours:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,9 @@ import numpy as np
 from gemma_convert.arrays.dtypes import DTypePolicy, TensorSpec
 from gemma_convert.arrays.values import Array
 from gemma_convert.checkpoint import sidecar
-from gemma_convert.checkpoint.native import NativeSource, StoredArray, plan_native
+from gemma_convert.checkpoint.native import NativeSource, plan_native
 from gemma_convert.checkpoint.original import Original, open_original, read_exceptions
-from gemma_convert.engine.casting import Casting
+from gemma_convert.engine.casting import Casting, listed_values
 from gemma_convert.engine.comparing import Comparing, Comparison
 from gemma_convert.engine.publishing import ProgressFactory, progress_bar
 from gemma_convert.engine.resumable import filling
@@ -23,7 +24,7 @@ from gemma_convert.layouts.registry import open_native
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.region import Box
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
-from gemma_convert.tasks.verify_seal import verify_metadata
+from gemma_convert.tasks.verify_seal import compare_carried, verify_metadata
 
 OPEN_ARRAYS, CACHE_BYTES = 2, 48 << 20
 """How many arrays stay open, and what each may keep decoded of chunks that are not ours."""
@@ -55,7 +56,13 @@ def verify_original(
         if root is not None:
             own = root / sidecar.FOLDER / sidecar.OWN
             _compare_files(root / sidecar.FOLDER, source, original, found)
-            _compare_carried(own, reader, plan, casting, found)
+            whole = [name for name, losses in casting.losses.items() if losses.whole]
+
+            def same(carried: SafetensorsFolder, name: str) -> bool:
+                alike = carried.specs[name] == reader.specs[name]
+                return alike and carried.checksum(name) == reader.checksum(name)
+
+            compare_carried(own, [*plan.carried, *whole], same, found)
             _compare_exceptions(own, original, casting, found)
 
 
@@ -72,19 +79,14 @@ class _Stored:
     """The arrays of a native checkpoint, opened when a value is asked for; few stay open."""
 
     def __init__(self, native: NativeSource, found: Comparison) -> None:
-        self._native, self._found = native, found
-        self._arrays: dict[str, StoredArray] = {}
-        self._lock = threading.Lock()
+        self._array = lru_cache(OPEN_ARRAYS)(lambda name: native.opener(name, CACHE_BYTES))
+        self._found, self._lock = found, threading.Lock()
 
     def read(self, name: str, box: Box) -> Array:
         """The values in a box of an array."""
         with self._lock:
-            if name not in self._arrays:
-                while len(self._arrays) >= OPEN_ARRAYS:
-                    self._arrays.pop(next(iter(self._arrays)))
-                self._arrays[name] = self._native.opener(name, CACHE_BYTES)
-                self._found.note(name, self._arrays[name].spec.nbytes)
-            array = self._arrays[name]
+            array = self._array(name)
+        self._found.note(name, array.spec.nbytes)
         return array.read(box)
 
 
@@ -101,28 +103,6 @@ def _compare_files(folder: Path, source: Path, original: Original, found: Compar
             found.differ(name, "is not the source's")
 
 
-def _compare_carried(
-    own: Path, reader: SafetensorsFolder, plan: Plan, casting: Casting, found: Comparison
-) -> None:
-    """The tensors that the arrays do not hold, or not whole."""
-    wanted = [*plan.carried, *(name for name, one in casting.losses.items() if one.whole)]
-    if not wanted:
-        return
-    try:
-        carried = SafetensorsFolder(own, [sidecar.CARRIED])
-    except SourceError as error:
-        found.differ(sidecar.CARRIED, error.what)
-        return
-    with carried:
-        for name in wanted:
-            if name not in carried.tensors or carried.specs[name] != reader.specs[name]:
-                found.differ(name, "is not carried")
-                continue
-            found.note(name, reader.tensors[name].spec.nbytes)
-            if carried.checksum(name) != reader.checksum(name):
-                found.differ(name, "is carried with other values")
-
-
 def _compare_exceptions(own: Path, original: Original, casting: Casting, found: Comparison) -> None:
     """The single values that do not come back from the arrays."""
     try:
@@ -130,14 +110,9 @@ def _compare_exceptions(own: Path, original: Original, casting: Casting, found: 
     except SourceError as error:
         found.differ(sidecar.EXCEPTIONS, error.what)
         return
-    wanted = {
-        name: (np.concatenate(losses.places), np.concatenate(losses.originals))
-        for name, losses in casting.losses.items()
-        if losses.places
-    }
-    for name, (places, originals) in wanted.items():
+    for name, ours in listed_values(casting.losses).items():
         theirs = kept.get(name)
-        if theirs is None or not _equal(theirs, (places, originals)):
+        if theirs is None or not _equal(theirs, ours):
             found.differ(sidecar.EXCEPTIONS, f"does not hold what {name} loses")
 
 

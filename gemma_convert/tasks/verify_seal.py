@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,20 +111,36 @@ def verify_metadata(native: NativeSource, plan: Plan, found: Comparison) -> None
 
 def _verify_carried(root: Path, manifest: Mapping[str, Any], found: Comparison) -> None:
     """The carried tensors, by the manifest's checksums."""
+    sealed = {
+        name: entry["xxh3_128"]
+        for name, entry in manifest.get("tensors", {}).items()
+        if entry["kept"] == "carried"
+    }
     own = root / sidecar.FOLDER / sidecar.OWN
-    carried = [n for n, e in manifest.get("tensors", {}).items() if e["kept"] == "carried"]
-    if not carried:
+    compare_carried(
+        own, sealed, lambda tensors, name: tensors.checksum(name) == sealed[name], found
+    )
+
+
+def compare_carried(
+    own: Path,
+    names: Collection[str],
+    same: Callable[[SafetensorsFolder, str], bool],
+    found: Comparison,
+) -> None:
+    """The tensors `names` of the sidecar `own`; `same` says whether one is what it should be."""
+    if not names:
         return
     try:
-        reader = SafetensorsFolder(own, [sidecar.CARRIED])
+        carried = SafetensorsFolder(own, [sidecar.CARRIED])
     except SourceError as error:
         found.differ(sidecar.CARRIED, error.what)
         return
-    with reader:
-        for name in carried:
-            if name not in reader.tensors:
-                found.differ(name, "is not carried any more")
+    with carried:
+        for name in names:
+            if name not in carried.tensors:
+                found.differ(name, "is not carried")
                 continue
-            found.note(name, reader.tensors[name].spec.nbytes)
-            if reader.checksum(name) != manifest["tensors"][name]["xxh3_128"]:
+            found.note(name, carried.specs[name].nbytes)
+            if not same(carried, name):
                 found.differ(name, "is not what was carried")

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from gemma_convert.engine.staging import StagedFolder, check_target
+from gemma_convert.engine.staging import StagedFolder
+from gemma_convert.engine.target import check_target
 from gemma_convert.errors import TargetError, UsageError
 from gemma_convert.mapping.inventory import huggingface_tensors
 from gemma_convert.model.architecture import Family

@@ -27,7 +27,7 @@ from gemma_convert.errors import GemmaConvertError, TargetError
 from gemma_convert.files.unfinished import LOCK
 from gemma_convert.mapping import plan as planning
 from gemma_convert.stores.safetensors.header import write_safetensors
-from gemma_convert.tasks import conversion
+from gemma_convert.tasks import conversion_sidecar
 
 OWN = Path("hf", "gemma-convert")
 SPECS = {"a": TensorSpec("float32", (40,)), "b": TensorSpec("bfloat16", (3, 4))}
@@ -249,7 +249,7 @@ def test_a_run_resumed_with_a_broken_journal(tiny, monkeypatch, data):
     with tempfile.TemporaryDirectory() as outer:
         out = Path(outer, "out")
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(conversion, "write_manifest", stop)
+            patch.setattr(conversion_sidecar, "write_manifest", stop)
             to_native(source, out, layout="gemma-jax")
         path = staged_folder(out) / NAME
         key, *lines = path.read_bytes().splitlines(keepends=True)
