@@ -120,8 +120,8 @@ def open_original(native: Path, like: Path | None) -> Original:
             "Nothing says what the Hugging Face original was: there is no sidecar.",
             where=native if like is None else like,
             expected=f"{sidecar.FOLDER}/config.json beside the checkpoint",
-            do="name the original, or a converted checkpoint of it, with --like; or what its framework "
-            "was told, with --settings, for the text model alone",
+            do="name the original, or a converted checkpoint of it, with --like; or, for the text "
+            "model alone, what the framework was told with --settings",
         )
     return _from_sidecar(root)
 
