@@ -22,6 +22,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 """What one test has compiled, the others load, in every worker and subprocess."""
 
+QUICK_XLA = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_multi_thread_eigen=false"
+)
+"""Programs run for milliseconds and compile for seconds: a third of that, by these flags."""
+
 signal.signal(signal.SIGINT, signal.default_int_handler)
 """A shell has jobs in the background ignore Ctrl-C, and what they start inherits that."""
 
@@ -33,6 +39,12 @@ MANY, HALVED, HERE = 6, 2, Path(__file__).parent
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every", action="store_true", help="all cases, and the large tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """`--every` lets XLA compile as it does for users; processes that tests start inherit this."""
+    if not config.getoption("--every"):
+        os.environ.setdefault("XLA_FLAGS", QUICK_XLA)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import QUICK_XLA
 from PIL import Image
 from test_sounds import noise, write
 
@@ -230,10 +231,7 @@ def found(request, jobs, tmp_path_factory):
     ).result()
     store.write(values).result()
     code = f"import test_sharding; test_sharding.eight_devices(test_sharding.Path({str(folder)!r}))"
-    flags = (
-        f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0 "
-        "--xla_llvm_disable_expensive_passes=true"  # it compiles twice as fast, and runs little
-    )
+    flags = f"{QUICK_XLA} --xla_force_host_platform_device_count={DEVICES}"
     path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=1500)
