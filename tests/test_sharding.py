@@ -43,7 +43,7 @@ CASES = {
 }
 WHOLE = ("maxtext 31b scanned", "gemma-jax 26b-a4b")
 SENSED = ("maxtext 26b-a4b", "gemma-jax e2b")
-"""Those that are given an image too, and a sound where the model hears."""
+"""Those that are given an image, and a sound where the model hears; the others are given text."""
 
 
 def logits_of(job, whole):
@@ -57,11 +57,12 @@ def logits_of(job, whole):
 def _logits_of(job, whole):
     hf = Path(job["hf"])
     architecture = read_architecture(hf)
-    sequences = token_sequences(hf, architecture, [], 3)
     if job["sensed"]:
-        sequences += image_sequences(hf, architecture, [Path(job["image"])])
+        sequences = image_sequences(hf, architecture, [Path(job["image"])])
         if architecture.audio is not None:
             sequences += sound_sequences(hf, architecture, [Path(job["sound"])])
+    else:
+        sequences = token_sequences(hf, architecture, [], 3)
     model, text = open_model(Path(job["native"]), architecture), architecture.text
     if whole:
         ours = model.run(sequences, "float32")
