@@ -92,6 +92,7 @@ def test_there_and_back(kind, layout, shallow, converted, tmp_path):
     assert inspect(source).coverage.complete
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("kind", NAMINGS)
 def test_the_check_runs_on_them(kind, shallow, converted, tmp_path):
     plain = shallow("31b")
