@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from cases import SHALLOW
+from compiling import QUICK_XLA
 from filelock import FileLock
 from hypothesis import settings
 
@@ -24,12 +25,6 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 """Test workers share the cores; torch's threads on top of them only get in the way."""
-
-QUICK_XLA = (
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-    "--xla_cpu_multi_thread_eigen=false"
-)
-"""Programs run for milliseconds and compile for seconds: a third of that, by these flags."""
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 """A shell has jobs in the background ignore Ctrl-C, and what they start inherits that."""

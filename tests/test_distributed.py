@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import QUICK_XLA
+from compiling import QUICK_XLA
 from native_checkpoints import alter
 from PIL import Image
 

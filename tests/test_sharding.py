@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import QUICK_XLA
+from compiling import QUICK_XLA
 from PIL import Image
 from test_sounds import noise, write
 
