@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ class Original:
         if self.stored is not None:
             self.stored.close()
 
-    @property
+    @cached_property
     def specs(self) -> dict[str, TensorSpec]:
         """Name → spec of every tensor of the original, in file order."""
         return {tensor.name: tensor.spec for shard in self.shards for tensor in shard.tensors}
