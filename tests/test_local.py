@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
-from commands import said
-from native_checkpoints import alter, edit_tensors
 from safetensors.torch import load_file, save_file
 
 from gemma_convert import logit_check, to_native
-from gemma_convert.logits.local import FACTOR, LocalCheck, Part, shortest
-from gemma_convert.logits.other_runs import decided
-from gemma_convert.logits.precision import computed_in
-from gemma_convert.prompts.text import TokenSequence
+from gemma_convert.logits.local import FACTOR
 
 MODELS = [
     (layout, model)
@@ -116,7 +109,7 @@ def amplifying(source, folder):
     edits = {}
     for name in load_file(source / "model.safetensors"):
         if name.endswith(("q_norm.weight", "k_norm.weight")):
-            edits[name] = lambda w: w * 40
+            edits[name] = lambda w: w * 10
         if name.endswith("layer_scalar"):
             edits[name] = lambda w: torch.full_like(w, 1.0)
     return mistaken(source, folder, edits)

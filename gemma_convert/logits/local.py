@@ -19,6 +19,7 @@ import numpy.typing as npt
 from gemma_convert.forward.native_model import Dtype, Given, Logits, States, Streamed
 from gemma_convert.logits.drift import relative
 from gemma_convert.logits.sliced import SlicedComparison
+from gemma_convert.prompts.soft import SoftSequence
 from gemma_convert.prompts.text import TokenSequence
 
 FACTOR = 8.0
@@ -158,10 +159,17 @@ class LocalRun:
         self._add(np.sqrt(error / length), np.sqrt(rounding / length))
 
     def result(self) -> LocalCheck:
-        """What was found; `stages` and `logits` must have come to their ends."""
+        """What was found; `stages` and `logits` must have come to their ends.
+
+        The noise of a layer, measured on few tokens, is taken to be that of most layers at least.
+        """
         names = ["the embedding", *(f"layer {n}" for n in range(len(self._parts) - 3))]
         names += ["the final norm", "the head"]
-        parts = (replace(part, name=name) for part, name in zip(self._parts, names, strict=True))
+        usual = float(np.median([part.noise for part in self._parts[1:-2]]))
+        parts = []
+        for part, name in zip(self._parts, names, strict=True):
+            noise = max(part.noise, usual) if name.startswith("layer") else part.noise
+            parts.append(replace(part, name=name, noise=noise))
         return LocalCheck(tuple(parts), self._probe.noise)
 
     @property
@@ -171,6 +179,8 @@ class LocalRun:
 
     def _compare(self, expected: States, made: States) -> None:
         errors = [relative(*pair) for pair in zip(expected, made, strict=True)]
+        if not self._parts:
+            errors = list(map(_of_text, errors, self._sequences))
         probe = self._probe
         probe.errors = errors
         if probe.noise == "float32":
@@ -195,6 +205,13 @@ class LocalRun:
     def _add(self, error: npt.NDArray[np.float64], rounding: npt.NDArray[np.float64]) -> None:
         noise = max(SMALLEST[self._probe.noise], float(rounding.max()))
         self._parts.append(Part("", float(error.max()), noise))
+
+
+def _of_text(errors: npt.NDArray[np.float64], sequence: TokenSequence) -> npt.NDArray[np.float64]:
+    """The errors of embedded tokens [length]; what a tower made is none, and counts in KL alone."""
+    if not isinstance(sequence, SoftSequence):
+        return errors
+    return np.where(np.asarray(sequence.places) != 0, 0.0, errors)
 
 
 def _picked(sequences: Sequence[TokenSequence], measured: Sequence[int]) -> npt.NDArray[np.int64]:

@@ -42,10 +42,6 @@ class LogitReport:
     divergence: Divergence
     drift: Drift | None
     """None where layers were not compared: of the whole model at once, or with golden logits."""
-    local: LocalCheck | None
-    """Each part on the reference's own states; None where `drift` is, and of several processes."""
-    noise_floor: float | None
-    """KL in nats that noise of the size of the local errors gives the reference; None likewise."""
     sequences: int
     longest_sequence: int
     sliding_window: int
@@ -60,6 +56,13 @@ class LogitReport:
     peak_memory_bytes: int
     versions: dict[str, str]
     seconds: float
+    local: LocalCheck | None = None
+    """Each part on the reference's own states; None where `drift` is, and of several processes."""
+    noise_floor: float | None = None
+    """KL in nats that noise of the size of the local errors gives the reference.
+
+    None where `local` is, and where a part of it failed.
+    """
     lossy_rows: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     native_devices: int = 1
