@@ -357,7 +357,7 @@ def test_maxtexts_rounded_embedding_is_told_apart(oracle):
     name = "26b-a4b_scanned_bfloat16"
     hf = oracle / "hf" / "26b-a4b"
     report = logit_check(hf, oracle / "maxtext" / name, settings=pairs(hf))
-    assert not report.proof and report.limit == 0.03
+    assert not report.proof and report.limit >= 0.03 and report.local.noise == "bfloat16"
     assert report.divergence.kl_max > 1e-2
 
 

@@ -147,7 +147,8 @@ class LayerwiseReference:
         for part in vocab:
             weight = self._files.read(name, part, self._device).to(hidden.dtype)
             with torch.no_grad():
-                yield softcapped(torch.nn.functional.linear(hidden, weight), self.architecture)
+                logits = softcapped(torch.nn.functional.linear(hidden, weight), self.architecture)
+            yield logits
 
     def noted(self, sequence: TokenSequence) -> Calls:
         """What the model calls its layers with for this sequence."""
