@@ -10,6 +10,7 @@ import reprlib
 
 from gemma_convert.output import printable, shown
 
+INTERNAL, INTERRUPTED = 70, 130
 MOST_CHARACTERS = 4000
 """Of each part of a message; a name in a broken file may be as long as the file."""
 
@@ -17,7 +18,7 @@ MOST_CHARACTERS = 4000
 class GemmaConvertError(Exception):
     """A failure that the user is told about: what, where, expected, found, and what to do."""
 
-    exit_code = 70
+    exit_code = INTERNAL
 
     def __init__(
         self,
@@ -90,3 +91,15 @@ class OutputError(GemmaConvertError):
 
 class MappingError(GemmaConvertError):
     """A mapping table contradicts itself: a fault of ours, not of the user's checkpoint."""
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of a command that ends by `error`."""
+    if isinstance(error, GemmaConvertError):
+        return error.exit_code
+    codes = {
+        KeyboardInterrupt: INTERRUPTED,
+        ImportError: UsageError.exit_code,
+        OSError: SourceError.exit_code,
+    }
+    return next((code for kind, code in codes.items() if isinstance(error, kind)), INTERNAL)

@@ -9,10 +9,9 @@ import time
 
 import pytest
 
-from gemma_convert import SourceError, TargetError, to_native
+from gemma_convert import GemmaConvertError, SourceError, TargetError, to_native
 from gemma_convert.engine import processes
-from gemma_convert.engine.cluster import Cluster
-from gemma_convert.engine.processes import ClusterProcesses
+from gemma_convert.engine.processes import Processes
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 
 
@@ -34,8 +33,7 @@ class Service:
         ]
         self._each("connect")
         self.processes = [
-            ClusterProcesses(Cluster(client, number, 2))
-            for number, client in enumerate(self._clients)
+            Processes(client, number, 2) for number, client in enumerate(self._clients)
         ]
 
     def _each(self, method):
@@ -61,7 +59,7 @@ def service():
 
 @pytest.fixture
 def two(service, monkeypatch):
-    monkeypatch.setattr(processes, "POLL_S", 0.01)
+    monkeypatch.setattr(processes, "CHECK_S", 0.1)
     return service.processes
 
 
@@ -80,15 +78,33 @@ def begin(action, *arguments):
     return thread, results
 
 
-def test_all_wait_for_the_last(two):
-    leader, other = two
-    for step in ("first", "second"):
-        thread, results = begin(leader.wait, step)
-        thread.join(0.1)
+@pytest.mark.parametrize("last", [0, 1])
+def test_all_wait_for_the_last(two, last):
+    for _ in range(2):
+        thread, results = begin(two[1 - last].step)
+        thread.join(0.3)
         assert thread.is_alive()
-        other.wait(step)
+        two[last].step()
         thread.join(20)
         assert results == [None]
+
+
+def test_a_step_is_taken_at_once(two, monkeypatch):
+    """Whoever waits is woken, and does not ask again and again."""
+    monkeypatch.setattr(processes, "CHECK_S", 20.0)
+    thread, results = begin(lambda: [two[1].step() for _ in range(50)])
+    started = time.monotonic()
+    for _ in range(50):
+        two[0].step()
+    thread.join(20)
+    assert len(results[0]) == 50 and time.monotonic() - started < 10
+
+
+def test_a_text_comes_to_the_others(two):
+    thread, results = begin(two[1].published)
+    two[0].publish("two\nlines")
+    thread.join(20)
+    assert results == ["two\nlines"]
 
 
 @pytest.mark.parametrize("failed", [0, 1])
@@ -98,27 +114,22 @@ def test_a_failure_is_told_to_the_others(two, monkeypatch, failed):
     whole.check()
     broken.fail(SourceError("The source cannot be read.", found="Input/output error"))
     broken.check()
-    with pytest.raises(TargetError) as caught:
+    with pytest.raises(GemmaConvertError) as caught:
         whole.check()
-    assert caught.value.what == "Another process of this conversion failed."
-    assert caught.value.where == f"process {failed}"
-    assert caught.value.found == (
-        "SourceError: The source cannot be read.\n      found: Input/output error"
-    )
-    assert caught.value.exit_code == 4
-    with pytest.raises(TargetError, match=f"process {failed}"):
-        whole.wait("made")
+    assert caught.value.what == f"Process {failed} failed."
+    assert caught.value.found == "The source cannot be read.\n      found: Input/output error"
+    assert caught.value.exit_code == 3
+    with pytest.raises(GemmaConvertError, match=f"Process {failed} failed"):
+        whole.step()
 
 
 def test_who_waits_hears_of_a_failure(two):
     leader, other = two
-    thread, results = begin(leader.wait, "transferred")
+    thread, results = begin(leader.step)
     thread.join(0.1)
     other.fail(KeyboardInterrupt())
     thread.join(20)
-    (error,) = results
-    assert isinstance(error, TargetError)
-    assert error.found == "KeyboardInterrupt: "
+    assert isinstance(results[0], KeyboardInterrupt)
 
 
 def test_the_leader_ends_when_the_others_have(two, monkeypatch):
@@ -127,12 +138,12 @@ def test_the_leader_ends_when_the_others_have(two, monkeypatch):
     thread, results = begin(leader.fail, RuntimeError("x" * 5000))
     thread.join(0.2)
     assert thread.is_alive()
-    with pytest.raises(TargetError) as caught:
+    with pytest.raises(GemmaConvertError, match="Process 0 failed") as caught, other:
         other.check()
-    assert len(str(caught.value.found)) == 2000
-    other.fail(caught.value)
+    assert caught.value.found.startswith("RuntimeError: xxx")
+    assert len(caught.value.found) <= 2000 and caught.value.exit_code == 70
     thread.join(30)
-    assert results == [None]
+    assert results == [None] and leader.told() and other.told()
 
 
 def test_the_leader_does_not_wait_without_end(two, monkeypatch):
@@ -140,18 +151,20 @@ def test_the_leader_does_not_wait_without_end(two, monkeypatch):
     started = time.monotonic()
     thread, results = begin(two[0].fail, RuntimeError())
     thread.join(20)
-    assert results == [None]
+    assert results == [None] and not two[0].told()
     assert 0.2 <= time.monotonic() - started < 20
 
 
-def test_a_process_may_fail_twice_and_does_not_wait(two, monkeypatch):
-    monkeypatch.setattr(processes, "LINGER_S", 20.0)
+def test_the_first_failure_is_that_of_the_job(two, monkeypatch):
+    """A process may fail twice, and none but the leader waits."""
+    monkeypatch.setattr(processes, "LINGER_S", 60.0)
     started = time.monotonic()
     for message in ("first", "second"):
         two[1].fail(RuntimeError(message))
+    with pytest.raises(GemmaConvertError, match="RuntimeError: first"), two[0]:
+        raise TargetError("Broken by the other.")
+    assert two[0].told() and two[1].told()
     assert time.monotonic() - started < 20
-    with pytest.raises(TargetError, match="RuntimeError: second"):
-        two[0].check()
 
 
 def test_leaving_by_an_error_tells_it_and_leaving_otherwise_does_not(two):
@@ -161,18 +174,21 @@ def test_leaving_by_an_error_tells_it_and_leaving_otherwise_does_not(two):
     leader.check()
     with pytest.raises(RuntimeError), other:
         raise RuntimeError("gone")
-    with pytest.raises(TargetError, match="RuntimeError: gone"):
+    with pytest.raises(GemmaConvertError, match="RuntimeError: gone"):
         leader.check()
 
 
 def test_a_leader_that_is_gone(service, two):
     service.end()
-    with pytest.raises(TargetError) as caught:
-        two[1].check()
-    assert caught.value.what == "The process that leads this conversion cannot be reached."
-    assert caught.value.exit_code == 4
-    assert "\n" not in caught.value.found
-    assert len(caught.value.found) <= 300
+    for ask in (two[1].check, two[1].step):
+        with pytest.raises(TargetError) as caught:
+            ask()
+        assert caught.value.what == "The process that leads cannot be reached."
+        assert caught.value.exit_code == 4
+        assert "\n" not in caught.value.found
+        assert len(caught.value.found) <= 300
+    two[1].fail(RuntimeError())
+    assert not two[1].told()
 
 
 @pytest.mark.parametrize("broken", [0, 1])
@@ -198,6 +214,6 @@ def test_a_conversion_ends_for_all_where_one_fails(shallow, tmp_path, two, broke
             thread.join(60)
     (found,), (other,) = running[broken][1], running[1 - broken][1]
     assert isinstance(found, SourceError)
-    assert isinstance(other, TargetError)
-    assert other.where == f"process {broken}"
+    assert other.what == f"Process {broken} failed."
+    assert other.exit_code == found.exit_code
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]

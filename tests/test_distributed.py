@@ -6,21 +6,22 @@ import shutil
 import socket
 import subprocess
 import sys
-from contextlib import nullcontext
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from compiling import QUICK_XLA
+from key_value_store import Store
 from native_checkpoints import alter
 from PIL import Image
 
 from gemma_convert import logit_check
 from gemma_convert.cli.app import main
-from gemma_convert.engine import lockstep
-from gemma_convert.engine.cluster import Cluster
-from gemma_convert.engine.lockstep import (
+from gemma_convert.engine import joined as joining
+from gemma_convert.engine import processes
+from gemma_convert.engine.joined import (
     in_step,
     is_leader,
     joined,
@@ -28,10 +29,11 @@ from gemma_convert.engine.lockstep import (
     publish,
     published,
 )
-from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.engine.processes import Processes
+from gemma_convert.errors import GemmaConvertError, SourceError, UsageError
 from gemma_convert.logits.report import LogitReport
 
-ROOT = Path(lockstep.__file__).parents[1]
+ROOT = Path(joining.__file__).parents[2]
 
 
 def free_port():
@@ -69,7 +71,12 @@ def run_pair(arguments, of_second=None, devices=1):
 
 def run_python(code):
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -158,130 +165,137 @@ def test_one_process_is_left_alone():
         published()
 
 
-class Store:
-    """The key-value store of JAX's coordination service, where nothing has to be waited for."""
-
-    def __init__(self):
-        self.words, self.asked = {}, []
-
-    def key_value_set(self, key, word):
-        assert key not in self.words
-        self.words[key] = word
-
-    def blocking_key_value_get(self, key, timeout):
-        self.asked.append(key)
-        if key not in self.words:
-            raise RuntimeError(f"{key}, {timeout} ms")
-        return self.words[key]
-
-
 @pytest.fixture
 def group(monkeypatch):
-    """group(process, **words): within `joined` as a process of three that hears these words."""
-    monkeypatch.setattr(lockstep, "_stdout_kept", nullcontext)
+    """group(index, words): within `joined` as a process of three that hears these words."""
+    monkeypatch.setattr(processes, "CHECK_S", 0.01)
+    monkeypatch.setattr(processes, "LINGER_S", 0.05)
     leaving = []
-    monkeypatch.setattr(lockstep.atexit, "register", lambda *given: leaving.append(given))
+    monkeypatch.setattr(joining.atexit, "register", lambda *given: leaving.append(given))
 
-    def join(process, words):
-        store = Store()
-        store.words = {f"gemma-convert/{key}": word for key, word in words.items()}
-        cluster = Cluster(store, process, 3)
-        monkeypatch.setattr(lockstep, "connect", lambda *given: cluster)
-        return store, joined("h:1", 3, process, False), leaving
+    def join(index, words):
+        store = Store(words)
+        monkeypatch.setattr(joining, "connect", lambda *given: Processes(store, index, 3))
+        return store, joined("h:1", 3, index, False), leaving
 
     return join
 
 
-def said(store, key):
-    return store.words.get(f"gemma-convert/{key}")
+def steps(count, *indices):
+    """The words of processes that have come to the first `count` steps."""
+    return {f"step/{step}/{index}": "" for step in range(count) for index in indices}
 
 
-READY = {"ready/1": "go", "ready/2": "go"}
+LEFT = {"left/1": "", "left/2": ""}
 
 
-def test_process_0_goes_first_and_shares_what_it_has(group):
-    store, together, leaving = group(0, READY)
-    with together:
-        assert is_leader() and process_count() == 3
+def test_process_0_gives_what_it_has(group):
+    store, together, leaving = group(0, steps(4, 1, 2))
+    with together as found:
+        assert found.leads and is_leader() and process_count() == 3
         assert list(in_step("ab")) == ["a", "b"]
         publish("a report")
-    assert [said(store, f"step/{n}") for n in range(5)] == ["go"] * 4 + [None]
-    assert store.asked == ["gemma-convert/ready/1", "gemma-convert/ready/2"] and not leaving
-    shared = store.words["gemma-convert/text/4"]
-    store, together, _ = group(2, {f"step/{n}": "go" for n in range(4)} | {"text/4": shared})
+    assert store.asked == [f"step/{step}/{index}" for step in range(4) for index in (1, 2)]
+    assert [store.said(f"step/{step}/0") for step in range(5)] == [""] * 4 + [None]
+    assert not leaving
+    shared = store.said("text/4")
+    store, together, _ = group(2, steps(4, 0) | {"text/4": shared})
     with together:
         assert not is_leader() and list(in_step("ab")) == ["a", "b"]
         assert published() == "a report"
-    assert said(store, "ready/2") == "go" and said(store, "ready/1") is None
+    assert store.said("step/0/2") == "" and store.said("step/0/1") is None
     assert is_leader()
 
 
-def test_process_0_tells_the_others_why_it_ends(group):
-    for begun in (False, True):
-        store, together, leaving = group(0, READY | {"left/1": "go", "left/2": "go"})
+@pytest.mark.parametrize("begun", [False, True])
+def test_process_0_tells_the_others_why_it_ends(group, begun):
+    for left in (LEFT, {"left/1": ""}):
+        store, together, leaving = group(0, steps(1, 1, 2) | left)
         with pytest.raises(SourceError, match="gone"), together:
             if begun:
                 next(in_step("ab"))
             raise SourceError("gone")
-        assert said(store, f"step/{int(begun)}") == "3"
-        assert store.asked[-1] == "gemma-convert/left/2"
-        assert [given[1] for given in leaving] == [3] * begun
+        assert store.said("failure/first") == "0 3 gone" and store.said("left/0") == ""
+        assert [given[1] for given in leaving] == [3] * (left != LEFT)
 
 
-@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (ValueError("a"), 70)])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(KeyboardInterrupt(), 130), (ValueError("a"), 70), (OSError(), 3), (ImportError(), 2)],
+)
 def test_codes_of_other_failures(group, error, code):
-    store, together, _ = group(0, {})
+    store, together, _ = group(0, LEFT)
     with pytest.raises(type(error)), together:
         raise error
-    assert said(store, "step/0") == str(code)
+    assert store.said("failure/first").startswith(f"0 {code} {type(error).__name__}: ")
 
 
-def test_a_follower_ends_silently_with_process_0(group, capsys):
-    store, together, leaving = group(1, {"step/0": "go", "step/1": "4"})
+@pytest.mark.parametrize("failed", [0, 2])
+def test_a_follower_ends_silently_with_process_0(group, capsys, failed):
+    words = {"failure/first": f"{failed} 4 gone", "left/0": ""}
+    store, together, leaving = group(1, steps(1, 0) | words)
     with pytest.raises(SystemExit) as caught, together:
         list(in_step("ab"))
-    assert caught.value.code == 4 and said(store, "left/1") == "go"
+    assert caught.value.code == 4 and store.said("left/1") == ""
     assert capsys.readouterr() == ("", "") and not leaving
 
 
 def test_a_failure_before_the_first_step_is_reported_by_process_0(group, capsys):
-    store, together, leaving = group(1, {"step/0": "3"})
+    """Its process waits for process 0, however long that takes."""
+    store, together, leaving = group(1, {})
+    later = threading.Timer(0.5, store.key_value_set, ["gemma-convert/left/0", ""])
+    later.start()
     with pytest.raises(SystemExit) as caught, together:
         raise UsageError("two words", found="x")
-    assert caught.value.code == 3 and capsys.readouterr() == ("", "") and not leaving
-    assert said(store, "left/1") == "go"
-    store, together, _ = group(0, {"ready/1": said(store, "ready/1"), "ready/2": "go"})
-    with pytest.raises(lockstep.GemmaConvertError) as failed, together:
+    assert caught.value.code == 2 and capsys.readouterr() == ("", "") and not leaving
+    assert store.said("left/1") == ""
+    store, together, _ = group(0, {"failure/first": store.said("failure/first"), **LEFT})
+    with pytest.raises(GemmaConvertError) as failed, together:
         next(in_step("ab"))
-    assert failed.value.exit_code == 2 and said(store, "step/0") == "2"
-    assert failed.value.message == "Process 1 failed.\n  found: two words\n      found: x"
+    assert failed.value.exit_code == 2 and store.said("left/0") == ""
+    assert failed.value.what == "Process 1 failed."
+    assert failed.value.found == "two words\n      found: x"
 
 
-def test_a_failure_in_a_step_ends_a_follower_at_once(group, capsys):
-    for error, code, text in (
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
         (SourceError("two words"), 3, "process 1: two words\n"),
         (ValueError("three"), 70, "ValueError: three"),
-    ):
-        _, together, leaving = group(1, {"step/0": "go"})
-        leaving.clear()
-        with pytest.raises(SystemExit) as caught, together:
-            next(in_step("ab"))
-            raise error
-        assert caught.value.code == code and [given[1] for given in leaving] == [code]
-        assert text in capsys.readouterr().err
+    ],
+)
+def test_a_failure_that_process_0_does_not_hear(group, capsys, error, code, text):
+    """It waits for this process inside of JAX: this one ends at once, and JAX ends the others."""
+    store, together, leaving = group(1, steps(1, 0))
+    with pytest.raises(SystemExit) as caught, together:
+        next(in_step("ab"))
+        raise error
+    assert caught.value.code == code and [given[1] for given in leaving] == [code]
+    assert text in capsys.readouterr().err
+    assert store.said("failure/first").startswith(f"1 {code} ")
+
+
+def test_a_fault_of_ours_is_told_where_it_is_met(group, capsys):
+    _, together, leaving = group(1, steps(1, 0) | {"left/0": ""})
+    with pytest.raises(SystemExit) as caught, together:
+        next(in_step("ab"))
+        raise ValueError("three")
+    assert caught.value.code == 70 and not leaving
+    assert capsys.readouterr().err.startswith("process 1: Traceback")
 
 
 def test_a_failure_that_process_0_has_caused_is_not_told(group, capsys):
-    store, together, leaving = group(1, {"step/0": "go", "step/1": "3"})
+    words = {"failure/first": "0 3 gone", "left/0": ""}
+    store, together, leaving = group(1, steps(1, 0) | words)
     with pytest.raises(SystemExit) as caught, together:
         next(in_step("ab"))
         raise ValueError("connection closed by peer")
     assert caught.value.code == 3 and capsys.readouterr().err == "" and not leaving
-    assert said(store, "left/1") == "go"
+    assert store.said("left/1") == ""
 
 
 def test_leaving_asks_nobody(tmp_path):
-    code = "import atexit\nfrom gemma_convert.engine.lockstep import _leave\n"
+    code = "import atexit\nfrom gemma_convert.engine.joined import _leave\n"
     code += "atexit.register(print, 'late')\natexit.register(_leave, 5)\nprint('said')\n"
     done = run_python(code)
     assert (done.returncode, done.stdout) == (5, "said\n")
@@ -289,8 +303,9 @@ def test_leaving_asks_nobody(tmp_path):
 
 def test_the_standard_output_is_kept_from_libraries():
     code = (
-        "import os\nfrom gemma_convert.engine.lockstep import _stdout_kept\nprint('before')\n"
-        "with _stdout_kept():\n    os.write(1, b'gloo\\n')\n    print('within')\nprint('behind')\n"
+        "import os\nfrom gemma_convert.engine.joined import _devices_shared as shared\n"
+        "print('before')\nwith shared():\n    os.write(1, b'gloo\\n')\n    print('within')\n"
+        "print('behind')\n"
     )
     done = run_python(code)
     assert (done.stdout, done.stderr) == ("before\nwithin\nbehind\n", "gloo\n")

@@ -591,7 +591,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_check(command, tmp_
 
 
 def test_of_several_processes_one_writes(command, tmp_path, monkeypatch):
-    monkeypatch.setattr("gemma_convert.engine.lockstep.is_leader", lambda: False)
+    monkeypatch.setattr("gemma_convert.engine.joined.is_leader", lambda: False)
     (tmp_path / "there").write_text("mine")
     options = ("--report", tmp_path / "there", "--junit", tmp_path / "new")
     code, out, _, calls = command(sample_reports.failed().without_tokens(), *options)

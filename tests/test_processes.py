@@ -9,18 +9,21 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 
 import numpy as np
 import pytest
 from cases import CASES
+from key_value_store import Store
 from native_checkpoints import arrays_of, differing, manifest
 from test_convert import _patch
 
 from gemma_convert import SourceError, TargetError, UsageError, to_hf, to_native, verify
 from gemma_convert.arrays.dtypes import DTypePolicy
-from gemma_convert.engine.processes import OneProcess, join
+from gemma_convert.cli.app import main
+from gemma_convert.engine import joined
+from gemma_convert.engine.cluster import connect
+from gemma_convert.engine.processes import Processes
 from gemma_convert.mapping import plan as planning
 from gemma_convert.mapping.region import blocks
 from gemma_convert.mapping.split import split_sources
@@ -29,46 +32,9 @@ from gemma_convert.model.config import read_architecture
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 
 
-class Threads:
-    """Processes of one job, as threads of this one."""
-
-    def __init__(self, index, count, shared):
-        self.index, self.count, self.shared = index, count, shared
-
-    def wait(self, step):
-        arrived, _, change = self.shared
-        with change:
-            arrived[step] += 1
-            change.notify_all()
-            while arrived[step] < self.count:
-                self.check()
-                change.wait(0.1)
-
-    def check(self):
-        for number, message in self.shared[1].items():
-            if number == self.index:
-                continue
-            raise TargetError(
-                "Another process of this conversion failed.", where=number, found=message
-            )
-
-    def fail(self, error):
-        self.shared[1].setdefault(self.index, repr(error))
-        ending = time.monotonic() + 20
-        while not self.index and len(self.shared[1]) < self.count and time.monotonic() < ending:
-            time.sleep(0.01)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, value, trace):
-        if value is not None:
-            self.fail(value)
-
-
 def together(count, source, target, *, each=None, **options):
-    """What each of `count` processes returned or raised."""
-    shared, results = (Counter(), {}, threading.Condition()), [None] * count
+    """What each of `count` processes, threads of this one, returned or raised."""
+    store, results = Store(), [None] * count
 
     def run(index):
         given = options | (each(index) if each else {})
@@ -76,7 +42,7 @@ def together(count, source, target, *, each=None, **options):
             results[index] = to_native(
                 given.pop("source", source),
                 target,
-                processes=Threads(index, count, shared),
+                processes=Processes(store, index, count),
                 **given,
             )
         except BaseException as error:
@@ -237,8 +203,8 @@ def test_a_failure_of_one_ends_all_and_leaves_nothing(shallow, tmp_path, small_b
         patch.setattr(SafetensorsFolder, "read_into", fail)
         results = together(2, whole, tmp_path / "out", each=each)
     assert isinstance(results[broken], SourceError)
-    assert isinstance(results[1 - broken], TargetError)
-    assert "Another process" in str(results[1 - broken])
+    assert results[1 - broken].what == f"Process {broken} failed."
+    assert results[1 - broken].exit_code == SourceError.exit_code
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
@@ -257,12 +223,8 @@ def test_an_interrupted_job_is_continued(shallow, tmp_path, small_blocks):
         patch.setattr(SafetensorsFolder, "read_into", counted)
         stop = True
         results = together(2, source, tmp_path / "two", ocdbt=False)
-        assert any(isinstance(result, KeyboardInterrupt) for result in results)
-        journals = sorted(
-            path.name for path in (tmp_path / ".two.partial/new").glob(".gemma*journal*")
-        )
-        if not journals:
-            pytest.fail("the leader failed for another reason than the interrupt")
+        assert all(isinstance(result, KeyboardInterrupt) for result in results)
+        assert list((tmp_path / ".two.partial/new").glob(".gemma*journal*"))
         stop = False
         reads.clear()
         together(2, source, tmp_path / "two", ocdbt=False, resume=True)
@@ -276,38 +238,72 @@ def test_an_interrupted_job_is_continued(shallow, tmp_path, small_blocks):
 
 def test_fast_llm_is_refused(shallow, tmp_path):
     results = together(2, shallow("31b"), tmp_path / "out", layout="fast-llm")
-    assert all(isinstance(result, UsageError) for result in results)
+    assert [result.exit_code for result in results] == [UsageError.exit_code] * 2
+    assert all("cannot be written by several processes" in str(result) for result in results)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_target_that_is_not_shared_is_named(shallow, tmp_path):
-    shared = (Counter({"made": 1}), {}, threading.Condition())
+    others = Processes(Store({"step/0/0": ""}), 1, 2)
     with pytest.raises(TargetError, match="process that leads"):
-        to_native(shallow("31b"), tmp_path / "out", processes=Threads(1, 2, shared))
+        to_native(shallow("31b"), tmp_path / "out", processes=others)
 
 
-def test_two_processes_by_command_line(tiny, tmp_path):
-    """Real processes, which meet on the loopback; the one that leads reports."""
-    source, port = tiny("31b", layers=6), _free_port()
-    to_native(source, tmp_path / "one")
-    words = ["to-native", source, tmp_path / "two", "--format", "maxtext", "--json"]
-    words += ["--coordinator", f"127.0.0.1:{port}", "--processes", 2, "--verify"]
+def by_command_line(*sources_and_target):
+    """Exit code, stdout and stderr of real processes, each with its source; they meet at a port."""
+    *sources, target = sources_and_target
+    words = [target, "--format", "maxtext", "--json", "--verify"]
+    words += ["--coordinator", f"127.0.0.1:{_free_port()}", "--processes", len(sources)]
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", "gemma_convert", *map(str, words), "--process", str(number)],
+            [sys.executable, "-m", "gemma_convert", "to-native"]
+            + [str(word) for word in (source, *words, "--process", number)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for number in range(2)
+        for number, source in enumerate(sources)
     ]
     ended = [process.communicate(timeout=300) for process in running]
-    assert [process.returncode for process in running] == [0, 0], ended
-    assert json.loads(ended[0][0])["arrays_written"] > 40
-    assert not ended[1][0]
+    return [(process.returncode, *texts) for process, texts in zip(running, ended, strict=True)]
+
+
+def test_two_processes_by_command_line(tiny, tmp_path):
+    """The one that leads reports."""
+    source = tiny("31b", layers=6)
+    to_native(source, tmp_path / "one")
+    first, second = by_command_line(source, source, tmp_path / "two")
+    assert first[0] == second[0] == 0, (first[2], second[2])
+    assert json.loads(first[1])["arrays_written"] > 40
+    assert not second[1]
     one, two = (arrays_of(tmp_path / name, "maxtext") for name in ("one", "two"))
     assert not differing(one, two)
     assert manifest(tmp_path / "one") == manifest(tmp_path / "two")
+
+
+@pytest.mark.large
+def test_both_end_with_the_code_of_the_one_that_fails(tiny, tmp_path):
+    source = tiny("31b", layers=6)
+    first, second = by_command_line(source, tmp_path / "none", tmp_path / "two")
+    assert first[0] == second[0] == SourceError.exit_code, (first[2], second[2])
+    assert "error: Process 1 failed." in first[2] and str(tmp_path / "none") in first[2]
+    assert first[1] == second[1] == "" and "error" not in second[2]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failure_after_the_conversion_ends_all(tiny, tmp_path, monkeypatch, capsys):
+    """Process 0 still verifies; the others wait for what it finds."""
+    words = ["to-native", tiny("31b", layers=6), tmp_path / "out", "--format", "maxtext"]
+    monkeypatch.setattr(sys, "argv", ["gemma-convert", *map(str, words), "--dry-run"])
+    store = Store({"failure/first": "0 1 The checkpoint is not what was read.", "left/0": ""})
+    monkeypatch.setattr(joined, "connect", lambda *_: Processes(store, 1, 2))
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1 and not capsys.readouterr().out
+    store = Store({"step/0/0": ""})
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 0 and not capsys.readouterr().out
 
 
 def _free_port():
@@ -327,8 +323,8 @@ def _free_port():
 )
 def test_options_that_contradict_each_other(arguments, message):
     with pytest.raises(UsageError, match=message):
-        join(*arguments)
+        connect(*arguments)
 
 
 def test_without_options_a_process_is_by_itself():
-    assert isinstance(join(None, None, None, False), OneProcess)
+    assert connect(None, None, None, False) == Processes()

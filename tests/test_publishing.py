@@ -13,9 +13,10 @@ import pytest
 from gemma_convert import TargetError
 from gemma_convert.arrays.dtypes import TensorSpec
 from gemma_convert.checkpoint.accounted import beside_huggingface
-from gemma_convert.engine import processes, staging
+from gemma_convert.engine import staging
 from gemma_convert.engine.casting import Losses
 from gemma_convert.engine.process_results import TransferResult, leave_part, take_part
+from gemma_convert.engine.processes import Processes
 from gemma_convert.engine.staging import StagedFolder
 from gemma_convert.files.unfinished import LOCK
 
@@ -97,11 +98,11 @@ def test_a_file_system_that_has_no_locks(tmp_path, monkeypatch):
 
 
 def test_a_process_by_itself_waits_for_nobody():
-    with processes.OneProcess() as alone:
-        alone.wait("made")
+    with pytest.raises(RuntimeError), Processes() as alone:
+        alone.step()
         alone.check()
-        alone.fail(RuntimeError())
-    assert (alone.index, alone.count) == (0, 1)
+        raise RuntimeError
+    assert (alone.index, alone.count, alone.leads, alone.told()) == (0, 1, True, True)
 
 
 def test_what_a_process_left_before_is_not_taken_for_what_it_leaves_now(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from object_stores import BUCKET, Objects, s3_server, sums
 
 import gemma_convert
-from gemma_convert.engine.processes import OneProcess
+from gemma_convert.engine.processes import Processes
 from gemma_convert.errors import SourceError, TargetError, UsageError
 from gemma_convert.files.unfinished import JOURNAL
 from gemma_convert.stores.orbax.writer import OrbaxWriter
@@ -367,11 +367,8 @@ def test_what_an_object_store_cannot_do_is_said(s3, hf, place, stored, tmp_path)
     with pytest.raises(UsageError, match="is not continued"):
         gemma_convert.to_hf(f"{URL}/{stored}", out, resume=True)
 
-    class Two(OneProcess):
-        count = 2
-
     with pytest.raises(UsageError, match="one process"):
-        gemma_convert.to_native(hf, out, processes=Two())
+        gemma_convert.to_native(hf, out, processes=Processes(None, 1, 2))
     with pytest.raises(TargetError, match="inside a bucket"):
         gemma_convert.to_native(hf, URL)
     with pytest.raises(TargetError, match="lie in one another"):

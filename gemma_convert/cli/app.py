@@ -20,11 +20,9 @@ from gemma_convert.cli import (
     verify,
 )
 from gemma_convert.cli.streams import standard_streams
-from gemma_convert.errors import GemmaConvertError, SourceError, UsageError
+from gemma_convert.errors import INTERNAL, INTERRUPTED, GemmaConvertError, UsageError, exit_code
 from gemma_convert.output import shown
 from gemma_convert.version import __version__
-
-INTERNAL, INTERRUPTED = 70, 130
 
 _HELP = """Convert Gemma 4 checkpoints between Hugging Face and native training layouts, and prove
 that nothing changed.
@@ -113,7 +111,7 @@ def _run() -> int:  # noqa: PLR0911
             note(f"  what to do: {_next_command()} lists the options")
         if error.exit_code == INTERNAL:
             note("This is a fault of gemma-convert. Please report it with the command you ran.")
-        return error.exit_code
+        return exit_code(error)
     except (KeyboardInterrupt, SystemExit) as ending:
         if isinstance(ending, SystemExit) and ending.code != INTERRUPTED:  # typer's word for it
             return ending.code if isinstance(ending.code, int) else bool(ending.code)
@@ -126,10 +124,10 @@ def _run() -> int:  # noqa: PLR0911
             f"error: {error}\n"
             "  what to do: this command needs more packages: pip install 'gemma-convert[check]'"
         )
-        return UsageError.exit_code
+        return exit_code(error)
     except OSError as error:
         note(f"error: {error.strerror or error}\n  where: {shown(error.filename)}")
-        return SourceError.exit_code
+        return exit_code(error)
     except Exception:  # the last resort: a traceback here is our own fault
         return _own_fault()
     return 0

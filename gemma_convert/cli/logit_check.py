@@ -111,7 +111,7 @@ def command(
       gemma-convert logit-check gemma-4-E2B-it run/checkpoints/1000 --settings out/maxtext.yml
     """
     from gemma_convert.cli.allocator import return_large_blocks
-    from gemma_convert.engine.lockstep import is_leader, joined
+    from gemma_convert.engine.joined import is_leader, joined
     from gemma_convert.logits.check import logit_check
     from gemma_convert.logits.report import render
     from gemma_convert.logits.report_file import ReportFiles
@@ -119,7 +119,7 @@ def command(
 
     return_large_blocks()
     files = ReportFiles(html=report, junit=junit, overwrite=overwrite)
-    with joined(coordinator, processes, process, distributed):
+    with joined(coordinator, processes, process, distributed, devices=True):
         leads = is_leader()
         if leads:
             files.check()

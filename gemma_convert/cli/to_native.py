@@ -133,36 +133,38 @@ def command(
       gemma-convert to-native gemma-4-31B-it out --format maxtext --scan-layers --verify
     """
     from gemma_convert.cli.allocator import reuse_large_blocks
-    from gemma_convert.engine.processes import join
+    from gemma_convert.engine.joined import joined
     from gemma_convert.output import ProgressBar, note, printable, show, show_json
     from gemma_convert.tasks.to_native import to_native
 
     reuse_large_blocks()
-    together = join(coordinator, processes, process, distributed)
-    report = to_native(
-        source,
-        target,
-        layout=layout,
-        like=like,
-        scan_layers=scan_layers,
-        dtype=dtype.value,
-        scaled_dtype=scaled_dtype.value,
-        text_only=text_only,
-        ocdbt=ocdbt,
-        compression=compression.value,
-        memory=parse_size("--memory", memory),
-        dry_run=dry_run,
-        accept_damage=accept_damage or (),
-        settings=settings or (),
-        ignore_facts=ignore_fact or (),
-        overwrite=overwrite,
-        resume=resume,
-        progress=ProgressBar,
-        processes=together,
-    )
-    if together.index:
+    with joined(coordinator, processes, process, distributed) as together:
+        report = to_native(
+            source,
+            target,
+            layout=layout,
+            like=like,
+            scan_layers=scan_layers,
+            dtype=dtype.value,
+            scaled_dtype=scaled_dtype.value,
+            text_only=text_only,
+            ocdbt=ocdbt,
+            compression=compression.value,
+            memory=parse_size("--memory", memory),
+            dry_run=dry_run,
+            accept_damage=accept_damage or (),
+            settings=settings or (),
+            ignore_facts=ignore_fact or (),
+            overwrite=overwrite,
+            resume=resume,
+            progress=ProgressBar,
+            processes=together,
+        )
+        checked = verify and not dry_run and together.leads
+        proof = _verified(source, target) if checked else None
+        together.step()
+    if not together.leads:
         return
-    proof = _verified(source, target) if verify and not dry_run else None
     if report.already_complete:
         note(f"{target} is complete already, and what this run would write: nothing is left to do")
     for row in report.lossy_rows:

@@ -6,25 +6,14 @@ What they exchange goes through the key-value store of JAX's coordination servic
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
+from gemma_convert.engine.processes import Processes
 from gemma_convert.errors import UsageError
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """The store of all processes; this one is number `process` of `processes`."""
-
-    client: Any
-    process: int
-    processes: int
 
 
 def connect(
     coordinator: str | None, processes: int | None, process: int | None, detect: bool
-) -> Cluster | None:
-    """The cluster that the arguments name; None without arguments: one process by itself.
+) -> Processes:
+    """The processes that the arguments name; without arguments one by itself.
 
     `coordinator` is the HOST:PORT where process 0 listens; `detect` asks JAX to find all of this in
     the environment of a TPU pod, SLURM or MPI. No device is touched. Raises UsageError for
@@ -32,7 +21,7 @@ def connect(
     """
     given = (coordinator, processes, process)
     if given == (None, None, None) and not detect:
-        return None
+        return Processes()
     _check(coordinator, processes, process, detect)
     import jax
     from jax._src import distributed
@@ -42,7 +31,7 @@ def connect(
     except (ValueError, RuntimeError) as error:
         raise not_joined(error) from error
     state = distributed.global_state
-    return Cluster(state.client, state.process_id, state.num_processes)
+    return Processes(state.client, state.process_id, state.num_processes)
 
 
 def not_joined(error: BaseException) -> UsageError:

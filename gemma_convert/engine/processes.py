@@ -1,138 +1,114 @@
-"""Several processes that work on one conversion: who does what, and waiting for one another.
+"""Several processes that work on one job: in step, and ending together.
 
-No accelerator is touched, and nothing but short texts goes over the network.
+They exchange short texts through the key-value store of JAX's coordination service, which process 0
+runs: it leads. The first failure of any process is that of the job, with one exit code for all.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from math import inf
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
-from gemma_convert.engine.cluster import Cluster, connect
-from gemma_convert.errors import TargetError
-from gemma_convert.output import Progress
+from gemma_convert.errors import INTERRUPTED, GemmaConvertError, TargetError, exit_code
 
-POLL_S = 0.1
 CHECK_S = 1.0
+"""A process that waits looks as often whether another has failed."""
+
 LINGER_S = 10.0
-"""The longest time that the leader waits for the others to end, when one has failed."""
+"""The longest time that a process which ends waits for others to hear why."""
 
-_PREFIX = "gemma-convert/"
+_NO_VALUE = ("NOT_FOUND", "DEADLINE_EXCEEDED", "ALREADY_EXISTS")
 
 
-class Processes(Protocol):
-    """The processes of one job; `index` is this one's number, and 0 leads."""
+@dataclass
+class Processes:
+    """The processes of one job, of which this one is number `index`; one alone without `client`."""
+
+    client: Any = None
+    index: int = 0
+    count: int = 1
+    _steps: int = field(default=0, init=False)
+    _told: bool | None = field(default=None, init=False)
 
     @property
-    def index(self) -> int: ...
+    def leads(self) -> bool:
+        """Whether this is process 0, which reports and publishes, or the only one."""
+        return not self.index
 
-    @property
-    def count(self) -> int: ...
+    def step(self) -> None:
+        """Returns when all have come as far; raises what `check` raises."""
+        place = f"step/{self._steps}"
+        if not self.leads:
+            self._say(f"{place}/{self.index}")
+        for other in self._partners:
+            self._hear(f"{place}/{other}")
+        if self.leads:
+            self._say(f"{place}/0")
+        self._steps += 1
 
-    def wait(self, step: str) -> None:
-        """Returns when all have come to `step`; TargetError where one of them has failed."""
+    def publish(self, text: str) -> None:
+        """Gives `text` of process 0 to the others, who have it from `published`."""
+        self.step()
+        self._say(f"text/{self._steps}", text)
+
+    def published(self) -> str:
+        """What process 0 has given to `publish`, for the others."""
+        if self.leads:
+            raise ValueError("there is no other process")
+        self.step()
+        return self._hear(f"text/{self._steps}")
 
     def check(self) -> None:
-        """Raises TargetError where another process has failed."""
+        """Raises the job's failure, where it is that of another process.
+
+        It has the other's exit code; TargetError where process 0 cannot be reached.
+        """
+        said = self._call("key_value_dir_get", "failure/")
+        process, code, text = said[0][1].split(" ", 2) if said else (self.index, 0, "")
+        if int(process) == self.index:
+            return
+        if int(code) == INTERRUPTED:
+            raise KeyboardInterrupt(f"process {process}")
+        failure = GemmaConvertError(
+            f"Process {process} failed.",
+            found=text,
+            do="start all processes again when the cause is gone",
+        )
+        failure.exit_code = int(code)
+        raise failure
 
     def fail(self, error: BaseException) -> None:
         """Tells the others that this process ends with `error`, its writes done.
 
-        The leader waits for the others: it holds what they read, and removes what they write to.
+        Raises the failure of another process that came first. Process 0 waits for the others: it
+        holds what they read, and removes what they write to.
         """
-
-    def __enter__(self) -> Processes: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Tells the others of a failure, and leaves the job."""
-
-
-class OneProcess:
-    """A process by itself."""
-
-    index, count = 0, 1
-
-    def wait(self, step: str) -> None:
-        del step
-
-    def check(self) -> None:
-        pass
-
-    def fail(self, error: BaseException) -> None:
-        del error
-
-    def __enter__(self) -> OneProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-class Watched:
-    """A progress bar that looks now and then whether the other processes are still there."""
-
-    def __init__(self, bar: Progress, processes: Processes) -> None:
-        self._bar, self._processes = bar, processes
-        self._next = 0.0
-
-    def advance(self, count: int, name: str) -> None:
-        """Notes `count` bytes more; TargetError where another process has failed."""
-        self._bar.advance(count, name)
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + CHECK_S
-            self._processes.check()
-
-
-def join(
-    coordinator: str | None, processes: int | None, process: int | None, detect: bool
-) -> Processes:
-    """The processes that the arguments of `cluster.connect` name; one alone without arguments."""
-    cluster = connect(coordinator, processes, process, detect)
-    return OneProcess() if cluster is None else ClusterProcesses(cluster)
-
-
-class ClusterProcesses:
-    """The processes that `jax.distributed` has brought together."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self._client = cluster.client
-        self.index, self.count = cluster.process, cluster.processes
-
-    def wait(self, step: str) -> None:
-        place = f"{_PREFIX}step/{step}/"
-        self._call("key_value_set", f"{place}{self.index}", "reached")
-        while len(self._values(place)) < self.count:
+        known = isinstance(error, GemmaConvertError)
+        text = str(error) if known else f"{type(error).__name__}: {error}"
+        with suppress(TargetError):  # process 0 is gone
+            self._say("failure/first", f"{self.index} {exit_code(error)} {text}"[:2000])
+            self._say(f"left/{self.index}")
+            if self.leads:
+                self.told()
             self.check()
-            time.sleep(POLL_S)
 
-    def check(self) -> None:
-        for number, message in self._values(f"{_PREFIX}failed/"):
-            if number == str(self.index):
-                continue
-            raise TargetError(
-                "Another process of this conversion failed.",
-                where=f"process {number}",
-                found=message,
-                do="start all processes again when the cause is gone",
-            )
+    def told(self) -> bool:
+        """Whether those who must know of a failure do: process 0, or from process 0 the others.
 
-    def fail(self, error: BaseException) -> None:
-        message = f"{type(error).__name__}: {error}"[:2000]
-        self._call("key_value_set", f"{_PREFIX}failed/{self.index}", message, True)
-        ending = time.monotonic() + LINGER_S
-        while not self.index and time.monotonic() < ending:
-            if len(self._values(f"{_PREFIX}failed/")) == self.count:
-                return
-            time.sleep(POLL_S)
+        Before the first step nobody waits for this process elsewhere, so it waits for process 0.
+        """
+        if self._told is None:
+            patient = not self._steps and not self.leads
+            ending = inf if patient else time.monotonic() + LINGER_S
+            self._told = all(self._has_left(other, ending) for other in self._partners)
+        return self._told
 
-    def __enter__(self) -> ClusterProcesses:
+    def __enter__(self) -> Processes:
         return self
 
     def __exit__(
@@ -144,19 +120,46 @@ class ClusterProcesses:
         if value is not None:
             self.fail(value)
 
-    def _values(self, place: str) -> Sequence[tuple[str, str]]:
-        """(last part of the key, value) of everything below `place`."""
-        found = self._call("key_value_dir_get", place)
-        return [(key.rpartition("/")[2], value) for key, value in found]
+    @property
+    def _partners(self) -> Sequence[int]:
+        """Whom this process waits for: process 0 for all others, they for process 0."""
+        return range(1, self.count) if self.leads else (0,)
 
-    def _call(self, method: str, *arguments: object) -> Any:
+    def _has_left(self, other: int, ending: float) -> bool:
+        with suppress(TargetError):  # process 0 is gone
+            while self._wait(f"left/{other}") is None:
+                if time.monotonic() >= ending:
+                    return False
+            return True
+        return False
+
+    def _hear(self, key: str) -> str:
+        while (word := self._wait(key)) is None:
+            self.check()
+        return word
+
+    def _wait(self, key: str) -> str | None:
+        word: str | None = self._call("blocking_key_value_get", key, round(CHECK_S * 1000))
+        return word
+
+    def _say(self, key: str, word: str = "") -> None:
+        """Says `word`; what has been said stays."""
+        self._call("key_value_set", key, word)
+
+    def _call(self, method: str, key: str, *arguments: object) -> Any:
+        """What the store answers; None where it has no such value, or one already."""
+        if self.client is None:
+            return None
         import jax
 
         try:
-            return getattr(self._client, method)(*arguments)
+            return getattr(self.client, method)(f"gemma-convert/{key}", *arguments)
         except jax.errors.JaxRuntimeError as error:
+            found = str(error).splitlines()[0][:300]
+            if found.startswith(_NO_VALUE):
+                return None
             raise TargetError(
-                "The process that leads this conversion cannot be reached.",
-                found=str(error).splitlines()[0][:300],
+                "The process that leads cannot be reached.",
+                found=found,
                 do="start all processes again",
             ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TypeVar
 from gemma_convert.checkpoint import sidecar
 from gemma_convert.checkpoint.accounted import Strangers
 from gemma_convert.engine.journal import matches, remove_journals
-from gemma_convert.engine.processes import OneProcess, Processes, Watched
+from gemma_convert.engine.processes import CHECK_S, Processes
 from gemma_convert.engine.staging import StagedFolder, staged_folder
 from gemma_convert.errors import TargetError
 from gemma_convert.files.receipt import leave_receipt
@@ -57,8 +58,8 @@ def publish(
         return _publish_remotely(
             mirror, write, title=title, total=total, overwrite=overwrite, progress=progress
         )
-    processes = processes or OneProcess()
-    if processes.index:
+    processes = processes or Processes()
+    if not processes.leads:
         return _contribute(write, target, processes)
     with (
         StagedFolder(target, overwrite=overwrite, resume=resume, strangers=strangers) as staged,
@@ -68,14 +69,14 @@ def publish(
             if resume and not matches(staged.folder, key):
                 staged.clear()
             sidecar.remove(staged.folder)
-            processes.wait("made")
-            result = write(staged.folder, Watched(bar, processes))
+            processes.step()
+            result = write(staged.folder, _Watched(bar, processes))
             sync_folder(staged.folder)
         remove_journals(staged.folder, processes.count)
         if receipt:
             leave_receipt(staged.folder)
         staged.publish()
-    processes.wait("published")
+    processes.step()
     return result
 
 
@@ -90,7 +91,7 @@ def _publish_remotely(
 ) -> T:
     """What `write` returns, when all that it wrote is in the object store."""
     with (
-        _told(mirror.folder, OneProcess()),
+        _told(mirror.folder, Processes()),
         staged_objects(mirror, overwrite=overwrite) as mark,
     ):
         with progress_bar(progress, title, total) as bar:
@@ -102,7 +103,7 @@ def _publish_remotely(
 
 def _contribute(write: Callable[[Path, Progress], T], target: Path, processes: Processes) -> T:
     """What `write` returns in a process that does not lead, when the target is published."""
-    processes.wait("made")
+    processes.step()
     folder = staged_folder(target)
     with _told(target, processes):
         if not folder.is_dir():
@@ -111,25 +112,36 @@ def _contribute(write: Callable[[Path, Progress], T], target: Path, processes: P
                 where=folder,
                 do="choose a target on a file system that all processes share",
             )
-        result = write(folder, Watched(NoProgress(), processes))
-    processes.wait("published")
+        result = write(folder, _Watched(NoProgress(), processes))
+    processes.step()
     return result
+
+
+class _Watched:
+    """A progress bar that looks now and then whether the other processes are still there."""
+
+    def __init__(self, bar: Progress, processes: Processes) -> None:
+        self._bar, self._processes = bar, processes
+        self._next = 0.0
+
+    def advance(self, count: int, name: str) -> None:
+        """Notes `count` bytes more; raises what `Processes.check` raises."""
+        self._bar.advance(count, name)
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + CHECK_S
+            self._processes.check()
 
 
 @contextmanager
 def _told(target: Path, processes: Processes) -> Iterator[None]:
     """What the user, and the other processes, are told of an error, before the folder goes."""
-    try:
-        yield
-    except BaseException as error:
-        if processes.index:
-            processes.check()  # the other's failure, if it came first, may be why this one fails
-        processes.fail(error)
-        if not isinstance(error, OSError):
-            raise
-        raise TargetError(
-            "The target cannot be written.",
-            where=target,
-            found=error.strerror or error,
-            do="check free space and permissions of the target",
-        ) from error
+    with processes:
+        try:
+            yield
+        except OSError as error:
+            raise TargetError(
+                "The target cannot be written.",
+                where=target,
+                found=error.strerror or error,
+                do="check free space and permissions of the target",
+            ) from error

@@ -15,7 +15,7 @@ from gemma_convert.arrays.dtypes import TensorSpec, numpy_dtype
 from gemma_convert.checkpoint.layout import NativeStore
 from gemma_convert.engine.journal import Journal, journal_key
 from gemma_convert.engine.process_results import Regions, TransferResult, leave_part, take_part
-from gemma_convert.engine.processes import OneProcess, Processes
+from gemma_convert.engine.processes import Processes
 from gemma_convert.engine.transfer import BlockReader, Transfer, Values
 from gemma_convert.files.value_file import ValuesFrom
 from gemma_convert.mapping.plan import Plan, TargetTensor
@@ -42,7 +42,7 @@ class ResumableTransfer:
     values: Values
     create: Callable[[Path, int], NativeStore]
     source: Mapping[str, object]
-    processes: Processes = field(default_factory=OneProcess)
+    processes: Processes = field(default_factory=Processes)
     regions: Regions = field(default_factory=dict)
     array_metadata: Mapping[str, str] = field(default_factory=dict)
     value_file: Callable[[Path], ValuesFrom | None] = lambda _: None
@@ -101,10 +101,10 @@ class ResumableTransfer:
         index, count = self.processes.index, self.processes.count
         if index:
             leave_part(folder, index, result, self.regions)
-        self.processes.wait("transferred")
+        self.processes.step()
         if index:
             sync_folder(folder)
-        self.processes.wait("durable")
+        self.processes.step()
         if index:
             return result
         for other in range(1, count):

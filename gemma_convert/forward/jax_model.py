@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from gemma_convert.engine.lockstep import in_step
+from gemma_convert.engine.joined import in_step
 from gemma_convert.forward.arithmetic import head
 from gemma_convert.forward.decoder import final_hidden, stages
 from gemma_convert.forward.jax_layout import ForwardPass, JaxLayout, Tower

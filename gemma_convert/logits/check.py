@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from gemma_convert.engine.lockstep import is_leader, process_count, publish, published
+from gemma_convert.engine.joined import is_leader, process_count, publish, published
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.files.given_settings import GivenSettings, given_settings
 from gemma_convert.files.libraries import told_by_library
@@ -88,7 +88,7 @@ def logit_check(
     and in step, unless `whole_model` loads all of both, and then nothing is said of single layers.
     The native side is run by the facts that its framework is told: `settings` (files of the
     framework's, or KEY=VALUE), those that lie beside the checkpoint, or the framework's own model.
-    Several processes (`gemma_convert.engine.lockstep`) get the report of process 0, which alone
+    Several processes (`gemma_convert.engine.joined`) get the report of process 0, which alone
     runs the reference, without what it has of single tokens.
     Either side may be on the hub (`gemma_convert.stores.remote.locations`).
     Raises SourceError where a side cannot be read or the two do not fit, UsageError for options

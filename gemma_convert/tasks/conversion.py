@@ -23,7 +23,7 @@ from gemma_convert.checkpoint.manifest import PLACE, write_manifest
 from gemma_convert.checkpoint.seal import seal_files
 from gemma_convert.engine.casting import Casting, Losses
 from gemma_convert.engine.process_results import TransferResult
-from gemma_convert.engine.processes import OneProcess, Processes
+from gemma_convert.engine.processes import Processes
 from gemma_convert.engine.publishing import ProgressFactory, publish
 from gemma_convert.engine.resumable import SPARE_BYTES, ResumableTransfer
 from gemma_convert.engine.transfer import HuggingFaceTensors
@@ -85,7 +85,7 @@ class Conversion:
     unchanged: Unchanged
     checkpoint: Checkpoint | None = None
     native_arrays: Sequence[str] = ()
-    processes: Processes = field(default_factory=OneProcess)
+    processes: Processes = field(default_factory=Processes)
 
     def needed_bytes(self) -> int:
         """Bytes that the target may take; tensors that may have to be carried count twice.

@@ -13,7 +13,7 @@ from gemma_convert.checkpoint import sidecar
 from gemma_convert.engine.huggingface_view import plan_relayout
 from gemma_convert.engine.memory import block_bytes
 from gemma_convert.engine.process_results import TransferResult
-from gemma_convert.engine.processes import OneProcess, Processes
+from gemma_convert.engine.processes import Processes
 from gemma_convert.engine.publishing import ProgressFactory
 from gemma_convert.engine.staging import check_apart, check_space, check_target
 from gemma_convert.errors import UsageError
@@ -65,14 +65,15 @@ def to_native(
     is no longer marked as unfinished, when everything is in it. About `memory` bytes of anonymous
     memory are taken, 512 MiB by default. Several `processes` that share file systems,
     each of which makes the same call, divide the work. Raises SourceError, TargetError or
-    UsageError with one clear message; then nothing is left behind.
+    UsageError with one clear message, and GemmaConvertError for what another process met; then
+    nothing is left behind.
     """
     started = time.monotonic()
     policy, form = DTypePolicy(dtype, scaled_dtype), OrbaxFormat(ocdbt, compression)
     load_table(layout)
     limit = block_bytes(memory)
     with ExitStack() as stack:
-        processes = stack.enter_context(processes or OneProcess())
+        processes = stack.enter_context(processes or Processes())
         output = local_target(target, stack)
         check_remote_options(output, resume=resume, processes=processes.count)
         folder = local(source, stack, headers=dry_run)
@@ -122,7 +123,7 @@ def to_native(
         if resume and conversion_stands(job):
             report = job.report(TransferResult(), started, dry_run=False)
             return replace(report, already_complete=True, bytes_per_second=0.0)
-        if not processes.index:
+        if processes.leads:
             check_target(output, overwrite=overwrite)
             check_space(output, job.needed_bytes())
         result = job.run(overwrite=overwrite, resume=resume, progress=progress)
