@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from cases import SHALLOW
+from compiling import QUICK_XLA
 from filelock import FileLock
 from hypothesis import settings
 
@@ -21,6 +22,9 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 """What one test has compiled, the others load, in every worker and subprocess."""
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+"""Test workers share the cores; torch's threads on top of them only get in the way."""
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 """A shell has jobs in the background ignore Ctrl-C, and what they start inherits that."""
@@ -33,6 +37,12 @@ MANY, HALVED, HERE = 6, 2, Path(__file__).parent
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every", action="store_true", help="all cases, and the large tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """`--every` lets XLA compile as it does for users; processes that tests start inherit this."""
+    if not config.getoption("--every"):
+        os.environ.setdefault("XLA_FLAGS", QUICK_XLA)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -57,14 +67,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         seen[name] += 1
     config.hook.pytest_deselected(items=left)
     items[:] = kept
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_torch_thread() -> None:
-    """Test workers share the cores; torch's threads on top of them only get in the way."""
-    import torch
-
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)

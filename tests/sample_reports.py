@@ -8,6 +8,7 @@ from dataclasses import replace
 from gemma_convert.logits.divergence import Divergence, WorstToken
 from gemma_convert.logits.drift import Drift
 from gemma_convert.logits.fingerprint import Fingerprint
+from gemma_convert.logits.local import LocalCheck, Part
 from gemma_convert.logits.report import LogitReport
 from gemma_convert.logits.tokens import Candidate, CheckedSequence, Prediction
 
@@ -58,6 +59,14 @@ def prediction(one: CheckedSequence, swapped: bool = False) -> Prediction:
     return Prediction(behind, tuple(ours), tuple(theirs))
 
 
+def parts(error: float = 2e-7) -> LocalCheck:
+    """Four parts, of which the second layer has this error."""
+    names = ("the embedding", "layer 0", "layer 1", "the final norm", "the head")
+    errors = (0.0, 1e-7, error, 2e-7, 1e-7)
+    found = (Part(name, one, 1.5e-7) for name, one in zip(names, errors, strict=True))
+    return LocalCheck(tuple(found), "float32")
+
+
 def report(*checked: CheckedSequence, **changes: object) -> LogitReport:
     """A report on these sequences, in float32 with a limit of 1e-5."""
     checked = checked or (sequence(), sequence("code", 25), with_image())
@@ -80,6 +89,8 @@ def report(*checked: CheckedSequence, **changes: object) -> LogitReport:
             max_logit_difference=1.25e-3,
         ),
         drift=Drift(1e-7, (2e-7, 3e-7, 5e-7, 8e-7), 9e-7, 2e-3),
+        local=parts(),
+        noise_floor=3e-9,
         sequences=len(checked),
         longest_sequence=max(len(one.ids) for one in checked),
         sliding_window=512,
@@ -112,6 +123,7 @@ def failed() -> LogitReport:
         sequence("code", 25, scale=1e-7),
         with_image(scale=1e-5),
         drift=Drift(1e-7, (2e-7, 3e-7, 5e-2, 8e-2), 9e-2, 2e-3),
+        local=parts(5e-2),
         warnings=("No sequence is longer than the sliding window <512>.",),
     )
 

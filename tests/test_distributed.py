@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from compiling import QUICK_XLA
 from key_value_store import Store
 from native_checkpoints import alter
 from PIL import Image
@@ -44,7 +45,7 @@ def free_port():
 def run_pair(arguments, of_second=None, devices=1):
     """Exit code, stdout and stderr of two processes that check together through the real CLI."""
     joining = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process"]
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{QUICK_XLA} --xla_force_host_platform_device_count={devices}"
     running = [
         subprocess.Popen(
             [
@@ -57,7 +58,7 @@ def run_pair(arguments, of_second=None, devices=1):
                 str(n),
             ],
             cwd=ROOT,
-            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

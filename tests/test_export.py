@@ -291,6 +291,7 @@ def differing(left: Leaves, right: Leaves) -> set[str]:
     return {name for name in left if not same_bits(left[name], right[name])}
 
 
+@pytest.mark.share(3)  # the first and the last of four: each value once
 @pytest.mark.parametrize(("family", "scanned"), [("e2b", False), ("26b-a4b", True)])
 @pytest.mark.parametrize("head", [False, True])
 def test_embedding_stored_in_bfloat16_alone_differs(copied, tmp_path, family, scanned, head):
@@ -315,6 +316,7 @@ def test_embedding_stored_in_bfloat16_alone_differs(copied, tmp_path, family, sc
     )
 
 
+@pytest.mark.share(3)  # the first and the last of four: each value once
 @pytest.mark.parametrize("stored", ["float32", "float16"])
 @pytest.mark.parametrize(("family", "scanned"), [("e4b", False), ("26b-a4b", True)])
 def test_weights_stored_in_bfloat16_differ_where_numpy_says(
@@ -721,6 +723,7 @@ def test_arrays_sharded_over_devices_come_back(shallow, tmp_path, monkeypatch):
 # Options.
 
 
+@pytest.mark.share(3)  # the first and the last of four: each value once
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("family", PLE_FAMILIES)
 def test_omitting_leftovers_drops_exactly_them(copied, shallow, tmp_path, family, shards):
@@ -760,6 +763,7 @@ def check_weight_map(folder: Path) -> None:
     assert json.loads((folder / INDEX).read_text())["weight_map"] == placed
 
 
+@pytest.mark.share(3)  # the first and the last of four: each value once
 @pytest.mark.parametrize(("family", "shards"), [("e2b", 1), ("31b", 3)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_dtype_edits_the_words_of_the_config_and_casts(shallow, tmp_path, family, shards, dtype):

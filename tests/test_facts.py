@@ -139,7 +139,7 @@ def test_what_differs_is_printed_and_written_and_run_by(shallow, tmp_path, fact)
     model.write_text(yaml.safe_dump(settings))
     assert "models/gemma4-31b.yml" in verify(out).different
     wrong = logit_check(source, out, tokens=40)
-    assert wrong.passed == (fact == "tiny epsilon")  # it moves nothing that can be seen
+    assert not wrong.passed
     assert any(".".join(path) in warning for warning in wrong.warnings)
 
 

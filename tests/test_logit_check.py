@@ -100,7 +100,7 @@ def test_right_conversion_is_proven(dense, native):
     assert report.limit == 1e-5 and report.warnings == () and report.lossy_rows == ()
     assert report.longest_sequence > report.sliding_window == 7
     found = strict_json(report)
-    assert found["schema"] == "gemma-convert/logit-check/1" and found["nan"] == []
+    assert found["schema"] == "gemma-convert/logit-check/2" and found["nan"] == []
     assert found["tokens"] == 24 * 3 + 39 and found["sequences"] == 4
     assert {"jax", "torch", "transformers", "orbax-checkpoint"} <= found["versions"].keys()
     assert found["worst_token"]["kl"] == report.divergence.kl_max
@@ -245,8 +245,8 @@ def test_weights_rounded_from_float32_are_lossy(dense, tmp_path):
 
 def test_bfloat16_is_an_indication(dense, native):
     report = logit_check(dense.hf, native, dtype="bfloat16")
-    assert report.limit == 0.03 and not report.proof and "bfloat16" in report.warnings[0]
-    assert 1e-5 < report.divergence.kl_max < 0.03
+    assert report.limit >= 0.03 and not report.proof and "bfloat16" in report.warnings[0]
+    assert 1e-5 < report.divergence.kl_max < 0.03 and report.local.passed
     assert strict_json(report)["dtype"] == "bfloat16"
 
 
@@ -357,7 +357,7 @@ def test_maxtexts_rounded_embedding_is_told_apart(oracle):
     name = "26b-a4b_scanned_bfloat16"
     hf = oracle / "hf" / "26b-a4b"
     report = logit_check(hf, oracle / "maxtext" / name, settings=pairs(hf))
-    assert not report.proof and report.limit == 0.03
+    assert not report.proof and report.limit >= 0.03 and report.local.noise == "bfloat16"
     assert report.divergence.kl_max > 1e-2
 
 

@@ -64,14 +64,21 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", NAMINGS)
-def test_there_and_back(kind, layout, shallow, tmp_path):
+IN_LAYOUTS = [
+    (kind, LAYOUTS[(first + shift) % len(LAYOUTS)])
+    for first, kind in enumerate(NAMINGS)
+    for shift in range(len(LAYOUTS))
+]
+"""Every naming in every layout; each naming begins with another layout than the one before."""
+
+
+@pytest.mark.share(len(LAYOUTS))
+@pytest.mark.parametrize(("kind", "layout"), IN_LAYOUTS)
+def test_there_and_back(kind, layout, shallow, converted, tmp_path):
     plain = shallow("31b", shards=3)
     source = rename(plain, tmp_path / "t", NAMINGS[kind])
-    native, direct = tmp_path / "n", tmp_path / "direct"
+    native, direct = tmp_path / "n", converted(plain, layout)
     to_native(source, native, layout=layout)
-    to_native(plain, direct, layout=layout)
     regions = [
         json.loads((folder / "hf/gemma-convert/manifest.json").read_text())["regions"]
         for folder in (native, direct)
@@ -85,6 +92,7 @@ def test_there_and_back(kind, layout, shallow, tmp_path):
     assert inspect(source).coverage.complete
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("kind", NAMINGS)
 def test_the_check_runs_on_them(kind, shallow, converted, tmp_path):
     plain = shallow("31b")

@@ -404,7 +404,8 @@ def test_shapes_that_do_not_fit_are_named(case, kind, tmp_path):
 # The library's own trees
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.share(2)
+@pytest.mark.parametrize("family", FAMILIES[::-1])  # those that are not run over a stored tree
 def test_the_librarys_own_trees_give_its_own_logits(oracle, family):
     items = oracle / "gemma_jax" / family
     text = read_architecture(oracle / "hf" / family).text

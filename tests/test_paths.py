@@ -32,7 +32,7 @@ def run(*arguments: object, code: int = 0) -> str:
 @pytest.fixture
 def beside(tmp_path: Path, shallow, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with `t`, a tiny checkpoint, and `a`, in which commands are started."""
-    (tmp_path / "t").symlink_to(shallow("31b", scanned=True))
+    (tmp_path / "t").symlink_to(shallow("31b"))
     (tmp_path / "a").mkdir()
     monkeypatch.chdir(tmp_path / "a")
     return tmp_path

@@ -15,6 +15,7 @@ from gemma_convert import SourceError, logit_check, to_hf, to_native, verify
 from gemma_convert.model.config import read_architecture
 from gemma_convert.model.facts import facts_of
 
+FILES = {"maxtext": "maxtext.yml", "gemma-jax": "gemma.json", "fast-llm": "metadata.yaml"}
 SETTINGS = {"maxtext": "models/gemma4-31b.yml", "gemma-jax": "gemma.json"}
 
 
@@ -317,7 +318,9 @@ def test_without_an_original_settings_make_config_json(shallow, converted, tmp_p
     source = shallow(model, text_only=True)
     out = shutil.copytree(converted(source, layout), tmp_path / "out")
     shutil.rmtree(out / "hf")
-    report = to_hf(out, tmp_path / "back")
+    with pytest.raises(SourceError, match="no sidecar"):
+        to_hf(out, tmp_path / "back")
+    report = to_hf(out, tmp_path / "back", settings=[str(out / FILES[layout])])
     assert report.made_from_settings and not report.sealed
     before, after = (read_architecture(folder) for folder in (source, tmp_path / "back"))
     assert facts_of(before) == facts_of(after)
@@ -327,19 +330,18 @@ def test_without_an_original_settings_make_config_json(shallow, converted, tmp_p
 def test_towers_need_an_original(shallow, converted, tmp_path):
     out = shutil.copytree(converted(shallow("31b"), "maxtext"), tmp_path / "out")
     shutil.rmtree(out / "hf")
+    settings = [str(out / "maxtext.yml")]
     with pytest.raises(SourceError, match="what the towers"):
-        to_hf(out, tmp_path / "back")
-    assert to_hf(out, tmp_path / "back", text_only=True).made_from_settings
-    shutil.rmtree(out / "models")
-    (out / "maxtext.yml").unlink()
+        to_hf(out, tmp_path / "back", settings=settings)
+    assert to_hf(out, tmp_path / "back", settings=settings, text_only=True).made_from_settings
     code, _, errors = said("to-hf", out, tmp_path / "again")
-    assert (code, "no sidecar" in errors, "--like" in errors) == (3, True, True)
+    assert (code, "--like" in errors, "--settings" in errors) == (3, True, True)
 
 
 def test_an_untied_head_is_among_what_settings_say(shallow, converted, tmp_path):
     source = shallow("31b", text_only=True, untied=True)
     out = shutil.copytree(converted(source, "fast-llm"), tmp_path / "out")
     shutil.rmtree(out / "hf")
-    to_hf(out, tmp_path / "back")
+    to_hf(out, tmp_path / "back", settings=[str(out / "metadata.yaml")])
     assert not read_architecture(tmp_path / "back").text.tied
     assert logit_check(tmp_path / "back", converted(source, "fast-llm"), tokens=20).passed

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import ml_dtypes
 import numpy as np
 import pytest
+from compiling import QUICK_XLA
 from PIL import Image
 from test_sounds import noise, write
 
@@ -44,7 +45,7 @@ CASES = {
 UNTIED = {"ignore_facts": ("text_config.final_logit_softcapping",)}
 WHOLE = ("maxtext 31b scanned", "gemma-jax 26b-a4b", "maxtext 31b untied")
 SENSED = ("maxtext 26b-a4b", "gemma-jax e2b")
-"""Those that are given an image too, and a sound where the model hears."""
+"""Those that are given an image, and a sound where the model hears; the others are given text."""
 
 
 def logits_of(job, whole):
@@ -58,11 +59,12 @@ def logits_of(job, whole):
 def _logits_of(job, whole):
     hf = Path(job["hf"])
     architecture = read_architecture(hf)
-    sequences = token_sequences(hf, architecture, [], 3)
     if job["sensed"]:
-        sequences += image_sequences(hf, architecture, [Path(job["image"])])
+        sequences = image_sequences(hf, architecture, [Path(job["image"])])
         if architecture.audio is not None:
             sequences += sound_sequences(hf, architecture, [Path(job["sound"])])
+    else:
+        sequences = token_sequences(hf, architecture, [], 3)
     model, text = open_model(Path(job["native"]), architecture), architecture.text
     if whole:
         ours = model.run(sequences, "float32")
@@ -240,10 +242,7 @@ def found(request, jobs, tmp_path_factory):
     ).result()
     store.write(values).result()
     code = f"import test_sharding; test_sharding.eight_devices(test_sharding.Path({str(folder)!r}))"
-    flags = (
-        f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0 "
-        "--xla_llvm_disable_expensive_passes=true"  # it compiles twice as fast, and runs little
-    )
+    flags = f"{QUICK_XLA} --xla_force_host_platform_device_count={DEVICES}"
     path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=1500)

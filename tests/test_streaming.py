@@ -92,7 +92,10 @@ def test_layer_by_layer_is_the_whole_model_bit_for_bit(family, tiny, prompts):
             assert np.array_equal(found[index], state)
     vocab = whole.architecture.text.vocab
     parts = [slice(0, 100), slice(100, 101), slice(101, vocab)]
-    found = np.concatenate(list(one.logits(parts)), axis=1)
+    slices = one.logits(parts)
+    first = next(slices)
+    assert torch.is_grad_enabled(), "what follows between slices is not the model's"
+    found = np.concatenate([first, *slices], axis=1)
     expected = [whole.head(whole.hidden(sequence))[sequence.compared] for sequence in sequences]
     assert np.abs(found - np.concatenate(expected)).max() < 1e-4
     assert one.device == whole.device_name

@@ -137,7 +137,7 @@ def test_usage_errors(native, out):
 def test_bad_sources(shallow, native, out):
     assert "no Orbax checkpoint" in export_fails(3, out, shallow("31b"), out)
     other = shallow("26b-a4b")
-    assert "of another shape" in export_fails(3, out, native, out, "--like", other)
+    assert "--like" in export_fails(3, out, native, out, "--like", other)
     manifest = native / "hf" / "gemma-convert" / "manifest.json"
     kept = manifest.read_text()
     manifest.write_text(kept[:-20])
@@ -148,7 +148,7 @@ def test_bad_sources(shallow, native, out):
     assert "manifest is malformed" in export_fails(3, out, native, out)
     shutil.rmtree(native / "hf")
     message = export_fails(3, out, native, out)
-    assert "it has no original" in message
+    assert "there is no sidecar" in message
     assert "--like" in message
     kernel = next((native / "0" / "items").glob("*layers_3.mlp.wo.kernel"))
     next(path for path in kernel.iterdir() if path.name[0] != ".").write_bytes(b"rubbish")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ class Original:
         if self.stored is not None:
             self.stored.close()
 
-    @property
+    @cached_property
     def specs(self) -> dict[str, TensorSpec]:
         """Name → spec of every tensor of the original, in file order."""
         return {tensor.name: tensor.spec for shard in self.shards for tensor in shard.tensors}
@@ -119,7 +120,8 @@ def open_original(native: Path, like: Path | None) -> Original:
             "Nothing says what the Hugging Face original was: there is no sidecar.",
             where=native if like is None else like,
             expected=f"{sidecar.FOLDER}/config.json beside the checkpoint",
-            do="name the original, or a converted checkpoint of it, with --like",
+            do="name the original, or a converted checkpoint of it, with --like; or, for the text "
+            "model alone, what the framework was told with --settings",
         )
     return _from_sidecar(root)
 

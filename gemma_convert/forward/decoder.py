@@ -9,7 +9,7 @@ and logits are float32, and float32 products are float32 on every accelerator.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
@@ -160,6 +160,18 @@ class Kind:
     experts_per_token: int
 
 
+class Handed(Protocol):
+    """States [batch length embed] of all prompts that come from elsewhere, and what became of them.
+
+    `inputs` are those that lead to the stage that runs next.
+    """
+
+    @property
+    def inputs(self) -> Sequence[jax.Array]: ...
+
+    outputs: Sequence[jax.Array] | None
+
+
 def final_hidden(
     weights: DecoderWeights, text: TextArchitecture, prompts: Sequence[Prompt], dtype: Dtype
 ) -> list[Float[Array, "batch length embed"]]:
@@ -171,12 +183,18 @@ def final_hidden(
 
 
 def stages(
-    weights: DecoderWeights, text: TextArchitecture, prompts: Sequence[Prompt], dtype: Dtype
+    weights: DecoderWeights,
+    text: TextArchitecture,
+    prompts: Sequence[Prompt],
+    dtype: Dtype,
+    handed: Handed | None = None,
 ) -> Iterator[list[Float[Array, "batch length embed"]]]:
     """The states of `prompts` [batch length embed]: embedded, behind each layer, behind the norm.
 
     Every layer's weights are read and put on the devices once, for all prompts, and dropped before
-    its states are given, which are whole on every device.
+    its states are given, which are whole on every device. Layers and norm are run on `handed`
+    states too, which are asked for before each of them; those that share keys and values then
+    attend to those that were made of handed states.
     """
     states = [embed(weights, text, prompt, dtype) for prompt in prompts]
     inputs = [
@@ -189,24 +207,47 @@ def stages(
         for prompt in prompts
     ]
     kept: dict[tuple[int, int], KeysAndValues] = {}
+    kept_of_handed: dict[tuple[int, int], KeysAndValues] = {}
     yield list(states)
     for facts in text.layers:
         mine = place_all(weights.layer(facts.index), weights.layer_axes(facts.index))
-        kind = kind_of(text, facts)
-        for number, ple in enumerate(inputs):
-            states[number], keys_values = layer(
-                mine,
-                states[number],
-                None if ple is None else ple[:, :, facts.index],
-                None if facts.owns_kv else kept[number, facts.kv_source],
-                images[number] if facts.sliding else None,
-                kind,
-            )
-            if facts.index in sources:
-                kept[number, facts.index] = keys_values
-        del mine
+        run = partial(_run_layer, mine, facts, kind_of(text, facts), inputs, images, sources)
+        if handed is not None:
+            handed.outputs = run([state.astype(dtype) for state in handed.inputs], kept_of_handed)
+        states = run(states, kept)
+        del mine, run
         yield list(states)
-    yield [rms_norm(state, weights.final_scale(), text.norm_epsilon) for state in states]
+    norm = partial(rms_norm, scale=weights.final_scale(), epsilon=text.norm_epsilon)
+    if handed is not None:
+        handed.outputs = [norm(state.astype(dtype)) for state in handed.inputs]
+    yield [norm(state) for state in states]
+
+
+def _run_layer(
+    weights: LayerWeights,
+    facts: Layer,
+    kind: Kind,
+    per_layer: Sequence[jax.Array | None],
+    images: Sequence[jax.Array | None],
+    sources: Collection[int],
+    states: Sequence[jax.Array],
+    kept: dict[tuple[int, int], KeysAndValues],
+) -> list[jax.Array]:
+    """The states of all prompts behind one layer; `kept` are keys and values that are shared."""
+    after = []
+    for number, (state, ple) in enumerate(zip(states, per_layer, strict=True)):
+        out, keys_values = layer(
+            weights,
+            state,
+            None if ple is None else ple[:, :, facts.index],
+            None if facts.owns_kv else kept[number, facts.kv_source],
+            images[number] if facts.sliding else None,
+            kind,
+        )
+        if facts.index in sources:
+            kept[number, facts.index] = keys_values
+        after.append(out)
+    return after
 
 
 def kind_of(text: TextArchitecture, facts: Layer) -> Kind:

@@ -7,6 +7,7 @@ mistakes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -49,11 +50,28 @@ class VocabularySlices(Protocol):
         """Logits [positions width] of each slice, of all sequences' compared positions in order."""
 
 
+@dataclass
+class Given:
+    """The reference's states, which each layer of a native model is run on beside its own.
+
+    `inputs` are put there before a stage and are what led to it; `outputs` are what the stage made
+    of them, None where it has no inputs. `rows` [positions embed] go through the head as well.
+    """
+
+    inputs: States | None = None
+    outputs: States | None = None
+    rows: Logits | None = None
+
+
 class Streamed(VocabularySlices, Protocol):
     """A side that is run layer by layer; `stages` must have come to its end before `logits`."""
 
-    def stages(self) -> Iterator[States]:
-        """The states of each sequence: embedded, behind each layer, and behind the final norm."""
+    def stages(self, given: Given | None = None) -> Iterator[States]:
+        """The states of each sequence: embedded, behind each layer, and behind the final norm.
+
+        With `given` every stage is run on its inputs too. The head is then given its rows behind
+        the compared positions.
+        """
 
 
 class NativeModel(Protocol):

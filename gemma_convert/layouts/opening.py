@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,30 @@ from gemma_convert.model.huggingface_files import CONFIG
 class Checkpoint:
     """A native checkpoint that is open for reading.
 
-    `arrays` compares what is read with the seal; None where the checkpoint has none. `facts` are
-    those that its framework is told, where somebody has told it. `added_files` are those that
+    `arrays` compares what is read with the seal; None where the checkpoint has none. `settings` are
+    those that its framework was told, if not what lies beside it. `added_files` are those that
     nobody sealed, `accepted` those that may be damaged.
     """
 
     native: NativeSource
     original: Original
     arrays: SealedArrays | None
-    facts: NativeFacts | None
+    settings: GivenSettings
     added_files: tuple[str, ...] = ()
     accepted: tuple[str, ...] = ()
+
+    @cached_property
+    def facts(self) -> NativeFacts | None:
+        """The model as the framework was told it; None where nobody has told it anything.
+
+        Raises SourceError for settings that cannot be read, or are those of another model.
+        """
+        where = self.original.folder / CONFIG
+        facts = read_facts(self.native.folder, load_config(where), where, self.settings)
+        if facts is None or not facts.settings.written:
+            return None
+        facts.check_single()
+        return facts
 
     def check_carried(self, checksums: Mapping[str, str]) -> None:
         """Raises SourceError where carried tensors with these checksums are not the sealed ones."""
@@ -97,8 +111,8 @@ def open_checkpoint(
     `like` names its original; by default its sidecar says what that was. `settings` are what its
     framework was told (files, or KEY=VALUE), if not what lies beside it. Raises SourceError where
     a file of the checkpoint or of its original is not what was sealed, unless `accept` names it;
-    settings may be edited, not lost. Where there is no original, settings that say all of a model
-    say what its text model is.
+    settings may be edited, not lost. Where there is no original, `settings` say what the text
+    model is.
     """
     added: dict[str, str] = {}
     root = sidecar.sidecar_root(path)
@@ -113,18 +127,14 @@ def open_checkpoint(
             added |= refuse_damage(other, theirs or {}, accept, sidecar.FOLDER + "/")
     given = given_settings(settings)
     made = None
-    if like is None and root is None:
+    if like is None and root is None and given:
         made = _text_original(native, given, stack)
     original = made or stack.enter_context(open_original(native.folder, like))
     arrays = None
     if manifest is not None:
         arrays = SealedArrays(native, manifest)
         native = arrays.native
-    facts = read_facts(native.folder, load_config(original.folder), original.folder / CONFIG, given)
-    if facts is not None:
-        facts.check_single()
-    told = facts if facts is not None and facts.settings.written else None
-    return Checkpoint(native, original, arrays, told, tuple(added), tuple(accept))
+    return Checkpoint(native, original, arrays, given, tuple(added), tuple(accept))
 
 
 def _text_original(native: NativeSource, given: GivenSettings, stack: ExitStack) -> Original | None:

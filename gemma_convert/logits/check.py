@@ -23,18 +23,18 @@ from gemma_convert.forward.native_model import (
     Dtype,
     LogitSource,
     NativeModel,
-    Streamed,
     check_towers,
 )
 from gemma_convert.layouts.opening import check_seal
 from gemma_convert.layouts.registry import open_model, read_facts
 from gemma_convert.logits.achieved import forward_flops
 from gemma_convert.logits.divergence import Accumulator
-from gemma_convert.logits.drift import TOLERANCE, Drift
+from gemma_convert.logits.drift import TOLERANCE, Drift, drift_of
 from gemma_convert.logits.fingerprint import fingerprints
 from gemma_convert.logits.golden import SLICE_BYTES, Golden, load_golden
 from gemma_convert.logits.layerwise import LayerwiseReference
 from gemma_convert.logits.limit import choose_limit, find_lossy_rows
+from gemma_convert.logits.local import LocalCheck, LocalRun
 from gemma_convert.logits.reference import TransformersLogits, reference_config
 from gemma_convert.logits.report import LogitReport
 from gemma_convert.logits.sizes import check_sizes
@@ -43,6 +43,7 @@ from gemma_convert.logits.streaming import (
     compare_slices,
     compared_slices,
     run_in_step,
+    summed,
 )
 from gemma_convert.logits.tokens import checked_sequences, worst_predictions
 from gemma_convert.mapping.native_facts import NativeFacts
@@ -145,6 +146,7 @@ def _logit_check(
     if lossy_rows is None:
         lossy_rows = find_lossy_rows(model.folder, model.dtypes, model.scaled_dtype, architecture)
     limit = choose_limit(max_kl, dtype, lossy_rows)
+    noise: Dtype = "bfloat16" if lossy_rows else dtype
     stored = None if golden is None else _matching_golden(golden, hf, architecture)
     if stored is None:
         reference_config(hf, architecture)  # before the tokenizer, which would be blamed for it
@@ -166,17 +168,20 @@ def _logit_check(
     else:
         exact = dtype == "float32" and not lossy_rows
         tolerance = TOLERANCE if exact else None
-        found = _run_streamed(hf, stored, model, sequences, dtype, architecture, tolerance)
+        found = _run_streamed(hf, stored, model, sequences, dtype, architecture, tolerance, noise)
     longest, window = max(len(one.ids) for one in sequences), architecture.text.window
     divergence, by_token = found.compared.result(), found.compared.tokens()
+    limit = limit if max_kl is not None else limit.above(found.noise_floor)
     checked = checked_sequences(sequences, by_token)
     report = LogitReport(
-        passed=divergence.within(limit.kl),
+        passed=divergence.within(limit.kl) and (found.local is None or found.local.passed),
         proof=limit.proof,
         limit=limit.kl,
         limit_reason=limit.reason,
         divergence=divergence,
         drift=found.drift,
+        local=found.local,
+        noise_floor=found.noise_floor,
         sequences=len(sequences),
         longest_sequence=longest,
         sliding_window=window,
@@ -215,6 +220,8 @@ def _logit_check(
 class _Run:
     compared: Accumulator
     drift: Drift | None
+    local: LocalCheck | None
+    noise_floor: float | None
     reference_device: str
     native_device: str
 
@@ -227,13 +234,27 @@ def _run_streamed(
     dtype: Dtype,
     architecture: Architecture,
     tolerance: float | None,
+    noise: Dtype,
 ) -> _Run:
-    reference: GoldenSlices | Streamed
-    reference = GoldenSlices(golden) if golden else LayerwiseReference(hf, sequences)
+    """Layer by layer; where this process has both sides to itself, each layer also by itself."""
     ours, text = model.stream(sequences, dtype), architecture.text
-    drift = run_in_step(reference, ours, tolerance)
-    compared = compare_slices(reference, ours, sequences, vocab=text.vocab, embed=text.embed)
-    return _Run(compared, drift, reference.device, ours.device)
+    if golden is not None:
+        stored = GoldenSlices(golden)
+        run_in_step(stored, ours, tolerance)
+        compared = compare_slices(stored, ours, sequences, vocab=text.vocab, embed=text.embed)
+        return _Run(compared, None, None, None, stored.device, ours.device)
+    reference = LayerwiseReference(hf, sequences)
+    if process_count() > 1:
+        drift = run_in_step(reference, ours, tolerance)
+        compared = compare_slices(reference, ours, sequences, vocab=text.vocab, embed=text.embed)
+        return _Run(compared, drift, None, None, reference.device, ours.device)
+    run = LocalRun(reference, ours, sequences, noise)
+    drift = drift_of(run.stages(), tolerance)
+    slices = compared_slices(sequences, vocab=text.vocab, embed=text.embed)
+    compared = summed(run.logits(slices), sequences)
+    local = run.result()
+    floor = run.noise_floor if local.passed else None  # of a mistake it would be no noise
+    return _Run(compared, drift, local, floor, reference.device, ours.device)
 
 
 def _run_whole(
@@ -247,7 +268,7 @@ def _run_whole(
     reference: LogitSource = TransformersLogits(hf, sequences) if golden is None else golden
     ours = model.run(sequences, dtype)
     compared = _compared(reference, ours, sequences, architecture.text.vocab)
-    return _Run(compared, None, reference.device, ours.device)
+    return _Run(compared, None, None, None, reference.device, ours.device)
 
 
 def _compared(

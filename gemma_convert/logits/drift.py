@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,23 +53,28 @@ def measure_drift(
 
     Raises ValueError where there are not as many of them, or shapes differ.
     """
-    embedding, *layers, final_norm = _largest(reference, native)
+    return drift_of(zip(reference, native, strict=True), tolerance)
+
+
+def drift_of(stages: Iterable[tuple[States, States]], tolerance: float | None) -> Drift:
+    """The drift of the states of both sides, stage by stage."""
+    embedding, *layers, final_norm = (
+        float(np.max([relative(*pair).max() for pair in zip(expected, found, strict=True)]))
+        for expected, found in stages
+    )
     return Drift(embedding, tuple(layers), final_norm, tolerance)
 
 
-def _largest(reference: Iterable[States], native: Iterable[States]) -> Iterator[float]:
-    for expected, found in zip(reference, native, strict=True):
-        drifts = [_relative(*pair) for pair in zip(expected, found, strict=True)]
-        yield float(np.max(drifts))
+def relative(expected: npt.NDArray[Any], found: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """|difference| over |expected| of each token [length]; states are [length embed].
 
-
-def _relative(expected: npt.NDArray[Any], found: npt.NDArray[Any]) -> float:
-    """The largest drift of a token; states are [length embed]."""
+    Raises ValueError where shapes differ.
+    """
     if expected.shape != found.shape:
         raise ValueError(f"states of shapes {expected.shape} and {found.shape}")
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         wide = expected.astype(np.float64)
         difference = np.linalg.norm(found.astype(np.float64) - wide, axis=-1)
         length = np.linalg.norm(wide, axis=-1)
-        drift = np.where(difference == 0, 0.0, difference / length)
-    return float(drift.max())
+        drift: npt.NDArray[np.float64] = np.where(difference == 0, 0.0, difference / length)
+    return drift

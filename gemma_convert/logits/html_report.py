@@ -13,7 +13,9 @@ from gemma_convert.logits.report import (
     LogitReport,
     arithmetic_line,
     compared_line,
+    local_line,
     native_line,
+    noise_line,
 )
 from gemma_convert.logits.scale import LogRange, figure, log_range
 from gemma_convert.logits.tokens import CheckedSequence
@@ -34,6 +36,7 @@ def html_report(report: LogitReport, written: datetime) -> str:
             _head(report),
             "<main>",
             _figures(report),
+            _parts(report),
             _drift(report),
             _worst(report),
             _tokens(report),
@@ -100,6 +103,27 @@ def _figures(report: LogitReport) -> str:
         f'<section aria-labelledby="figures"><h2 id="figures">Figures</h2><dl class="tiles">{items}'
         '</dl><p class="note">KL(original ‖ converted) of the next token\'s distribution behind '
         "each token, in nats.</p></section>"
+    )
+
+
+def _parts(report: LogitReport) -> str:
+    local = report.local
+    if local is None:
+        return ""
+    rows = [
+        (part.name, figure(part.error), figure(part.noise), f"{part.times:.1f}")
+        for part in local.parts
+    ]
+    head = ("part", "difference", "its own rounding", "times")
+    floor = ""
+    if report.noise_floor is not None:
+        floor = f"<p>{_plain(noise_line(report).capitalize())}.</p>"
+    return (
+        '<section aria-labelledby="parts"><h2 id="parts">Each part by itself</h2>'
+        f"<p>{_plain(local_line(local).capitalize())}. Each part is given the original's own "
+        "states, so that what earlier ones left does not count; differences are the largest of a "
+        f"token, relative to its length.</p>{floor}"
+        f"{_scrolling(_table(head, rows), 'Table of the parts')}</section>"
     )
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from datetime import datetime
 from xml.etree import ElementTree
 
-from gemma_convert.logits.report import LogitReport, compared_line, native_line
+from gemma_convert.logits.local import LocalCheck
+from gemma_convert.logits.report import LogitReport, compared_line, local_line, native_line
 from gemma_convert.logits.scale import figure
 from gemma_convert.logits.tokens import CheckedSequence
 from gemma_convert.output import printable
@@ -20,13 +21,14 @@ SUITE = "gemma-convert.logit-check"
 def junit(report: LogitReport, written: datetime) -> str:
     """The XML; a sequence fails where a token of it is beyond the limit, and NaN is."""
     failed = [one for one in report.checked if not _passed(one, report.limit)]
+    apart = report.local is not None and not report.local.passed
     suite = ElementTree.Element(
         "testsuite",
         name=SUITE,
         timestamp=f"{written:%Y-%m-%dT%H:%M:%S}",
         hostname="localhost",
-        tests=str(len(report.checked)),
-        failures=str(len(failed)),
+        tests=str(len(report.checked) + (report.local is not None)),
+        failures=str(len(failed) + apart),
         errors="0",
         skipped="0",
         time=f"{report.seconds:.3f}",
@@ -47,10 +49,24 @@ def junit(report: LogitReport, written: datetime) -> str:
             message = _message(one, report.limit)
             failure = ElementTree.SubElement(case, "failure", type="KL", message=message)
             failure.text = f"{message}\n{report.verdict}"
+    if report.local is not None:
+        _part_case(suite, report.local, report.layout)
     ElementTree.SubElement(suite, "system-out").text = printable(report.verdict)
     ElementTree.SubElement(suite, "system-err").text = "\n".join(map(printable, report.warnings))
     ElementTree.indent(suite)
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=False) + "\n"
+
+
+def _part_case(suite: ElementTree.Element, local: LocalCheck, layout: str) -> None:
+    """Every part by itself as one test case."""
+    name, place = "each part by itself", f"{SUITE}.{layout}"
+    case = ElementTree.SubElement(suite, "testcase", name=name, classname=place, time="0.000")
+    if not local.passed:
+        message = local_line(local)
+        failure = ElementTree.SubElement(case, "failure", type="part", message=message)
+        failure.text = "\n".join(
+            f"{part.name}: {part.error:.1e} off, rounding {part.noise:.1e}" for part in local.failed
+        )
 
 
 def _passed(sequence: CheckedSequence, limit: float) -> bool:
@@ -81,6 +97,7 @@ def _properties(report: LogitReport) -> dict[str, str]:
         "native": native_line(report),
         "whole_model": str(report.whole_model).lower(),
         "compared": compared_line(report),
+        **({} if report.noise_floor is None else {"noise_floor": figure(report.noise_floor)}),
         **({} if drift is None else {"first_drift": drift.first or "none"}),
         **{f"version.{name}": value for name, value in report.versions.items()},
     }

@@ -19,6 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gemma_convert.files.libraries import told_by_library
+from gemma_convert.forward.native_model import Dtype
+from gemma_convert.logits.local import Probe
+from gemma_convert.logits.other_runs import Calls, OtherRuns, router_seen
 from gemma_convert.logits.reference import (
     arguments,
     cannot_run,
@@ -59,6 +62,7 @@ class LayerwiseReference:
         check_loaded(_filling(wanted, self._files.shapes), self.architecture, hf)
         self._text = getattr(self._model.model, "language_model", self._model.model)
         self._prefix = "model." if self._text is self._model.model else "model.language_model."
+        self._chosen = self.architecture.text.experts_per_token
         self._fill_when_called()
 
     @property
@@ -66,24 +70,42 @@ class LayerwiseReference:
         """Name of the device that the reference runs on."""
         return name_device(self._device)
 
-    def stages(self) -> Iterator[list[npt.NDArray[np.float32]]]:
-        """The states of each sequence [length embed]: embedded, behind each layer, and the norm."""
+    def stages(self, probe: Probe | None = None) -> Iterator[list[npt.NDArray[np.float32]]]:
+        """The states of each sequence [length embed]: embedded, behind each layer, and the norm.
+
+        With `probe` each stage is run a second time, in another precision and with its noise.
+        """
         import torch
 
         with torch.no_grad(), cannot_run(self._hf):
-            calls = [self._noted(sequence) for sequence in self._sequences]
+            calls = [self.noted(sequence) for sequence in self._sequences]
+            other = (
+                None
+                if probe is None
+                else OtherRuns(self.noted, probe, self._sequences, self._chosen)
+            )
         states = [call.hidden for call in calls]
+        if other is not None:
+            other.begin(states)
         yield _on_host(states)
         for index, layer in enumerate(self._text.layers):
             self._fill(layer, f"{self._prefix}layers.{index}.", deep=True)
             with torch.no_grad(), cannot_run(self._hf):
-                states = [
-                    layer(state, *call.layers[index][0], **call.layers[index][1])
-                    for state, call in zip(states, calls, strict=True)
-                ]
+                if other is not None:
+                    other.run(layer, index, states)
+                with router_seen(layer) as routed:
+                    states = [
+                        call.run(layer, index, state)
+                        for state, call in zip(states, calls, strict=True)
+                    ]
+                if other is not None:
+                    other.decide(routed)
             _empty(layer, deep=True)
             yield _on_host(states)
         with torch.no_grad():
+            if other is not None:
+                other.norm(self._text.norm, states)
+                self._noisy = other.noisy
             self._hidden = [self._text.norm(state)[0] for state in states]
         yield _on_host([state[None] for state in self._hidden])
 
@@ -92,23 +114,47 @@ class LayerwiseReference:
 
         `stages` must have come to its end.
         """
+        for logits in self._head(self._compared(self._hidden), vocab):
+            yield logits.float().cpu().numpy()
+
+    def logits_and_noise(
+        self, vocab: Sequence[slice], picked: npt.NDArray[np.int64], noise: Dtype
+    ) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]]:
+        """As `logits`; the same of the run with noise; and `picked` rows in another precision."""
         import torch
 
-        rows = zip(self._hidden, self._sequences, strict=True)
-        hidden = torch.cat([state[torch.from_numpy(one.compared)] for state, one in rows])
+        rows = self._compared(self._hidden)
+        exact = rows[torch.from_numpy(picked)]
+        wide = torch.float64 if noise == "float32" else torch.bfloat16
+        positions = len(rows)
+        both = torch.cat([rows, self._compared(self._noisy)])
+        for part in vocab:
+            logits, other = self._head(both, [part]), self._head(exact.to(wide), [part])
+            values = next(logits).float().cpu().numpy()
+            yield values[:positions], values[positions:], next(other).double().cpu().numpy()
+
+    def _compared(self, states: Sequence[torch.Tensor]) -> torch.Tensor:
+        import torch
+
+        rows = zip(states, self._sequences, strict=True)
+        return torch.cat([state[torch.from_numpy(one.compared)] for state, one in rows])
+
+    def _head(self, hidden: torch.Tensor, vocab: Sequence[slice]) -> Iterator[torch.Tensor]:
+        """Logits [positions width] of states [positions embed], in their precision."""
+        import torch
+
         name = _HEAD if _HEAD in self._files.shapes else f"{self._prefix}embed_tokens.weight"
         for part in vocab:
-            weight = self._files.read(name, part, self._device)
+            weight = self._files.read(name, part, self._device).to(hidden.dtype)
             with torch.no_grad():
-                logits = torch.nn.functional.linear(hidden, weight)
-                array: npt.NDArray[np.float32] = softcapped(logits, self.architecture).cpu().numpy()
-            yield array
+                logits = softcapped(torch.nn.functional.linear(hidden, weight), self.architecture)
+            yield logits
 
-    def _noted(self, sequence: TokenSequence) -> _Calls:
+    def noted(self, sequence: TokenSequence) -> Calls:
         """What the model calls its layers with for this sequence."""
         import torch
 
-        calls = _Calls()
+        calls = Calls()
         layers = self._text.layers
         self._text.layers = torch.nn.ModuleList(_aside(calls) for _ in layers)
         try:
@@ -170,15 +216,7 @@ class LayerwiseReference:
                 setattr(part, name, torch.nn.Parameter(value, False) if is_parameter else value)
 
 
-class _Calls:
-    """The embedded prompt, and what each layer is called with behind its hidden state."""
-
-    def __init__(self) -> None:
-        self.hidden: Any = None
-        self.layers: list[tuple[tuple[Any, ...], Mapping[str, Any]]] = []
-
-
-def _aside(calls: _Calls) -> Any:
+def _aside(calls: Calls) -> Any:
     """A module in the place of a layer, which notes what it is called with."""
     import torch
 

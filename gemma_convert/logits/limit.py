@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gemma_convert.checkpoint.manifest import MAX_BYTES as MAX_MANIFEST_BYTES
@@ -16,6 +16,9 @@ from gemma_convert.model.architecture import Architecture
 from gemma_convert.output import printable
 
 PROOF_LIMIT = 1e-5
+NOISE_FACTOR = 10.0
+"""How many times the noise floor a KL may be."""
+
 INDICATION_LIMIT = 0.03
 """The limit of MaxText's own conversion scripts, per token."""
 
@@ -32,6 +35,16 @@ class Limit:
     proof: bool
     reason: str
     warnings: tuple[str, ...]
+
+    def above(self, noise_floor: float | None) -> Limit:
+        """The limit where noise alone moves the reference by that KL; it is never less than it was.
+
+        Noise is then what binds, and no pass is a proof of more than each part by itself is.
+        """
+        if noise_floor is None or not self.kl < NOISE_FACTOR * noise_floor:
+            return self
+        reason = f"{NOISE_FACTOR:g} × what rounding alone does to this network"
+        return replace(self, kl=NOISE_FACTOR * noise_floor, reason=reason)
 
 
 def choose_limit(max_kl: float | None, dtype: Dtype, lossy_rows: Sequence[str]) -> Limit:

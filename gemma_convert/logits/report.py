@@ -12,6 +12,8 @@ from gemma_convert.flops.report import human_flops
 from gemma_convert.logits.divergence import Divergence, WorstToken
 from gemma_convert.logits.drift import Drift
 from gemma_convert.logits.fingerprint import Fingerprint
+from gemma_convert.logits.limit import PROOF_LIMIT
+from gemma_convert.logits.local import FACTOR, LocalCheck, Part
 from gemma_convert.logits.scale import figure, log_range
 from gemma_convert.logits.sparkline import Sparkline
 from gemma_convert.logits.tokens import Candidate, CheckedSequence, Prediction, worst_first
@@ -20,7 +22,7 @@ from gemma_convert.output import printable
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-SCHEMA = "gemma-convert/logit-check/1"
+SCHEMA = "gemma-convert/logit-check/2"
 
 _MOST_SPARKLINES = 12
 
@@ -54,6 +56,13 @@ class LogitReport:
     peak_memory_bytes: int
     versions: dict[str, str]
     seconds: float
+    local: LocalCheck | None = None
+    """Each part on the reference's own states; None where `drift` is, and of several processes."""
+    noise_floor: float | None = None
+    """KL in nats that noise of the size of the local errors gives the reference.
+
+    None where `local` is, and where a part of it failed.
+    """
     lossy_rows: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     native_devices: int = 1
@@ -100,12 +109,15 @@ class LogitReport:
         worst = WorstToken(**divergence.pop("worst"))
         if drift is not None:
             drift = Drift(**drift | {"layers": tuple(drift["layers"])})
+        if (local := values.pop("local")) is not None:
+            local = LocalCheck(tuple(Part(**part) for part in local["parts"]), local["noise"])
         for name in ("lossy_rows", "warnings"):
             values[name] = tuple(values[name])
         values["checked"] = tuple(map(CheckedSequence.from_values, values["checked"]))
         values["worst"] = tuple(map(Prediction.from_values, values["worst"]))
         values["fingerprints"] = tuple(Fingerprint(**one) for one in values["fingerprints"])
-        return LogitReport(divergence=Divergence(worst=worst, **divergence), drift=drift, **values)
+        found = Divergence(worst=worst, **divergence)
+        return LogitReport(divergence=found, drift=drift, local=local, **values)
 
     def as_json(self) -> dict[str, Any]:
         """The report as strict JSON: figures that are NaN or infinite are null, listed in `nan`."""
@@ -130,6 +142,8 @@ class LogitReport:
             "final_norm_drift": None if drift is None else _finite(drift.final_norm),
             "drift_tolerance": None if drift is None else drift.tolerance,
             "first_drift": None if drift is None else drift.first,
+            "local": None if self.local is None else _local_json(self.local),
+            "noise_floor": None if self.noise_floor is None else _finite(self.noise_floor),
             "sequences": self.sequences,
             "tokens": tokens,
             "longest_sequence": self.longest_sequence,
@@ -157,6 +171,23 @@ class LogitReport:
             "worst_tokens": [_prediction_json(one) for one in self.worst],
             "fingerprints": [asdict(one) for one in self.fingerprints],
         }
+
+
+def _local_json(local: LocalCheck) -> dict[str, Any]:
+    return {
+        "passed": local.passed,
+        "noise": local.noise,
+        "factor": FACTOR,
+        "parts": [
+            {
+                "part": part.name,
+                "error": _finite(part.error),
+                "noise": _finite(part.noise),
+                "passed": part.passed,
+            }
+            for part in local.parts
+        ],
+    }
 
 
 def _sequence_json(one: CheckedSequence) -> dict[str, Any]:
@@ -241,6 +272,8 @@ def _lines(report: LogitReport) -> list[tuple[str, str]]:
             f"difference {found.max_logit_difference:.2e}",
         ),
         *([("drift", _drift(report.drift))] if report.drift is not None else []),
+        *([("each part", local_line(report.local))] if report.local is not None else []),
+        *([("noise floor", noise_line(report))] if report.noise_floor is not None else []),
         ("compared", compared_line(report)),
         ("reference", f"{report.reference}, float32, {report.reference_device}"),
         ("native", native_line(report)),
@@ -251,6 +284,31 @@ def _lines(report: LogitReport) -> list[tuple[str, str]]:
             + (", both models whole" if report.whole_model else ", layer by layer"),
         ),
     ]
+
+
+def local_line(local: LocalCheck) -> str:
+    """What the parts are by themselves: within their rounding, or which is not."""
+    rounding = f"rounding in {local.noise}"
+    worst = local.worst
+    if local.passed:
+        return (
+            f"all {len(local.parts)} within {worst.times:.1f} × their own {rounding} "
+            f"(limit {FACTOR:g})"
+        )
+    first = local.failed[0]
+    more = f", and {len(local.failed) - 1} more parts" if len(local.failed) > 1 else ""
+    return (
+        f"{first.name} is {first.error:.0e} off on the original's own states, {first.times:.0f} × "
+        f"its {rounding} (limit {FACTOR:g}){more}"
+    )
+
+
+def noise_line(report: LogitReport) -> str:
+    """What rounding alone amounts to in this network, as KL."""
+    floor = report.noise_floor or 0.0
+    text = f"errors of that size move the original itself by KL {floor:.1e}"
+    amplified = floor > PROOF_LIMIT
+    return text + (": this network amplifies rounding" if amplified else "")
 
 
 def compared_line(report: LogitReport) -> str:

@@ -5,13 +5,14 @@ What is in memory is a layer of each side, the hidden states, and one slice of l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from gemma_convert.files.library_path import library_path
-from gemma_convert.forward.native_model import Logits, Streamed, VocabularySlices
+from gemma_convert.forward.native_model import Logits, States, Streamed, VocabularySlices
 from gemma_convert.logits.divergence import Accumulator
 from gemma_convert.logits.drift import Drift, measure_drift
 from gemma_convert.logits.golden import Golden
@@ -50,8 +51,15 @@ class GoldenSlices:
                 yield np.concatenate([one[:, part.start : part.stop] for one in stored])
 
 
+class Staged(VocabularySlices, Protocol):
+    """A reference that is run layer by layer."""
+
+    def stages(self) -> Iterator[States]:
+        """The states of each sequence: embedded, behind each layer, and behind the final norm."""
+
+
 def run_in_step(
-    reference: Streamed | GoldenSlices, native: Streamed, tolerance: float | None
+    reference: Staged | GoldenSlices, native: Streamed, tolerance: float | None
 ) -> Drift | None:
     """Runs the layers; the drift, or None where the reference is logits alone."""
     if not isinstance(reference, GoldenSlices):
@@ -70,10 +78,17 @@ def compare_slices(
     embed: int,
 ) -> Accumulator:
     """All compared positions of all sequences in order, from slices of the vocabulary."""
-    places = [np.flatnonzero(sequence.compared) for sequence in sequences]
     slices = compared_slices(sequences, vocab=vocab, embed=embed)
+    return summed(zip(reference.logits(slices), native.logits(slices), strict=True), sequences)
+
+
+def summed(
+    slices: Iterable[tuple[Logits, Logits]], sequences: Sequence[TokenSequence]
+) -> Accumulator:
+    """All compared positions in order, from slices [positions width] of both sides' logits."""
+    places = [np.flatnonzero(sequence.compared) for sequence in sequences]
     compared = SlicedComparison()
-    for pair in zip(reference.logits(slices), native.logits(slices), strict=True):
+    for pair in slices:
         compared.add(*pair)
     total = Accumulator()
     total.add_compared(

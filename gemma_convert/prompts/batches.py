@@ -36,7 +36,7 @@ def batches(sequences: Sequence[TokenSequence]) -> list[list[int]]:
     groups: dict[int, list[int]] = {}
     for index, sequence in enumerate(sequences):
         if not isinstance(sequence, SoftSequence):
-            length = -(-len(sequence.ids) // _BUCKET) * _BUCKET
+            length = _padded_length(len(sequence.ids))
             groups.setdefault(length, []).append(index)
     together = [
         group[start : start + max(1, _BATCH_TOKENS // length)]
@@ -46,8 +46,21 @@ def batches(sequences: Sequence[TokenSequence]) -> list[list[int]]:
     return together + alone
 
 
+def filled(states: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """States [batch length embed] of sequences that run together, the length that of `padded`."""
+    length = _padded_length(max(map(len, states)))
+    together = np.zeros((len(states), length, states[0].shape[1]), states[0].dtype)
+    for row, state in enumerate(states):
+        together[row, : len(state)] = state
+    return together
+
+
+def _padded_length(length: int) -> int:
+    return -(-length // _BUCKET) * _BUCKET
+
+
 def padded(rows: Sequence[Sequence[int]]) -> npt.NDArray[np.int32]:
     """Ids [batch length], filled up with each row's last id, which no earlier position can see."""
-    length = -(-max(map(len, rows)) // _BUCKET) * _BUCKET
-    filled = [[*row, *[row[-1]] * (length - len(row))] for row in rows]
-    return np.array(filled, np.int32)
+    length = _padded_length(max(map(len, rows)))
+    whole = [[*row, *[row[-1]] * (length - len(row))] for row in rows]
+    return np.array(whole, np.int32)

@@ -250,12 +250,12 @@ def mistaken(monkeypatch):
         text = file.read_text(encoding="utf-8")
         changed = text.replace(old, new, 1) if old in text else re.sub(old, new, text, count=1)
         assert changed != text, f"{file.name} has no {old}"
-        read = table._read
+        read = table.read_toml
 
         def read_mistaken(path):
             return (tomllib.loads(changed), path.name) if path == file else read(path)
 
-        monkeypatch.setattr(table, "_read", read_mistaken)
+        monkeypatch.setattr(table, "read_toml", read_mistaken)
         forget()
 
     def forget():

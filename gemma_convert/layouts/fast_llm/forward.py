@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,18 @@ _SUFFIX = "/weights"
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _LISTED = 8
 _VOCAB_SLICE = 1 << 15
+
+
+class Handed(Protocol):
+    """States [batch length embed] of all batches that come from elsewhere, and their outputs.
+
+    `inputs` are those that lead to the stage that runs next.
+    """
+
+    @property
+    def inputs(self) -> Sequence[torch.Tensor]: ...
+
+    outputs: Sequence[torch.Tensor] | None
 
 
 class FastLLM:
@@ -89,22 +101,31 @@ class FastLLM:
         return states
 
     def stages(
-        self, batches: Sequence[Tokens]
+        self, batches: Sequence[Tokens], handed: Handed | None = None
     ) -> Iterator[list[Float[torch.Tensor, "batch length embed"]]]:
         """The states of `batches` [batch length embed]: embedded, behind each layer, and the norm.
 
         Every layer's weights are loaded once, for all batches, and dropped before its states are
-        given. Raises SourceError for token ids outside the vocabulary.
+        given. Layers and norm are run on `handed` states as well. Raises SourceError for token ids
+        outside the vocabulary.
         """
         states = [self._embed(tokens) for tokens in batches]
         yield states
         for index, block in enumerate(self.config.layers):
             weights = self._layer(index)
-            states = [layer(weights, state, block) for state in states]
-            del weights
+            run = partial(layer, weights, block=block)
+            if handed is not None:
+                handed.outputs = [run(self._placed(state)) for state in handed.inputs]
+            states = [run(state) for state in states]
+            del weights, run
             yield states
-        weight = self._tensor(FINAL_NORM)
-        yield [rms_norm(state, self.config.final_epsilon, weight) for state in states]
+        norm = partial(rms_norm, epsilon=self.config.final_epsilon, weight=self._tensor(FINAL_NORM))
+        if handed is not None:
+            handed.outputs = [norm(self._placed(state)) for state in handed.inputs]
+        yield [norm(state) for state in states]
+
+    def _placed(self, state: torch.Tensor) -> torch.Tensor:
+        return state.to(self.device, self._dtype)
 
     def head(
         self, hidden: Float[torch.Tensor, "*places embed"], vocab: slice = slice(None)

@@ -77,13 +77,16 @@ class FastLLM:
     def read_settings(
         self, where: Path, given: GivenSettings, architecture: Architecture | None
     ) -> Settings:
-        """What metadata.yaml says, below `config.base_model`, which is the whole model."""
+        """What metadata.yaml says, below `config.base_model`, which is the whole model.
+
+        It is the only file that may be given.
+        """
         del architecture
-        if given:
+        if given.pairs or any(not file.samefile(where / METADATA) for file in given.files):
             raise UsageError(
                 "A Fast-LLM checkpoint is run by its own metadata.",
                 where=where / METADATA,
-                do="leave out --settings",
+                do=f"leave out --settings, or name its {METADATA}",
             )
         config = read_metadata(where).get("config")
         model = config.get("base_model") if isinstance(config, dict) else None

@@ -169,7 +169,9 @@ def _check_metadata(metadata: object, path: Path) -> None:
 
 def _text(value: object) -> bool:
     """Whether a value is a string that is Unicode: JSON can spell half of a surrogate pair."""
-    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
+    if not isinstance(value, str):
+        return False
+    return value.isascii() or not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def _parse_entry(name: str, entry: object, path: Path) -> tuple[TensorSpec, int, int]:

@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +99,7 @@ class SafetensorsFolder:
         self._descriptors.clear()
         self._fetched.clear()
 
-    @property
+    @cached_property
     def specs(self) -> dict[str, TensorSpec]:
         return {name: tensor.spec for name, tensor in self.tensors.items()}
 

@@ -1,0 +1,142 @@
+"""Every part of a native model by itself: noise does not fail it, and a mistake is where it is."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gemma_convert import logit_check, to_native
+from gemma_convert.logits.local import FACTOR
+
+MODELS = [
+    (layout, model)
+    for layout in ("maxtext", "gemma-jax", "fast-llm")
+    for model in ("e2b", "e4b", "26b-a4b", "31b")
+    if not (layout == "fast-llm" and model in ("e2b", "e4b"))
+]
+
+
+@pytest.mark.share(3)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("layout", "model"), MODELS)
+def test_a_right_conversion_is_within_its_rounding(shallow, converted, layout, model, dtype):
+    """In bfloat16 as in float32: the KL is many times larger there, the parts are not."""
+    source = shallow(model, text_only=True)
+    report = logit_check(source, converted(source, layout), tokens=24, dtype=dtype)
+    assert report.passed and report.local.passed
+    assert report.local.noise == dtype
+    assert report.local.worst.times < FACTOR / 2
+    names = [part.name for part in report.local.parts]
+    assert names[0] == "the embedding" and names[-2:] == ["the final norm", "the head"]
+    assert names[1:-2] == [f"layer {n}" for n in range(len(names) - 3)]
+    size = 2.0**-24 if dtype == "float32" else 2.0**-9
+    assert all(size <= part.noise < 200 * size for part in report.local.parts)
+    assert report.divergence.kl_max < 10 * report.noise_floor
+
+
+def swapped_gate_and_up(kernel):
+    return kernel[::-1]
+
+
+GATE = "layers.3.mlp.gate_proj.weight"
+
+
+def mistaken(source, folder, edits):
+    """A copy of a checkpoint with edited tensors, by the end of their names."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name, edit in edits.items():
+        (found,) = (one for one in tensors if one.endswith(name))
+        tensors[found] = edit(tensors[found]).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+MISTAKES = {
+    "a transposed head": ("layers.1.self_attn.o_proj.weight", lambda w: w.flip(1), "layer 1"),
+    "a lost scalar": ("layers.2.layer_scalar", torch.ones_like, "layer 2"),
+    "a norm off by one": ("layers.4.input_layernorm.weight", lambda w: w + 1, "layer 4"),
+    "one value": ("layers.3.mlp.down_proj.weight", lambda w: w * 1.01, "layer 3"),
+    "the final norm": ("language_model.norm.weight", lambda w: w * 1.01, "the final norm"),
+    "the final norm alone": ("model.norm.weight", lambda w: w * 1.01, "the final norm"),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mistake", ["a transposed head", "a lost scalar", "a norm off by one"])
+def test_a_mistake_is_named_where_it_is_and_nowhere_else(shallow, tmp_path, mistake, dtype):
+    source = shallow("31b", text_only=True)
+    name, edit, part = MISTAKES[mistake]
+    wrong = mistaken(source, tmp_path / "wrong", {name: edit})
+    to_native(wrong, tmp_path / "out", layout="maxtext")
+    report = logit_check(source, tmp_path / "out", tokens=24, dtype=dtype)
+    assert not report.passed
+    assert [one.name for one in report.local.failed] == [part]
+    assert report.local.failed[0].times > 10 * FACTOR
+
+
+@pytest.mark.parametrize("layout", ["maxtext", "gemma-jax", "fast-llm"])
+def test_what_kl_does_not_see_fails_by_itself(shallow, tmp_path, layout):
+    """One per cent of one matrix, in bfloat16's sight too small for its limit of KL."""
+    source = shallow("31b", text_only=True)
+    edits = {"layers.3.mlp.down_proj.weight": lambda w: (w.float() * 1.02).to(w.dtype)}
+    wrong = mistaken(source, tmp_path / "wrong", edits)
+    to_native(wrong, tmp_path / "out", layout=layout)
+    report = logit_check(source, tmp_path / "out", tokens=24)
+    assert [one.name for one in report.local.failed] == ["layer 3"]
+    loose = logit_check(source, tmp_path / "out", tokens=24, max_kl=1.0)
+    assert loose.divergence.kl_max < 1.0 and not loose.passed
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("model.norm.weight", "the final norm"), ("embed_tokens.weight", "the embedding")],
+)
+def test_what_stands_beside_the_layers_is_a_part_too(shallow, tmp_path, name, part):
+    source = shallow("31b", text_only=True)
+    wrong = mistaken(source, tmp_path / "wrong", {name: lambda w: w * 1.5})
+    to_native(wrong, tmp_path / "out", layout="gemma-jax")
+    report = logit_check(source, tmp_path / "out", tokens=24)
+    tied = ["the head"] if name.startswith("embed") else []
+    assert [one.name for one in report.local.failed] == [part, *tied]
+
+
+def amplifying(source, folder):
+    """A model whose sharp attention makes much of little: rounding moves its tokens visibly."""
+    edits = {}
+    for name in load_file(source / "model.safetensors"):
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            edits[name] = lambda w: w * 10
+        if name.endswith("layer_scalar"):
+            edits[name] = lambda w: torch.full_like(w, 1.0)
+    return mistaken(source, folder, edits)
+
+
+@pytest.fixture(scope="module")
+def wild(tiny, tmp_path_factory):
+    return amplifying(tiny("31b", text_only=True), tmp_path_factory.mktemp("wild") / "in")
+
+
+@pytest.mark.parametrize("layout", ["maxtext", "gemma-jax", "fast-llm"])
+def test_a_network_that_amplifies_rounding_passes_and_says_so(wild, converted, layout):
+    report = logit_check(wild, converted(wild, layout))
+    assert report.divergence.kl_max > 1e-5, "it must be beyond the limit to show anything"
+    assert report.passed and report.local.passed and report.limit > 1e-5
+    assert "rounding alone" in report.limit_reason
+    hard = logit_check(wild, converted(wild, layout), max_kl=1e-5)
+    assert not hard.passed and hard.local.passed and hard.limit == 1e-5
+
+
+@pytest.mark.parametrize("mistake", ["a transposed head", "a lost scalar", "a norm off by one"])
+def test_a_mistake_in_it_is_found_all_the_same(wild, tmp_path, mistake):
+    name, edit, part = MISTAKES[mistake]
+    if mistake == "a lost scalar":
+        edit = lambda w: w * 0.5  # noqa: E731
+    wrong = mistaken(wild, tmp_path / "wrong", {name: edit})
+    to_native(wrong, tmp_path / "out", layout="maxtext")
+    report = logit_check(wild, tmp_path / "out")
+    assert not report.passed
+    assert [one.name for one in report.local.failed] == [part]
