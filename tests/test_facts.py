@@ -297,7 +297,7 @@ MEANS_NOTHING = {
 """Keys that say how large something is that the model has not."""
 
 
-@pytest.mark.share(4)
+@pytest.mark.share(7)
 @pytest.mark.parametrize(("layout", "name", "key"), CHANGED)
 def test_a_changed_key_is_told_or_refused(layout, name, key):
     config, tensors = load_config(name), load_tensors(name)

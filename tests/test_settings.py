@@ -164,6 +164,7 @@ def told(shallow, converted, tmp_path, monkeypatch):
     return make
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize(("layout", "key"), CASES)
 def test_a_fact_planted_wrong_fails_the_check(told, layout, key):
     source, out = told(layout, key)
@@ -172,6 +173,7 @@ def test_a_fact_planted_wrong_fails_the_check(told, layout, key):
     assert any(KEYS[layout][key] in warning for warning in report.warnings)
 
 
+@pytest.mark.share(4)
 @pytest.mark.parametrize(("layout", "key"), CASES)
 def test_a_changed_fact_goes_into_config_json(told, tmp_path, layout, key):
     """The export then computes what the native side does, and nothing else of config.json moves."""
@@ -299,6 +301,7 @@ def test_settings_that_have_no_place(shallow, converted, tmp_path):
         assert (code, expected in errors) == (2, True), errors
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize(
     ("layout", "model"),
     [
@@ -312,7 +315,6 @@ def test_settings_that_have_no_place(shallow, converted, tmp_path):
         ("fast-llm", "26b-a4b"),
     ],
 )
-@pytest.mark.share(1)
 def test_without_an_original_settings_make_config_json(shallow, converted, tmp_path, layout, model):
     """The export loads in transformers and computes what the native checkpoint does."""
     source = shallow(model, text_only=True)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from cases import CASES
 from native_checkpoints import damaged
+from safetensors.numpy import load_file, save_file
 from trees import read_safetensors
 
 from gemma_convert import SourceError, UsageError, to_hf, to_native, verify
@@ -131,6 +132,21 @@ def test_the_sidecar_is_verified_too(shallow, tmp_path, what, by):
             to_hf(out, tmp_path / "back")
     report = verify(out, against=source if by == "source" else None)
     assert any(FILES[what] in name for name in report.different)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_carried_tensors_are_those_of_the_source(shallow, tmp_path, dtype):
+    """The checkpoint is intact; the source has other bits, or the same bits in another dtype."""
+    source, out = shallow("e2b"), tmp_path / "out"
+    to_native(source, out)
+    tensors = load_file(source / "model.safetensors")
+    name = next(name for name in tensors if "_tower" in name and tensors[name].ndim == 2)
+    bits = tensors[name].view(np.uint16)
+    same = dtype == tensors[name].dtype.name
+    tensors[name] = (bits ^ 1).view(tensors[name].dtype) if same else bits.view(dtype)
+    other = shutil.copytree(source, tmp_path / "other")
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    assert verify(out, against=other).different[name] == "is not what was carried"
 
 
 def test_a_changed_export_is_named(shallow, tmp_path):
