@@ -7,6 +7,7 @@ Exit codes of the command line: 0 done, 1 a check failed, 2 usage, 3 bad source,
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Sequence
 
 from gemma_convert.output import printable, shown
 
@@ -46,6 +47,12 @@ class GemmaConvertError(Exception):
             ("what to do", self.do),
         )
         return "\n".join([self.what, *(f"  {name}: {value}" for name, value in parts if value)])
+
+
+def some(names: Sequence[str], most: int = 8, between: str = ", ") -> str:
+    """The first few of many names, and how many more there are."""
+    more = f"{between}and {len(names) - most} more" if len(names) > most else ""
+    return between.join(names[:most]) + more
 
 
 def short(value: object) -> str:

@@ -499,7 +499,8 @@ def read(monkeypatch):
     def read_changed(case, changes):
         index = {"metadata": {"state_index": {"a/weights": WEIGHTS}}}
         metadata = changed(case.metadata, index | changes)
-        monkeypatch.setattr(fast_llm_config, "_load", lambda path: metadata)
+        monkeypatch.setattr(fast_llm_config, "read_yaml", lambda *_: metadata)
+        monkeypatch.setattr(Path, "is_file", lambda _: True)
         return read_fast_llm_config(Path("folder"))
 
     return read_changed
@@ -662,7 +663,7 @@ def test_broken_metadata_is_refused_in_few_words(folder, name):
     with pytest.raises(SourceError) as caught:
         read_fast_llm_config(folder)
     assert len(caught.value.message) < 1000 and "metadata.yaml" in caught.value.message
-    assert {"large": "too large", "merges": "merges"}.get(name, "") in caught.value.message
+    assert {"large": "too large", "merges": "merging"}.get(name, "") in caught.value.message
 
 
 def test_no_metadata_is_named(folder):

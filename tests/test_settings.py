@@ -287,6 +287,40 @@ def test_changed_facts_go_along_to_another_layout(told, tmp_path, layout):
     assert "20.0 in the settings" in " ".join(report.warnings)
 
 
+def test_odd_single_settings_are_messages(shallow, converted):
+    source = shallow("31b", text_only=True)
+    check = ("logit-check", source, converted(source, "maxtext"), "--tokens", 3, "--settings")
+    for setting, code, expected in (
+        ("slidng_window_size=3", 0, "slidng_window_size says no fact"),
+        ("global_rope_proportion=7", 3, "1 at the most"),
+        ("sliding_window_size=nan", 3, "no value of this fact"),
+        (f"sliding_window_size={'9' * 6000}", 3, "no value of this fact"),
+        ("y" * 6000, 2, "neither a file"),
+    ):
+        found, _, errors = said(*check, setting)
+        assert (found, expected in errors) == (code, True), errors
+
+
+def test_a_parent_elsewhere_is_not_read(shallow, converted, tmp_path):
+    source = shallow("31b", text_only=True)
+    (tmp_path / "mine.yml").write_text("base_config: ../other.yml\nmodel_name: gemma4-31b")
+    with pytest.raises(SourceError, match="parent elsewhere"):
+        logit_check(source, converted(source, "maxtext"), settings=[str(tmp_path / "mine.yml")])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_layers", 10**12), ("num_layers", True), ("layer_types", ""), ("num_embed", -1)],
+)
+def test_sizes_that_no_model_has_make_no_config_json(shallow, converted, tmp_path, key, value):
+    out = shutil.copytree(converted(shallow("31b", text_only=True), "gemma-jax"), tmp_path / "out")
+    shutil.rmtree(out / "hf")
+    edited(out, "gemma-jax", **{key: value})
+    code, _, errors = said("to-hf", out, tmp_path / "back", "--settings", out / "gemma.json")
+    assert (code, errors.count("error")) == (3, 1), errors
+    assert not (tmp_path / "back").exists()
+
+
 def test_settings_that_have_no_place(shallow, converted, tmp_path):
     source = shallow("26b-a4b", text_only=True)
     metadata = converted(source, "fast-llm")

@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from gemma_convert.checkpoint import sidecar
 from gemma_convert.checkpoint.manifest import MANIFEST, read_manifest
-from gemma_convert.errors import GemmaConvertError, SourceError, TargetError
+from gemma_convert.errors import GemmaConvertError, SourceError, TargetError, some
 from gemma_convert.files.json_file import read_object
 from gemma_convert.mapping.declared import layout_names
 from gemma_convert.mapping.rows import Files
@@ -24,7 +24,6 @@ from gemma_convert.model.huggingface_files import INDEX, SINGLE
 Strangers = Callable[[Path], list[str]]
 """A folder → what stands in it beside a checkpoint. Raises TargetError where it holds none."""
 
-_SHOWN = 8
 _MAX_METADATA_BYTES = 256 << 20
 _ORBAX = (
     r"_METADATA|_CHECKPOINT_METADATA|_sharding|_strings\.json|commit_success\.txt",
@@ -73,17 +72,12 @@ def beside_huggingface(folder: Path, writes: Iterable[str] = ()) -> list[str]:
     return _others(folder, _HUGGING_FACE, _with_folders(writes))
 
 
-def listed(names: Sequence[str]) -> str:
-    """Names for a message, the first few of many."""
-    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
-
-
 def _no_checkpoint(folder: Path, wanted: str) -> TargetError:
     names = sorted(f"{e.name}/" if e.is_dir() else e.name for e in folder.iterdir())
     return TargetError(
         f"The target is not a {wanted}, so it is not replaced.",
         where=folder,
-        found=listed(names),
+        found=some(names),
         do="choose another target, or remove it yourself",
     )
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_convert.checkpoint.manifest import OLDER, PLACE
-from gemma_convert.errors import SourceError
+from gemma_convert.errors import SourceError, some
 from gemma_convert.files.confined import check_confined
 from gemma_convert.files.unfinished import refuse_unfinished
 from gemma_convert.files.value_file import ValuesFrom
@@ -35,7 +35,6 @@ CHANGED = "is not what it was when it was written"
 
 DATABASE = "manifest.ocdbt"
 
-SHOWN = 8
 
 OWN_MARKS = ".gemma-convert."
 """Names of what we keep in a folder only while it is being built begin so."""
@@ -136,11 +135,10 @@ def refuse_damage(
     added = {name: how for name, how in found.items() if how == ADDED}
     refused = [f"{name} {how}" for name, how in found.items() if name not in {*added, *accept}]
     if refused:
-        more = f", and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
         raise SourceError(
             "The checkpoint is damaged: a part of it is not what it was when it was written.",
             where=root,
-            found="; ".join(refused[:SHOWN]) + more,
+            found=some(refused, between="; "),
             do="convert the original again, or go on knowingly with --accept-damage NAME",
         )
     return added

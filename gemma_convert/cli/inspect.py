@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemma_convert.cli.options import AsJson
+from gemma_convert.errors import some
 
 if TYPE_CHECKING:
     from gemma_convert.output import Facts
@@ -69,7 +70,6 @@ def _coverage(coverage: Coverage | None) -> list[tuple[str, str]]:
     rows = []
     for label in ("missing", "unexpected", "misshapen"):
         names: tuple[str, ...] = getattr(coverage, label)
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         if names:
-            rows.append((label, f"{len(names)}: " + ", ".join(names[:SHOWN]) + more))
+            rows.append((label, f"{len(names)}: {some(names, SHOWN)}"))
     return rows

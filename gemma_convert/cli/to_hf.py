@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,6 +18,7 @@ from gemma_convert.cli.options import (
     Settings,
     parse_size,
 )
+from gemma_convert.errors import some
 
 if TYPE_CHECKING:
     from gemma_convert.output import Facts
@@ -115,7 +115,7 @@ def _summary(report: ToHFReport) -> Facts:
         table.add_row("from the original", f"{report.tensors_from_original} tensors")
     table.add_row("other files", str(len(report.files)))
     for key, how in report.changed_facts.items():
-        table.add_row("changed fact", f"{key}: {how}, which says so now")
+        table.add_row("changed fact", f"{key}: {how}; the export says the former")
     table.add_row("largest chunk", f"{human_bytes(report.largest_decode_bytes)}, decoded at once")
     if report.dry_run or report.already_complete:
         return table
@@ -124,7 +124,9 @@ def _summary(report: ToHFReport) -> Facts:
         table.add_row("rounded", f"{count:,} values in {len(report.rounded)} tensors")
     table.add_row("checkpoint", _against_seal(report))
     if report.added_files:
-        table.add_row("left behind", f"added since the conversion: {_some(report.added_files)}")
+        table.add_row(
+            "left behind", f"added since the conversion: {some(report.added_files, SHOWN)}"
+        )
     table.add_row("original", _against_original(report))
     if report.made_from_settings:
         table.add_row("not there", "an original: config.json is by the settings, add the tokenizer")
@@ -142,20 +144,15 @@ def _against_seal(report: ToHFReport) -> str:
     if report.changed_arrays:
         return (
             f"{len(report.changed_arrays)} arrays are not what was converted (trained since, or "
-            f"damaged): {_some(report.changed_arrays)}"
+            f"damaged): {some(report.changed_arrays, SHOWN)}"
         )
     return "intact: the arrays and files are what was converted"
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def _against_original(report: ToHFReport) -> str:
     if report.bit_for_bit:
         return f"bit for bit: all {report.tensors} tensors have the checksums of the manifest"
     if report.different:
-        names, count = _some(report.different), len(report.different)
+        names, count = some(report.different, SHOWN), len(report.different)
         return f"{report.identical} tensors equal the manifest's, {count} differ: {names}"
     return f"{report.unchecked} tensors have no checksum to compare with"

@@ -6,8 +6,8 @@ import os
 import shutil
 from pathlib import Path, PurePath, PurePosixPath
 
-from gemma_convert.checkpoint.accounted import Strangers, beside_native, listed
-from gemma_convert.errors import TargetError
+from gemma_convert.checkpoint.accounted import Strangers, beside_native
+from gemma_convert.errors import TargetError, some
 from gemma_convert.stores.remote.mirror import find_mirror
 from gemma_convert.stores.remote.target import check_remote_target, target_mirror
 
@@ -40,7 +40,7 @@ def check_target(target: Path, *, overwrite: bool, strangers: Strangers = beside
         raise TargetError(
             "The target holds what belongs to no checkpoint, so it is not replaced.",
             where=target,
-            found=listed(others),
+            found=some(others),
             do="move it away, or choose another target",
         )
 

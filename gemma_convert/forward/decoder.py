@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_convert.forward.arithmetic import attend, gelu, rms_norm, rotary, routing, visible
-from gemma_convert.forward.native_model import Dtype
+from gemma_convert.forward.native_model import Batched, Dtype
 from gemma_convert.forward.prompt import Prompt
 from gemma_convert.forward.sharding import Axes, place, place_all, replicated
 from gemma_convert.model.architecture import Layer, Rope, TextArchitecture
@@ -160,18 +160,6 @@ class Kind:
     experts_per_token: int
 
 
-class Handed(Protocol):
-    """States [batch length embed] of all prompts that come from elsewhere, and what became of them.
-
-    `inputs` are those that lead to the stage that runs next.
-    """
-
-    @property
-    def inputs(self) -> Sequence[jax.Array]: ...
-
-    outputs: Sequence[jax.Array] | None
-
-
 def final_hidden(
     weights: DecoderWeights, text: TextArchitecture, prompts: Sequence[Prompt], dtype: Dtype
 ) -> list[Float[Array, "batch length embed"]]:
@@ -187,7 +175,7 @@ def stages(
     text: TextArchitecture,
     prompts: Sequence[Prompt],
     dtype: Dtype,
-    handed: Handed | None = None,
+    handed: Batched[jax.Array] | None = None,
 ) -> Iterator[list[Float[Array, "batch length embed"]]]:
     """The states of `prompts` [batch length embed]: embedded, behind each layer, behind the norm.
 

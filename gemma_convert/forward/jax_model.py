@@ -15,13 +15,13 @@ from gemma_convert.engine.joined import in_step
 from gemma_convert.forward.arithmetic import head
 from gemma_convert.forward.decoder import final_hidden, stages
 from gemma_convert.forward.jax_layout import ForwardPass, JaxLayout, Tower
-from gemma_convert.forward.native_model import Dtype, Given, Logits, LogitSource, Streamed
+from gemma_convert.forward.native_model import Batched, Dtype, Given, Logits, LogitSource, Streamed
 from gemma_convert.forward.prompt import Prompt
 from gemma_convert.forward.sharding import Axes, device_mesh, place, place_all, place_rows
 from gemma_convert.forward.stored import StoredArray, read
 from gemma_convert.forward.tree import Tree
 from gemma_convert.model.architecture import Architecture, TextArchitecture
-from gemma_convert.prompts.batches import batches, by_sequence, filled, padded
+from gemma_convert.prompts.batches import batches, by_sequence, padded
 from gemma_convert.prompts.soft import SoftSequence
 from gemma_convert.prompts.text import TokenSequence
 
@@ -175,7 +175,7 @@ class JaxStream:
     def stages(self, given: Given | None = None) -> Iterator[list[Logits]]:
         """The states [length embed] in float32: embedded, behind each layer, behind the norm."""
         weights = self._forward.weights(self._tree, self._text)
-        handed = None if given is None else _Batched(given, self._groups, self._sequences)
+        handed = None if given is None else Batched(given, self._groups, place)
         for states in in_step(stages(weights, self._text, self._prompts, self._dtype, handed)):
             rows = self._rows(states)
             if given is not None and handed is not None:
@@ -206,23 +206,6 @@ class JaxStream:
         for part in vocab:
             rows = self._forward.output_rows(table.placed(part), self._text, self._dtype)
             yield np.asarray(head(rows, states, self._text))[0]
-
-
-class _Batched:
-    """Given states, sequence by sequence, as the prompts hold them: `decoder.Handed`."""
-
-    def __init__(
-        self, given: Given, groups: Sequence[Sequence[int]], sequences: Sequence[TokenSequence]
-    ) -> None:
-        self._given, self._groups, self._sequences = given, groups, sequences
-        self.outputs: Sequence[jax.Array] | None = None
-
-    @property
-    def inputs(self) -> list[jax.Array]:
-        if self._given.inputs is None:
-            raise ValueError("nothing was given for this stage")
-        states = self._given.inputs
-        return [place(filled([states[number] for number in group])) for group in self._groups]
 
 
 class _RowsInOrder:

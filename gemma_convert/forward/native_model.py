@@ -6,17 +6,20 @@ mistakes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from gemma_convert.errors import UsageError
+from gemma_convert.prompts.batches import filled
 from gemma_convert.prompts.soft import SoftSequence
 from gemma_convert.prompts.text import TokenSequence
+
+T = TypeVar("T")
 
 Dtype: TypeAlias = Literal["float32", "bfloat16"]
 """What a model computes in."""
@@ -61,6 +64,31 @@ class Given:
     inputs: States | None = None
     outputs: States | None = None
     rows: Logits | None = None
+
+
+class Batched(Generic[T]):
+    """Given states as the batches of a model hold them, and what a stage made of those.
+
+    `placed` makes the model's own array of states [batch length embed].
+    """
+
+    def __init__(
+        self,
+        given: Given,
+        groups: Sequence[Sequence[int]],
+        placed: Callable[[npt.NDArray[Any]], T],
+    ) -> None:
+        """`groups` are the numbers of the sequences that each batch holds, row by row."""
+        self._given, self._groups, self._placed = given, groups, placed
+        self.outputs: Sequence[T] | None = None
+
+    @property
+    def inputs(self) -> list[T]:
+        """The states that lead to the stage that runs next."""
+        states = self._given.inputs
+        if states is None:
+            raise ValueError("nothing was given for this stage")
+        return [self._placed(filled([states[n] for n in group])) for group in self._groups]
 
 
 class Streamed(VocabularySlices, Protocol):

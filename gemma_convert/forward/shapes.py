@@ -11,13 +11,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-from gemma_convert.errors import SourceError
+from gemma_convert.errors import SourceError, some
 from gemma_convert.forward.sharding import Axes
 from gemma_convert.forward.tree import ArrayFacts
 from gemma_convert.model.architecture import Layer, TextArchitecture
 
 Shape: TypeAlias = tuple[int, ...]
-_LISTED = 8
 
 
 def lengths(text: TextArchitecture, layer: Layer | None = None) -> dict[str, int]:
@@ -70,13 +69,12 @@ def check_fit(
     beyond = _layers_beyond(facts, layer_prefix, len(text.layers))
     wrong += [f"{path} is one layer too many" for path in beyond]
     if wrong:
-        more = f"; and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
         raise SourceError(
             "The native tree does not fit config.json.",
             where=where,
             expected=f"the arrays of a model with {len(text.layers)} layers, embed {text.embed}, "
             f"vocab {text.vocab}",
-            found="; ".join(wrong[:_LISTED]) + more,
+            found=some(wrong, between="; "),
             do="give the config.json of the model that was converted, or convert it again",
         )
 

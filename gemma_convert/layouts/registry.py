@@ -25,6 +25,7 @@ from gemma_convert.mapping.native_facts import NativeFacts, Settings, native_fac
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import parse_architecture
 from gemma_convert.model.huggingface_files import INDEX, SINGLE
+from gemma_convert.output import note
 from gemma_convert.stores.orbax.reader import find_items
 
 _FACTS = {"name": str, "framework": str, "divisible": bool, "streams": bool}
@@ -107,7 +108,16 @@ def read_facts(
     are those of another model, UsageError where `given` ones have no place.
     """
     told = read_settings(path, given, parse_architecture(config, where))
-    return None if told is None else native_facts(*told, config, where)
+    if told is None:
+        return None
+    table, settings = told
+    known = {*settings.rest, *(row.native for row in table.rows), "model_name", "model"}
+    for key in given.pairs:
+        if key not in known:
+            note(
+                f"warning: the setting {short(key)} says no fact of a model, so it changes nothing"
+            )
+    return native_facts(table, settings, config, where)
 
 
 def read_settings(

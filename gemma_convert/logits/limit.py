@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gemma_convert.checkpoint.manifest import MAX_BYTES as MAX_MANIFEST_BYTES
 from gemma_convert.checkpoint.sidecar import sidecar_root
-from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.errors import SourceError, UsageError, some
 from gemma_convert.files.json_file import read_object
 from gemma_convert.forward.native_model import Dtype
 from gemma_convert.model.architecture import Architecture
@@ -58,9 +58,10 @@ def choose_limit(max_kl: float | None, dtype: Dtype, lossy_rows: Sequence[str]) 
             "indication, not proof. Run it in float32 for a proof."
         )
     if lossy_rows:
+        rounded = some([*map(printable, lossy_rows)], SHOWN, "; ")
         warnings.append(
-            f"The checkpoint holds rounded values ({_some(lossy_rows)}), so a pass is an "
-            "indication, not proof. For a proof convert with --dtype keep --scaled-dtype float32."
+            f"The checkpoint holds rounded values ({rounded}), so a pass is an indication, not "
+            "proof. For a proof convert with --dtype keep --scaled-dtype float32."
         )
     exact = not warnings
     default = PROOF_LIMIT if exact else INDICATION_LIMIT
@@ -77,11 +78,6 @@ def choose_limit(max_kl: float | None, dtype: Dtype, lossy_rows: Sequence[str]) 
         reason=reason if max_kl is None else "as asked for",
         warnings=tuple(warnings),
     )
-
-
-def _some(rows: Sequence[str]) -> str:
-    more = f"; and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
-    return "; ".join(map(printable, rows[:SHOWN])) + more
 
 
 def find_lossy_rows(

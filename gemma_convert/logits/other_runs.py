@@ -53,13 +53,23 @@ def router_seen(layer: Any) -> Iterator[list[torch.Tensor]]:
         hook.remove()
 
 
+def moved(exact: torch.Tensor, other: torch.Tensor, chosen: int) -> float:
+    """How far rounding moves probabilities [tokens experts], in log, at the most.
+
+    Of the experts that are chosen and the next one; those that nothing is left of do not count.
+    """
+    best, experts = exact.double().topk(min(chosen + 1, exact.shape[1]), dim=-1)
+    apart = (other.double().gather(-1, experts) / best).log().abs()
+    return float(apart.nan_to_num(0.0, posinf=0.0).max())
+
+
 def decided(probabilities: torch.Tensor, chosen: int, apart: float) -> npt.NDArray[np.bool_]:
     """Whether the last expert that is chosen is further than that from the next, in log, [tokens].
 
-    The token with the most clear choice always is.
+    The token with the clearest choice always is.
     """
-    best = probabilities.double().sort(dim=-1, descending=True).values.log()
-    margin = (best[:, chosen - 1] - best[:, min(chosen, best.shape[1] - 1)]).cpu().numpy()
+    best = probabilities.double().topk(min(chosen + 1, probabilities.shape[1]), dim=-1).values.log()
+    margin = (best[:, chosen - 1] - best[:, -1]).nan_to_num(0.0).cpu().numpy()
     clear: npt.NDArray[np.bool_] = (margin > apart) | (margin == margin.max())
     return clear
 
@@ -118,7 +128,7 @@ class OtherRuns:
             chosen = self._chosen
             measured = [routed[place] for place in self._probe.measured]
             pairs = zip(measured, self._routed, strict=True)
-            apart = max(float(((b.double() / a.double()).log()).abs().max()) for a, b in pairs)
+            apart = max(moved(exact, other, chosen) for exact, other in pairs)
             self._probe.decided = [decided(one, chosen, ROUTER_FACTOR * apart) for one in routed]
 
     def norm(self, norm: Any, states: Sequence[torch.Tensor]) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from gemma_convert.errors import SourceError
+from gemma_convert.errors import SourceError, short
 from gemma_convert.mapping.facts import FactTable, is_of_vision
 from gemma_convert.mapping.native_facts import Settings, value_of
 from gemma_convert.model.config_edit import set_fact
+from gemma_convert.model.config_section import MAX_LAYERS, MAX_SIZE
 from gemma_convert.model.facts import (
     FULL_FRACTION,
     LAYER_TYPES,
@@ -43,9 +44,14 @@ def config_from_settings(table: FactTable, settings: Settings, dtype: str) -> di
     facts = {**_NOT_THERE, **_facts(table, settings)}
     if not facts["text_config.num_experts"]:
         facts |= dict.fromkeys(_OF_EXPERTS)
-    for key in (_LAYERS, _VOCABULARY):
-        if not isinstance(facts.get(key), int):
-            raise SourceError("The settings lack a size.", where=settings.where, expected=key)
+    for key, most in ((_LAYERS, MAX_LAYERS), (_VOCABULARY, MAX_SIZE - 1)):
+        if not isinstance(size := facts.get(key), int) or not 0 < size <= most:
+            raise SourceError(
+                "The settings say no size of the model.",
+                where=f"{settings.where}, for {key}",
+                expected=f"a whole number from 1 to {most}",
+                found=short(size),
+            )
     facts.setdefault("text_config.vocab_size_per_layer_input", facts[_VOCABULARY])
     config: dict[str, Any] = {
         "architectures": ["Gemma4ForCausalLM"],
@@ -59,7 +65,7 @@ def config_from_settings(table: FactTable, settings: Settings, dtype: str) -> di
     for key, value in facts.items():
         set_fact(config, key, kinds_of(str(value), layers) if key == LAYER_TYPES else value)
     for fraction in (SLIDING_FRACTION, FULL_FRACTION):
-        kind = "default" if facts[fraction] == 1 else "proportional"
+        kind = "default" if facts.get(fraction, 1.0) == 1 else "proportional"
         set_fact(config, fraction.replace("partial_rotary_factor", "rope_type"), kind)
     return config
 

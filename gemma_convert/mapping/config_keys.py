@@ -9,11 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gemma_convert.errors import SourceError
+from gemma_convert.errors import SourceError, some
 from gemma_convert.mapping.record import Record
 from gemma_convert.mapping.table import HUGGINGFACE, read_toml, table_file
-
-SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -55,11 +53,10 @@ def check_keys(
         and not any(fnmatchcase(key, pattern) for pattern in known.ignored)
     ]
     if unknown:
-        more = f", and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
         raise SourceError(
             "config.json has a key that no table knows, so nothing says what becomes of it.",
             where=where,
-            found=", ".join(unknown[:SHOWN]) + more,
+            found=some(unknown),
             do="go on without it, if it changes nothing that is computed: --ignore-fact KEY",
         )
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 
 from gemma_convert.arrays.dtypes import TensorSpec
-from gemma_convert.errors import MappingError, SourceError
+from gemma_convert.errors import MappingError, SourceError, some
 from gemma_convert.mapping.inventory import HFTensor
 from gemma_convert.mapping.prefix import difference
 from gemma_convert.mapping.region import Box, NotABoxError, RegionCopy
@@ -30,8 +30,8 @@ def check_source(
         raise SourceError(
             "The tensors of the checkpoint have other names than a Gemma 4 checkpoint's.",
             where=where,
-            expected=_some(missing),
-            found=f"{_some(unexpected)}; {named}",
+            expected=some(missing, SHOWN),
+            found=f"{some(unexpected, SHOWN)}; {named}",
             do="rename the tensors, or save the checkpoint without what wraps the model",
         )
     _check_head([expected[name] for name in missing], where)
@@ -39,14 +39,14 @@ def check_source(
         raise SourceError(
             f"The checkpoint lacks {_count(missing)}.",
             where=where,
-            expected=_some(f"{name} {list(expected[name].shape)}" for name in missing),
+            expected=some([f"{name} {list(expected[name].shape)}" for name in missing], SHOWN),
             do="check that every shard is there and that config.json belongs to these weights",
         )
     if unexpected:
         raise SourceError(
             f"The checkpoint has {_count(unexpected)} that config.json does not account for.",
             where=where,
-            found=_some(f"{name} {list(source[name].shape)}" for name in unexpected),
+            found=some([f"{name} {list(source[name].shape)}" for name in unexpected], SHOWN),
             do="check that config.json belongs to these weights",
         )
     misshapen = [name for name in source if source[name].shape != expected[name].shape]
@@ -90,8 +90,8 @@ def _check_groups(
             raise SourceError(
                 "Only a part of the tensors that belong together is there.",
                 where=where,
-                expected=_some(names),
-                found=_some(present),
+                expected=some(names, SHOWN),
+                found=some(present, SHOWN),
             )
 
 
@@ -145,9 +145,3 @@ def _overlap(entries: list[tuple[Box, RegionCopy]]) -> tuple[RegionCopy, RegionC
 
 def _count(names: Sequence[str]) -> str:
     return "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
-
-
-def _some(names: object) -> str:
-    listed = [str(name) for name in names]  # type: ignore[attr-defined]
-    more = f", and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
-    return ", ".join(listed[:SHOWN]) + more

@@ -14,6 +14,7 @@ from gemma_convert.model.config import parse_architecture
 from gemma_convert.model.config_edit import with_facts
 from gemma_convert.model.facts import (
     ARITHMETIC,
+    FRACTIONS,
     LAYER_TYPES,
     SOFTCAP,
     Fact,
@@ -172,10 +173,16 @@ def value_of(row: FactRow, key: str, found: Any, where: str) -> Fact:
         raise SourceError(
             "The settings say what is no value of this fact.",
             where=f"{where}, key {key}",
-            expected="a positive number" if row.hf in ARITHMETIC else "a number, true or false",
+            expected=_expected(row.hf),
             found=short(found),
         )
     return value  # type: ignore[no-any-return]
+
+
+def _expected(key: str) -> str:
+    if key in FRACTIONS:
+        return "a number above 0, 1 at the most"
+    return "a positive number" if key in ARITHMETIC else "a number, true or false"
 
 
 def _number(found: Any) -> Any:

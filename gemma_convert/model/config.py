@@ -191,10 +191,10 @@ def _rope(config: Section, kind: str, default: Rope) -> Rope:
     if section.number("factor", 1.0) != 1.0:
         raise section.error("factor", "1", section.values["factor"])
     partial = rope_type == "proportional"
-    return Rope(
-        theta=section.number("rope_theta", default.theta),
-        fraction=section.number("partial_rotary_factor", 1.0) if partial else 1.0,
-    )
+    fraction = section.number("partial_rotary_factor", 1.0) if partial else 1.0
+    if fraction > 1:
+        raise section.error("partial_rotary_factor", "at most 1", fraction)
+    return Rope(theta=section.number("rope_theta", default.theta), fraction=fraction)
 
 
 def _layers(

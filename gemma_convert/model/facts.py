@@ -109,23 +109,28 @@ def pattern_of(sliding: Sequence[bool]) -> str:
 def kinds_of(pattern: str, layers: int) -> list[str]:
     """The `layer_types` of so many layers, of which `layer_pattern` gives this pattern."""
     words = pattern.split()
-    if words[0].isdigit():
+    if words and words[0].isdigit():
         period = int(words[0]) + 1
         words = ["full" if place % period == 0 else "sliding" for place in range(1, layers + 1)]
     return [f"{word}_attention" for word in words]
 
 
 NUMBERS = (EPSILON, SLIDING_THETA, SLIDING_FRACTION, FULL_THETA, FULL_FRACTION, VISION_THETA)
+FRACTIONS = (SLIDING_FRACTION, FULL_FRACTION)
 WHOLE_NUMBERS = (WINDOW, TOP_K)
 ARITHMETIC = (*NUMBERS, *WHOLE_NUMBERS, SOFTCAP)
 """The facts that layers compute with and no shape of a tensor bears out."""
 
 
 def is_value(key: str, value: object) -> bool:
-    """Whether `value` may stand for the fact; arithmetic ones are positive, or no soft-cap."""
+    """Whether `value` may stand for the fact; arithmetic ones are positive, or no soft-cap.
+
+    Of what turns, a head has its whole at the most.
+    """
     if key not in ARITHMETIC:
         return value is None or isinstance(value, int | float | str)
     if key == SOFTCAP and value is None:
         return True
     number = isinstance(value, int if key in WHOLE_NUMBERS else int | float)
-    return number and not isinstance(value, bool) and 0 < value < 1e30  # type: ignore[operator]
+    most = 1 if key in FRACTIONS else 1e30
+    return number and not isinstance(value, bool) and 0 < value <= most  # type: ignore[operator]

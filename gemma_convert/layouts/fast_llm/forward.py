@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +20,10 @@ import torch
 from safetensors import safe_open
 from torch.nn import functional
 
-from gemma_convert.errors import SourceError
+from gemma_convert.errors import SourceError, some
 from gemma_convert.files.libraries import told_by_library
 from gemma_convert.files.library_path import library_path
-from gemma_convert.forward.native_model import Dtype
+from gemma_convert.forward.native_model import Batched, Dtype
 from gemma_convert.layouts.fast_llm.forward_config import (
     Attention,
     Block,
@@ -47,20 +47,7 @@ FINAL_NORM = "head.final_norm.weight"
 OUTPUT = "head.output_weights"
 _SUFFIX = "/weights"
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_LISTED = 8
 _VOCAB_SLICE = 1 << 15
-
-
-class Handed(Protocol):
-    """States [batch length embed] of all batches that come from elsewhere, and their outputs.
-
-    `inputs` are those that lead to the stage that runs next.
-    """
-
-    @property
-    def inputs(self) -> Sequence[torch.Tensor]: ...
-
-    outputs: Sequence[torch.Tensor] | None
 
 
 class FastLLM:
@@ -101,7 +88,7 @@ class FastLLM:
         return states
 
     def stages(
-        self, batches: Sequence[Tokens], handed: Handed | None = None
+        self, batches: Sequence[Tokens], handed: Batched[torch.Tensor] | None = None
     ) -> Iterator[list[Float[torch.Tensor, "batch length embed"]]]:
         """The states of `batches` [batch length embed]: embedded, behind each layer, and the norm.
 
@@ -233,13 +220,12 @@ def _check(found: Mapping[str, tuple[str, Shape]], config: FastLLMConfig, folder
         ]
         wrong += [f"state_index lists {name}" for name in sorted(index.keys() - found.keys())]
     if wrong:
-        more = f"; and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
         raise SourceError(
             "The tensors do not fit metadata.yaml.",
             where=folder,
             expected=f"the {len(wanted)} parameters of a model with {len(config.layers)} layers, "
             f"each named <parameter>{_SUFFIX}",
-            found="; ".join(wrong[:_LISTED]) + more,
+            found=some(wrong, between="; "),
             do="convert it again",
         )
 

@@ -15,24 +15,14 @@ from pathlib import Path, PurePath
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self
 
-import yaml
-
 from gemma_convert.errors import SourceError
+from gemma_convert.files.yaml_file import read_yaml
 
 METADATA = "metadata.yaml"
 MAX_BYTES = 2 << 20
 """Largest metadata.yaml that is read: the published models need less than a tenth."""
 
 _MAX_INTEGER = 2**31 - 1
-_UNREADABLE = (
-    yaml.YAMLError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    ValueError,
-)
-"""What PyYAML raises on broken input, such as `!!bool maybe`."""
 _REPR = reprlib.Repr()
 _REPR.maxlevel = 2
 _MISSING = object()
@@ -128,7 +118,9 @@ def read_fast_llm_config(folder: Path) -> FastLLMConfig:
     for what Gemma 4 has not.
     """
     path = folder / METADATA
-    with _Section(_load(path), path, "") as top:
+    if not path.is_file():
+        raise SourceError("This is not a Fast-LLM checkpoint.", where=path, expected=METADATA)
+    with _Section(read_yaml(path, METADATA, MAX_BYTES), path, "") as top:
         top.must_be("model", "gpt")
         top.must_be("format", "fast_llm")
         shards = top.take("shards")
@@ -141,36 +133,6 @@ def read_fast_llm_config(folder: Path) -> FastLLMConfig:
             config.must_be("type", "gpt", default="gpt")
             with config.section("base_model") as model:
                 return _model(model, version, state_index)
-
-
-def _load(path: Path) -> Any:
-    try:
-        if not path.is_file():
-            raise SourceError("This is not a Fast-LLM checkpoint.", where=path, expected=METADATA)
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise SourceError("The metadata cannot be read.", where=path, found=error) from error
-    if len(content) > MAX_BYTES:
-        raise SourceError(
-            "The metadata is too large.", where=path, expected=f"at most {MAX_BYTES} bytes"
-        )
-    try:
-        loader = yaml.SafeLoader(content.decode("utf-8"))
-        loader.flatten_mapping = lambda node: _refuse_merge(node, path)
-        return loader.get_single_data()
-    except _UNREADABLE as error:
-        raise SourceError(
-            "The metadata is not YAML that can be read.",
-            where=path,
-            found=f"{type(error).__name__}: {error}"[:500],
-        ) from error
-
-
-def _refuse_merge(node: yaml.MappingNode, path: Path) -> None:
-    """Merged mappings can grow without bound from a few lines; Fast-LLM writes none."""
-    if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
-        raise SourceError("The metadata merges mappings with `<<`.", where=path)
 
 
 class _Section:

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from gemma_convert.errors import SourceError
-from gemma_convert.forward.native_model import Dtype, Given, Logits, LogitSource, Streamed
+from gemma_convert.forward.native_model import Batched, Dtype, Given, Logits, LogitSource, Streamed
 from gemma_convert.layouts.fast_llm.forward import FastLLM
 from gemma_convert.layouts.fast_llm.forward_config import METADATA
 from gemma_convert.model.architecture import Architecture
-from gemma_convert.prompts.batches import batches, by_sequence, filled, padded
+from gemma_convert.prompts.batches import batches, by_sequence, padded
 from gemma_convert.prompts.text import TokenSequence
 
 
@@ -75,7 +75,7 @@ class TorchStream:
         """The states [length embed] in float32: embedded, behind each layer, behind the norm."""
         groups = batches(self._sequences)
         tokens = [padded([self._sequences[index].ids for index in group]) for group in groups]
-        handed = None if given is None else _Batched(given, groups)
+        handed = None if given is None else Batched(given, groups, torch.from_numpy)
         for states in self._model.stages(tokens, handed):
             if given is not None and handed is not None and handed.outputs is not None:
                 given.outputs = _on_host(by_sequence(handed.outputs, groups, self._sequences))
@@ -97,23 +97,6 @@ class TorchStream:
 
 def _on_host(rows: Sequence[torch.Tensor]) -> list[Logits]:
     return [row.float().cpu().numpy() for row in rows]
-
-
-class _Batched:
-    """Given states, sequence by sequence, as the batches hold them: `forward.Handed`."""
-
-    def __init__(self, given: Given, groups: Sequence[Sequence[int]]) -> None:
-        self._given, self._groups = given, groups
-        self.outputs: Sequence[torch.Tensor] | None = None
-
-    @property
-    def inputs(self) -> list[torch.Tensor]:
-        if self._given.inputs is None:
-            raise ValueError("nothing was given for this stage")
-        states = self._given.inputs
-        return [
-            torch.from_numpy(filled([states[number] for number in group])) for group in self._groups
-        ]
 
 
 @dataclass(frozen=True)

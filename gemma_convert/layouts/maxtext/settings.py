@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from gemma_convert.errors import SourceError, short
 from gemma_convert.files.confined import check_confined
 from gemma_convert.files.given_settings import GivenSettings, read_settings_file
 from gemma_convert.mapping.facts import FactTable, load_facts
@@ -108,14 +109,27 @@ def read_settings(items: Path, given: GivenSettings, architecture: Architecture 
 
 
 def _with_base(file: Path) -> dict[str, Any]:
-    """The settings in a config, over those of its `base_config`, where that lies beside it."""
+    """The settings in a config, over those of its `base_config`, where that lies beside it.
+
+    One of MaxText's own, such as `base.yml`, says no fact that a named model does not. Raises
+    SourceError for one that lies elsewhere.
+    """
     values: dict[str, Any] = {}
     seen: list[Path] = []
     while file not in seen and file.is_file():
         seen.append(file)
         found = read_settings_file(file, file.name)
         values = found | values
-        file = file.parent / PurePath(str(found.get("base_config", ""))).name
+        base = str(found.get("base_config", ""))
+        if PurePath(base).name != base:
+            raise SourceError(
+                "The config has its parent elsewhere, where it is not read.",
+                where=f"{file}, key base_config",
+                found=short(base),
+                do="name the parent with --settings as well, before this one, and copy this one "
+                "without the key",
+            )
+        file = file.parent / base
     return values
 
 
