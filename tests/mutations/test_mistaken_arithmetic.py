@@ -85,7 +85,7 @@ PER_LAYER = {
     "per-layer inputs without the context": ("per_layer_inputs", "(context + token)", "token"),
     "per-layer inputs without the token": ("per_layer_inputs", "(context + token)", "context"),
     "per-layer input of the layer before": (
-        "stages",
+        "_run_layer",
         "ple[:, :, facts.index]",
         "ple[:, :, facts.index - 1]",
     ),
@@ -95,7 +95,7 @@ PER_LAYER = {
         "weights.per_layer_gate(hidden)",
     ),
     "shared keys and values of the first layer": (
-        "stages",
+        "_run_layer",
         "kept[number, facts.kv_source]",
         "kept[number, min(key for _, key in kept)]",
     ),
