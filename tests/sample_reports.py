@@ -8,7 +8,7 @@ from dataclasses import replace
 from gemma_convert.logits.divergence import Divergence, WorstToken
 from gemma_convert.logits.drift import Drift
 from gemma_convert.logits.fingerprint import Fingerprint
-from gemma_convert.logits.local import LocalCheck, Part
+from gemma_convert.logits.local import LocalCheck, PartCheck
 from gemma_convert.logits.report import LogitReport
 from gemma_convert.logits.tokens import Candidate, CheckedSequence, Prediction
 
@@ -60,11 +60,18 @@ def prediction(one: CheckedSequence, swapped: bool = False) -> Prediction:
 
 
 def parts(error: float = 2e-7) -> LocalCheck:
-    """Four parts, of which the second layer has this error."""
-    names = ("the embedding", "layer 0", "layer 1", "the final norm", "the head")
-    errors = (0.0, 1e-7, error, 2e-7, 1e-7)
-    found = (Part(name, one, 1.5e-7) for name, one in zip(names, errors, strict=True))
-    return LocalCheck(tuple(found), "float32")
+    """Parts beside the layers and in two of them, of which the second's MLP has this error."""
+    wrong = "gate and up are exchanged" if error > 1e-5 else None
+    found = (
+        PartCheck("embedding", None, 0.0, 1.5e-7),
+        PartCheck("keys", 0, 1e-7, 1.5e-7),
+        PartCheck("dense MLP", 0, 1e-7, 1.5e-7),
+        PartCheck("keys", 1, 2e-7, 1.5e-7),
+        PartCheck("dense MLP", 1, error, 1.5e-7, wrong),
+        PartCheck("final norm", None, 2e-7, 1.5e-7),
+        PartCheck("head", None, 1e-7, 1.5e-7),
+    )
+    return LocalCheck(found, "float32")
 
 
 def report(*checked: CheckedSequence, **changes: object) -> LogitReport:

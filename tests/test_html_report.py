@@ -443,7 +443,7 @@ def test_junit_fails_the_sequences_that_failed():
     suite = ElementTree.fromstring(junit(sample_reports.failed(), WHEN))
     found = {one.get("name"): one.find("failure") for one in suite.findall("testcase")}
     assert [name for name, failure in found.items() if failure is None] == ["code"]
-    assert found["each part by itself"].get("message").startswith("layer 1 is 5e-02 off")
+    assert found["each part by itself"].get("message").startswith("layer 1, dense MLP is 5e-02 off")
     assert found["english"].get("message") == (
         "KL 3.00e-03 is beyond the limit 1e-05 at position 7: id 107 '    '"
     )
@@ -475,7 +475,7 @@ def test_a_report_with_tokens_comes_back_from_its_text():
 
 def test_json_sums_up_each_sequence_and_the_worst_tokens():
     found = json.loads(json.dumps(sample_reports.failed().as_json(), allow_nan=False))
-    assert found["schema"] == "gemma-convert/logit-check/2" and found["sequences"] == 3
+    assert found["schema"] == "gemma-convert/logit-check/3" and found["sequences"] == 3
     last = found["each_sequence"][2]
     assert (last["sequence"], last["tokens"], last["compared"]) == ("image-0 (cat.png)", 30, 21)
     assert last["worst_position"] == 7 and last["kl_max"] == pytest.approx(3e-5)
@@ -632,7 +632,7 @@ def test_a_real_check_from_end_to_end(tiny, converted, tmp_path, monkeypatch, ca
         f"1. {first.behind.sequence}, position {first.behind.position}"
     )
     assert len(ElementTree.parse(xml).getroot().findall("testcase/failure")) == 3
-    assert "Layer 3 is" in sections(root)["parts"].text
+    assert "Layer 3, output is" in sections(root)["parts"].text
     kinds = {(one.side, one.what) for one in report.fingerprints}
     assert {("original", "samples"), ("native", "header"), ("native", "mapping table")} <= kinds
 

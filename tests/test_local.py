@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gemma_convert import logit_check, to_native
-from gemma_convert.logits.local import FACTOR, LocalCheck, Part, Probe, shortest
+from gemma_convert.logits.local import FACTOR, LocalCheck, PartCheck, Probe, shortest
 from gemma_convert.logits.other_runs import Calls, OtherRuns, decided, moved
 from gemma_convert.logits.precision import computed_in
 from gemma_convert.prompts.text import TokenSequence
@@ -21,6 +21,42 @@ MODELS = [
     for model in ("e2b", "e4b", "26b-a4b", "31b")
     if not (layout == "fast-llm" and model in ("e2b", "e4b"))
 ]
+
+
+COMMON = {
+    "norm before attention",
+    "queries",
+    "keys",
+    "values",
+    "attention",
+    "output projection",
+    "norm behind attention",
+    "sum behind attention",
+    "norm before the MLP",
+    "dense MLP",
+    "norm behind the MLP",
+    "output",
+}
+MIXTURE = {
+    "norm behind the dense MLP",
+    "router",
+    "norm before the experts",
+    "experts",
+    "norm behind the experts",
+    "sum of both branches",
+}
+PER_LAYER = {
+    "sum behind the MLP",
+    "per-layer gate",
+    "per-layer projection",
+    "norm behind the per-layer input",
+}
+EVERY = {
+    "31b": COMMON,
+    "26b-a4b": COMMON | MIXTURE,
+    "e2b": COMMON | PER_LAYER,
+    "e4b": COMMON | PER_LAYER,
+}
 
 
 @pytest.mark.share(3)
@@ -35,7 +71,13 @@ def test_a_right_conversion_is_within_its_rounding(shallow, converted, layout, m
     assert report.local.worst.times < FACTOR / 2
     names = [part.name for part in report.local.parts]
     assert names[0] == "the embedding" and names[-2:] == ["the final norm", "the head"]
-    assert names[1:-2] == [f"layer {n}" for n in range(len(names) - 3)]
+    of_layers = [part for part in report.local.parts if part.layer is not None]
+    layers = max(part.layer for part in of_layers) + 1
+    assert [part.layer for part in of_layers] == sorted(part.layer for part in of_layers)
+    by_layer = [{one.part for one in of_layers if one.layer == n} for n in range(layers)]
+    shared = {"keys", "values"} if model.startswith("e") else set()
+    assert all(by_layer[0] - shared <= parts <= EVERY[model] for parts in by_layer)
+    assert by_layer[0] == EVERY[model] and len(set(names)) == len(names)
     size = 2.0**-24 if dtype == "float32" else 2.0**-9
     assert all(size <= part.noise < 200 * size for part in report.local.parts)
     assert report.divergence.kl_max < 10 * report.noise_floor
@@ -53,9 +95,24 @@ def mistaken(source, folder, edits):
 
 
 MISTAKES = {
-    "a turned matrix": ("layers.1.self_attn.o_proj.weight", lambda w: w.flip(1), "layer 1"),
-    "a lost scalar": ("layers.2.layer_scalar", torch.ones_like, "layer 2"),
-    "a norm off by one": ("layers.4.input_layernorm.weight", lambda w: w + 1, "layer 4"),
+    "a turned matrix": (
+        "layers.1.self_attn.o_proj.weight",
+        lambda w: w.flip(0),
+        "layer 1, output projection",
+        "in reverse order",
+    ),
+    "a lost scalar": (
+        "layers.2.layer_scalar",
+        torch.ones_like,
+        "layer 2, output",
+        "scalar is lost",
+    ),
+    "a norm off by one": (
+        "layers.4.input_layernorm.weight",
+        lambda w: w + 1,
+        "layer 4, norm before attention",
+        "too large by one",
+    ),
 }
 
 
@@ -63,13 +120,14 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_named_where_it_is_and_nowhere_else(shallow, tmp_path, mistake, dtype):
     source = shallow("31b", text_only=True)
-    name, edit, part = MISTAKES[mistake]
+    name, edit, part, words = MISTAKES[mistake]
     wrong = mistaken(source, tmp_path / "wrong", {name: edit})
     to_native(wrong, tmp_path / "out", layout="maxtext")
     report = logit_check(source, tmp_path / "out", tokens=24, dtype=dtype)
     assert not report.passed
     assert [one.name for one in report.local.failed] == [part]
     assert report.local.failed[0].times > 10 * FACTOR
+    assert words in report.local.failed[0].mistake
 
 
 @pytest.mark.parametrize("layout", ["maxtext", "gemma-jax", "fast-llm"])
@@ -80,9 +138,19 @@ def test_what_kl_does_not_see_fails_by_itself(shallow, tmp_path, layout):
     wrong = mistaken(source, tmp_path / "wrong", edits)
     to_native(wrong, tmp_path / "out", layout=layout)
     report = logit_check(source, tmp_path / "out", tokens=24)
-    assert [one.name for one in report.local.failed] == ["layer 3"]
+    assert [one.name for one in report.local.failed] == ["layer 3, dense MLP"]
     loose = logit_check(source, tmp_path / "out", tokens=24, max_kl=1.0)
     assert loose.divergence.kl_max < 1.0 and not loose.passed
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_lost_factor_is_named(shallow, tmp_path, dtype):
+    source = shallow("31b", text_only=True)
+    edits = {"layers.3.mlp.down_proj.weight": lambda w: w * 2}
+    wrong = mistaken(source, tmp_path / "wrong", edits)
+    to_native(wrong, tmp_path / "out", layout="fast-llm")
+    (failed,) = logit_check(source, tmp_path / "out", tokens=24, dtype=dtype).local.failed
+    assert failed.mistake.startswith("it is 2") and failed.name == "layer 3, dense MLP"
 
 
 @pytest.mark.parametrize(
@@ -124,7 +192,7 @@ def test_a_network_that_amplifies_rounding_passes_and_says_so(wild, converted, l
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_in_it_is_found_all_the_same(wild, tmp_path, mistake):
-    name, edit, part = MISTAKES[mistake]
+    name, edit, part, _ = MISTAKES[mistake]
     wrong = mistaken(wild, tmp_path / "wrong", {name: edit})
     to_native(wrong, tmp_path / "out", layout="maxtext")
     report = logit_check(wild, tmp_path / "out")
@@ -169,12 +237,12 @@ def test_products_are_computed_in_another_precision(dtype):
 
 def test_noise_has_the_size_of_the_errors():
     """Relative to each token's state, in any direction, and none where there was no error."""
-    probe = Probe([], "float32", errors=[np.array([0.0, 1e-3, 1e-2])])
-    runs = OtherRuns(lambda _: Calls(), probe, [], 0)
+    errors = [{"embedding": np.array([0.0, 1e-3, 1e-2])}]
+    runs = OtherRuns(lambda _: Calls(), Probe([], "float32", errors=errors), [], 0)
     state = torch.randn(1, 3, 4096) * torch.tensor([1.0, 10.0, 0.1])[None, :, None]
-    runs.begin([state])
-    runs.norm(lambda x: x, [state])
-    moved_by = (runs.noisy[0] - state[0]).norm(dim=-1) / state[0].norm(dim=-1)
+    runs.noisy = [state]
+    runs.disturb_embedding()
+    moved_by = (runs.noisy[0] - state).norm(dim=-1)[0] / state.norm(dim=-1)[0]
     assert moved_by.tolist() == pytest.approx([0.0, 1e-3, 1e-2], rel=0.05)
 
 
@@ -188,6 +256,6 @@ def test_noise_is_measured_on_the_shortest():
 
 
 def test_a_part_that_is_no_number_never_passes():
-    part = Part("layer 0", float("nan"), 1e-7)
+    part = PartCheck("keys", 0, float("nan"), 1e-7)
     assert not part.passed and part.times == np.inf
-    assert LocalCheck((Part("layer 1", 1.0, 1e-7), part), "float32").worst is part
+    assert LocalCheck((PartCheck("keys", 1, 1.0, 1e-7), part), "float32").worst is part

@@ -100,7 +100,7 @@ def test_right_conversion_is_proven(dense, native):
     assert report.limit == 1e-5 and report.warnings == () and report.lossy_rows == ()
     assert report.longest_sequence > report.sliding_window == 7
     found = strict_json(report)
-    assert found["schema"] == "gemma-convert/logit-check/2" and found["nan"] == []
+    assert found["schema"] == "gemma-convert/logit-check/3" and found["nan"] == []
     assert found["tokens"] == 24 * 3 + 39 and found["sequences"] == 4
     assert {"jax", "torch", "transformers", "orbax-checkpoint"} <= found["versions"].keys()
     assert found["worst_token"]["kl"] == report.divergence.kl_max

@@ -20,6 +20,7 @@ import numpy as np
 
 from gemma_convert.forward.arithmetic import attend, gelu, rms_norm, rotary, routing, visible
 from gemma_convert.forward.native_model import Batched, Dtype
+from gemma_convert.forward.parts import Part, Taps
 from gemma_convert.forward.prompt import Prompt
 from gemma_convert.forward.sharding import Axes, place, place_all, replicated
 from gemma_convert.model.architecture import Layer, Rope, TextArchitecture
@@ -180,15 +181,12 @@ def stages(
     """The states of `prompts` [batch length embed]: embedded, behind each layer, behind the norm.
 
     Every layer's weights are read and put on the devices once, for all prompts, and dropped before
-    its states are given, which are whole on every device. Layers and norm are run on `handed`
-    states too, which are asked for before each of them; those that share keys and values then
-    attend to those that were made of handed states.
+    its states are given, which are whole on every device. Each part is run on what is `handed` too,
+    which is asked for before each stage; layers that share keys and values then attend to handed
+    ones.
     """
     states = [embed(weights, text, prompt, dtype) for prompt in prompts]
-    inputs = [
-        per_layer_inputs(weights, text, prompt, state) if text.ple else None
-        for prompt, state in zip(prompts, states, strict=True)
-    ]
+    inputs = _all_per_layer_inputs(weights, text, prompts, states)
     sources = {facts.kv_source for facts in text.layers if not facts.owns_kv}
     images = [
         place(prompt.images) if text.bidirectional_images and prompt.images is not None else None
@@ -196,46 +194,104 @@ def stages(
     ]
     kept: dict[tuple[int, int], KeysAndValues] = {}
     kept_of_handed: dict[tuple[int, int], KeysAndValues] = {}
+    handed_inputs = inputs
+    if handed is not None:
+        handed_inputs = _hand_embedding(weights, text, prompts, states, inputs, handed)
     yield list(states)
     for facts in text.layers:
         mine = place_all(weights.layer(facts.index), weights.layer_axes(facts.index))
-        run = partial(_run_layer, mine, facts, kind_of(text, facts), inputs, images, sources)
+        run = partial(_run_layer, mine, facts, kind_of(text, facts), images, sources)
+        parts: Sequence[Mapping[Part, jax.Array] | None] = [None] * len(prompts)
         if handed is not None:
-            handed.outputs = run([state.astype(dtype) for state in handed.inputs], kept_of_handed)
-        states = run(states, kept)
-        del mine, run
+            parts = handed.parts
+            given = [state.astype(dtype) for state in handed.inputs]
+            handed.give_back(run(handed_inputs, given, kept_of_handed, parts, True)[1])
+        states, _ = run(inputs, states, kept, parts, False)
+        del mine, run, parts
         yield list(states)
     norm = partial(rms_norm, scale=weights.final_scale(), epsilon=text.norm_epsilon)
     if handed is not None:
-        handed.outputs = [norm(state.astype(dtype)) for state in handed.inputs]
+        handed.give_back([{"final norm": norm(state.astype(dtype))} for state in handed.inputs])
     yield [norm(state) for state in states]
+
+
+def _hand_embedding(
+    weights: DecoderWeights,
+    text: TextArchitecture,
+    prompts: Sequence[Prompt],
+    embedded: Sequence[jax.Array],
+    inputs: Sequence[Any],
+    handed: Batched[jax.Array],
+) -> list[Any]:
+    """Gives back what is made before the layers; the per-layer inputs that were handed.
+
+    `embedded` and `inputs` are this side's own.
+    """
+    made: list[dict[Part, jax.Array]] = [{"embedding": state} for state in embedded]
+    found = list(inputs)
+    if text.ple:
+        parts = handed.parts
+        theirs = [
+            part["embedding"].astype(state.dtype)
+            for part, state in zip(parts, embedded, strict=True)
+        ]
+        ours = _all_per_layer_inputs(weights, text, prompts, theirs)
+        for one, value in zip(made, ours, strict=True):
+            one["per-layer inputs"] = value
+        found = [
+            part["per-layer inputs"].reshape(value.shape).astype(value.dtype)
+            for part, value in zip(parts, inputs, strict=True)
+        ]
+    handed.give_back(made)
+    return found
+
+
+def _all_per_layer_inputs(
+    weights: DecoderWeights,
+    text: TextArchitecture,
+    prompts: Sequence[Prompt],
+    embedded: Sequence[jax.Array],
+) -> list[Any]:
+    """The per-layer inputs of each prompt, None of a model without."""
+    if not text.ple:
+        return [None] * len(prompts)
+    pairs = zip(prompts, embedded, strict=True)
+    return [per_layer_inputs(weights, text, prompt, state) for prompt, state in pairs]
 
 
 def _run_layer(
     weights: LayerWeights,
     facts: Layer,
     kind: Kind,
-    per_layer: Sequence[jax.Array | None],
     images: Sequence[jax.Array | None],
     sources: Collection[int],
+    per_layer: Sequence[jax.Array | None],
     states: Sequence[jax.Array],
     kept: dict[tuple[int, int], KeysAndValues],
-) -> list[jax.Array]:
-    """The states of all prompts behind one layer; `kept` are keys and values that are shared."""
-    after = []
+    given: Sequence[Mapping[Part, jax.Array] | None],
+    instead: bool,
+) -> tuple[list[jax.Array], list[Mapping[Part, jax.Array]]]:
+    """The states of all prompts behind one layer, and what its parts made.
+
+    `kept` are keys and values that are shared; for `given` and `instead` see `layer`.
+    """
+    after, made = [], []
     for number, (state, ple) in enumerate(zip(states, per_layer, strict=True)):
-        out, keys_values = layer(
+        out, keys_values, parts = layer(
             weights,
             state,
             None if ple is None else ple[:, :, facts.index],
             None if facts.owns_kv else kept[number, facts.kv_source],
             images[number] if facts.sliding else None,
+            given[number],
+            instead,
             kind,
         )
         if facts.index in sources:
             kept[number, facts.index] = keys_values
         after.append(out)
-    return after
+        made.append(parts)
+    return after, made
 
 
 def kind_of(text: TextArchitecture, facts: Layer) -> Kind:
@@ -285,26 +341,46 @@ def layer(
     per_layer: Float[Array, "batch length ple"] | None,
     shared: KeysAndValues | None,
     images: Int[Array, "batch length"] | None,
+    given: Mapping[Part, Float[Array, "batch length features"]] | None,
+    instead: bool,
     kind: Kind,
-) -> tuple[Float[Array, "batch length embed"], KeysAndValues]:
+) -> tuple[Float[Array, "batch length embed"], KeysAndValues, Mapping[Part, jax.Array]]:
     """The layer's output [batch length embed], and the keys and values that it attended to.
 
     `shared` are the keys and values of the layer that this one shares them with; `images` the
-    images whose tokens see each other both ways.
+    images whose tokens see each other both ways. Where there are `given` values, what each part
+    made is returned as well, and the next one goes on with the given `instead` of the made. Both
+    ways are one compilation.
     """
+
+    def chosen(value: jax.Array, made: jax.Array) -> jax.Array:
+        return jnp.where(instead, value.reshape(made.shape).astype(made.dtype), made)
+
+    tap = Taps(given, chosen)
     norm = partial(_norm, weights, kind)
-    normed = norm("pre_attention", hidden)
-    attended, keys_values = attention(weights, normed, shared, images, kind)
-    hidden = hidden + norm("post_attention", attended)
-    fed = weights.dense(norm("pre_dense", hidden))
+    normed = tap("norm before attention", norm("pre_attention", hidden))
+    attended, keys_values = attention(weights, normed, shared, images, kind, tap)
+    hidden = hidden + tap("norm behind attention", norm("post_attention", attended))
+    hidden = tap("sum behind attention", hidden)
+    fed = weights.dense(tap("norm before the MLP", norm("pre_dense", hidden)))
+    fed = tap("dense MLP", fed)
     if kind.experts_per_token:
-        sparse = experts(weights, norm("pre_experts", hidden), router(weights, hidden, kind))
-        fed = norm("post_dense", fed) + norm("post_experts", sparse)
-    hidden = hidden + norm("post_feed_forward", fed)
+        shares = tap("router", router(weights, hidden, kind))
+        normed = tap("norm before the experts", norm("pre_experts", hidden))
+        sparse = tap("experts", experts(weights, normed, shares))
+        dense = tap("norm behind the dense MLP", norm("post_dense", fed))
+        sparse = tap("norm behind the experts", norm("post_experts", sparse))
+        fed = tap("sum of both branches", dense + sparse)
+    hidden = hidden + tap("norm behind the MLP", norm("post_feed_forward", fed))
     if per_layer is not None:
-        gated = gelu(weights.per_layer_gate(hidden)) * per_layer
-        hidden = hidden + norm("post_per_layer", weights.per_layer_out(gated))
-    return replicated(hidden * weights.scalar().astype(hidden.dtype)), keys_values
+        hidden = tap("sum behind the MLP", hidden)
+        gated = tap("per-layer gate", gelu(weights.per_layer_gate(hidden)) * per_layer)
+        projected = tap("per-layer projection", weights.per_layer_out(gated))
+        projected = norm("post_per_layer", projected)
+        hidden = hidden + tap("norm behind the per-layer input", projected)
+    out = replicated(hidden * weights.scalar().astype(hidden.dtype))
+    tap("output", out)
+    return out, keys_values, {} if given is None else tap.made
 
 
 def attention(
@@ -313,18 +389,21 @@ def attention(
     shared: KeysAndValues | None,
     images: Int[Array, "batch length"] | None,
     kind: Kind,
+    tap: Taps[jax.Array],
 ) -> tuple[Float[Array, "batch length embed"], KeysAndValues]:
     """Attention's output [batch length embed], and keys, values [batch length kv_heads head_dim].
 
     Where there is no value kernel, the projected keys before their norm are the values.
     """
-    query = rotary(_norm(weights, kind, "query", weights.query(hidden)), kind.rope)
+    query = tap("queries", _norm(weights, kind, "query", weights.query(hidden)))
     if shared is None:
         key, value = weights.key_value(hidden, kind.owns_value)
-        key = rotary(_norm(weights, kind, "key", key), kind.rope)
-        shared = key, rms_norm(value, None, kind.norm_epsilon)
-    mixed = attend(query, *shared, visible(hidden.shape[1], kind.window, images))
-    return weights.attended(mixed), shared
+        key = tap("keys", _norm(weights, kind, "key", key))
+        value = tap("values", rms_norm(value, None, kind.norm_epsilon))
+        shared = rotary(key, kind.rope), value
+    seen = visible(hidden.shape[1], kind.window, images)
+    mixed = tap("attention", attend(rotary(query, kind.rope), *shared, seen))
+    return tap("output projection", weights.attended(mixed)), shared
 
 
 def router(

@@ -175,11 +175,13 @@ class JaxStream:
     def stages(self, given: Given | None = None) -> Iterator[list[Logits]]:
         """The states [length embed] in float32: embedded, behind each layer, behind the norm."""
         weights = self._forward.weights(self._tree, self._text)
-        handed = None if given is None else Batched(given, self._groups, place)
+        handed = (
+            None
+            if given is None
+            else Batched(given, self._groups, self._sequences, place, np.asarray)
+        )
         for states in in_step(stages(weights, self._text, self._prompts, self._dtype, handed)):
             rows = self._rows(states)
-            if given is not None and handed is not None:
-                given.outputs = None if handed.outputs is None else self._rows(handed.outputs)
             yield rows
         compared = [
             row[np.flatnonzero(one.compared)]

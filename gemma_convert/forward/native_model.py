@@ -6,7 +6,7 @@ mistakes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gemma_convert.errors import UsageError
-from gemma_convert.prompts.batches import filled
+from gemma_convert.forward.parts import Part
+from gemma_convert.prompts.batches import by_sequence, filled
 from gemma_convert.prompts.soft import SoftSequence
 from gemma_convert.prompts.text import TokenSequence
 
@@ -55,40 +56,67 @@ class VocabularySlices(Protocol):
 
 @dataclass
 class Given:
-    """The reference's states, which each layer of a native model is run on beside its own.
+    """What the reference has, which each part of a native model is run on beside its own.
 
-    `inputs` are put there before a stage and are what led to it; `outputs` are what the stage made
-    of them, None where it has no inputs. `rows` [positions embed] go through the head as well.
+    Before a stage, `inputs` are the states that lead to it, None where none do, and `parts` what
+    its parts make, [length features] of each sequence. After it, `made` has what the native parts
+    make when each is given the reference's. `rows` [positions embed] go through the head as well.
     """
 
     inputs: States | None = None
-    outputs: States | None = None
+    parts: Sequence[Mapping[Part, npt.NDArray[Any]]] = ()
+    made: Sequence[Mapping[Part, npt.NDArray[Any]]] = ()
     rows: Logits | None = None
 
 
 class Batched(Generic[T]):
-    """Given states as the batches of a model hold them, and what a stage made of those.
+    """What is given as the batches of a model hold it, and what came of it by sequence again.
 
-    `placed` makes the model's own array of states [batch length embed].
+    `placed` makes the model's own array of one on the host, and `fetched` the reverse.
     """
 
     def __init__(
         self,
         given: Given,
         groups: Sequence[Sequence[int]],
+        sequences: Sequence[TokenSequence],
         placed: Callable[[npt.NDArray[Any]], T],
+        fetched: Callable[[T], npt.NDArray[Any]],
     ) -> None:
         """`groups` are the numbers of the sequences that each batch holds, row by row."""
-        self._given, self._groups, self._placed = given, groups, placed
-        self.outputs: Sequence[T] | None = None
+        self._given, self._groups, self._sequences = given, groups, sequences
+        self._placed, self._fetched = placed, fetched
 
     @property
     def inputs(self) -> list[T]:
-        """The states that lead to the stage that runs next."""
+        """The states that lead to the stage that runs next, [batch length embed]."""
         states = self._given.inputs
         if states is None:
             raise ValueError("nothing was given for this stage")
         return [self._placed(filled([states[n] for n in group])) for group in self._groups]
+
+    @property
+    def parts(self) -> list[dict[Part, T]]:
+        """What the parts of that stage make, [batch length features]."""
+        return [
+            {
+                part: self._placed(filled([self._given.parts[n][part] for n in group]))
+                for part in self._given.parts[group[0]]
+            }
+            for group in self._groups
+        ]
+
+    def give_back(self, made: Sequence[Mapping[Part, T]]) -> None:
+        """Gives what the parts of a stage made of what was given, [batch length *features]."""
+        found: list[dict[Part, npt.NDArray[Any]]] = [{} for _ in self._sequences]
+        for part in made[0]:
+            states = [self._fetched(one[part]) for one in made]
+            flat = [state.reshape(*state.shape[:2], -1) for state in states]
+            for one, row in zip(
+                found, by_sequence(flat, self._groups, self._sequences), strict=True
+            ):
+                one[part] = row
+        self._given.made = found
 
 
 class Streamed(VocabularySlices, Protocol):
@@ -97,8 +125,8 @@ class Streamed(VocabularySlices, Protocol):
     def stages(self, given: Given | None = None) -> Iterator[States]:
         """The states of each sequence: embedded, behind each layer, and behind the final norm.
 
-        With `given` every stage is run on its inputs too. The head is then given its rows behind
-        the compared positions.
+        With `given` each part of a stage is run on what the reference gives it, too. The head is
+        then given its rows behind the compared positions.
         """
 
 

@@ -65,10 +65,12 @@ def drift_of(stages: Iterable[tuple[States, States]], tolerance: float | None) -
     return Drift(embedding, tuple(layers), final_norm, tolerance)
 
 
-def relative(expected: npt.NDArray[Any], found: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+def relative(
+    expected: npt.NDArray[Any], found: npt.NDArray[Any], least: float = 0.0
+) -> npt.NDArray[np.float64]:
     """|difference| over |expected| of each token [length]; states are [length embed].
 
-    Raises ValueError where shapes differ.
+    What is shorter than `least` counts as that long. Raises ValueError where shapes differ.
     """
     if expected.shape != found.shape:
         raise ValueError(f"states of shapes {expected.shape} and {found.shape}")
@@ -76,5 +78,7 @@ def relative(expected: npt.NDArray[Any], found: npt.NDArray[Any]) -> npt.NDArray
         wide = expected.astype(np.float64)
         difference = np.linalg.norm(found.astype(np.float64) - wide, axis=-1)
         length = np.linalg.norm(wide, axis=-1)
-        drift: npt.NDArray[np.float64] = np.where(difference == 0, 0.0, difference / length)
+        drift: npt.NDArray[np.float64] = np.where(
+            difference == 0, 0.0, difference / np.maximum(length, least)
+        )
     return drift

@@ -7,6 +7,7 @@ from datetime import datetime
 from html import escape
 from importlib.resources import files
 
+from gemma_convert.logits.html_parts import part_rows, parts_picture
 from gemma_convert.logits.html_plots import drift_plot, kl_plot
 from gemma_convert.logits.html_tokens import legend, prediction, strip
 from gemma_convert.logits.report import (
@@ -110,21 +111,22 @@ def _parts(report: LogitReport) -> str:
     local = report.local
     if local is None:
         return ""
-    rows = [
-        (part.name, figure(part.error), figure(part.noise), f"{part.times:.1f}")
-        for part in local.parts
-    ]
-    head = ("part", "difference", "its own rounding", "times")
+    head = ("part", "difference", "its own rounding", "times", "what is wrong")
     floor = ""
     if report.noise_floor is not None:
         floor = f"<p>{_plain(noise_line(report).capitalize())}.</p>"
+    picture = _scrolling(parts_picture(local), "Picture of the parts of each layer")
     return (
         '<section aria-labelledby="parts"><h2 id="parts">Each part by itself</h2>'
-        f"<p>{_plain(local_line(local).capitalize())}. Each part is given the original's own "
+        f"<p>{_plain(_sentence(local_line(local)))}. Each part is given the original's own "
         "states, so that what earlier ones left does not count; differences are the largest of a "
-        f"token, relative to its length.</p>{floor}"
-        f"{_scrolling(_table(head, rows), 'Table of the parts')}</section>"
+        f"token, relative to its length.</p>{floor}{picture}"
+        f"{_scrolling(_table(head, part_rows(local)), 'Table of the parts')}</section>"
     )
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _drift(report: LogitReport) -> str:

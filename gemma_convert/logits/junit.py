@@ -65,7 +65,9 @@ def _part_case(suite: ElementTree.Element, local: LocalCheck, layout: str) -> No
         message = local_line(local)
         failure = ElementTree.SubElement(case, "failure", type="part", message=message)
         failure.text = "\n".join(
-            f"{part.name}: {part.error:.1e} off, rounding {part.noise:.1e}" for part in local.failed
+            f"{part.name}: {part.error:.1e} off, rounding {part.noise:.1e}"
+            + ("" if part.mistake is None else f": {part.mistake}")
+            for part in local.failed
         )
 
 

@@ -12,6 +12,7 @@ layers that share them go through one object.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,10 @@ import numpy.typing as npt
 
 from gemma_convert.files.libraries import told_by_library
 from gemma_convert.forward.native_model import Dtype
+from gemma_convert.logits.diagnosis import Diagnosis
+from gemma_convert.logits.explanation import Found
 from gemma_convert.logits.local import Probe
-from gemma_convert.logits.other_runs import Calls, OtherRuns, router_seen
+from gemma_convert.logits.other_runs import Calls, OtherRuns
 from gemma_convert.logits.reference import (
     arguments,
     cannot_run,
@@ -34,6 +37,7 @@ from gemma_convert.logits.reference import (
     reference_device,
     softcapped,
 )
+from gemma_convert.logits.tapped import Values, tapped
 from gemma_convert.logits.tensor_files import TensorFiles
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import read_architecture
@@ -73,41 +77,70 @@ class LayerwiseReference:
     def stages(self, probe: Probe | None = None) -> Iterator[list[npt.NDArray[np.float32]]]:
         """The states of each sequence [length embed]: embedded, behind each layer, and the norm.
 
-        With `probe` each stage is run a second time, in another precision and with its noise.
+        With `probe` each part of a stage is noted, and run in another precision; and the stage runs
+        a second time with noise of the size of the probe's errors, once those are known. A layer's
+        weights are then there until the next one is asked for.
         """
         import torch
 
         with torch.no_grad(), cannot_run(self._hf):
-            calls = [self.noted(sequence) for sequence in self._sequences]
+            calls = self._calls = [self.noted(sequence) for sequence in self._sequences]
             other = (
                 None
                 if probe is None
                 else OtherRuns(self.noted, probe, self._sequences, self._chosen)
             )
+            if other is not None:
+                other.begin(calls)
         states = [call.hidden for call in calls]
-        if other is not None:
-            other.begin(states)
         yield _on_host(states)
+        if other is not None:
+            other.disturb_embedding()
         for index, layer in enumerate(self._text.layers):
             self._fill(layer, f"{self._prefix}layers.{index}.", deep=True)
             with torch.no_grad(), cannot_run(self._hf):
-                if other is not None:
-                    other.run(layer, index, states)
-                with router_seen(layer) as routed:
-                    states = [
-                        call.run(layer, index, state)
-                        for state, call in zip(states, calls, strict=True)
-                    ]
-                if other is not None:
-                    other.decide(routed)
-            _empty(layer, deep=True)
+                before = states
+                made: list[Values] | None = None if other is None else [{} for _ in states]
+                states = _run(layer, index, calls, states, made)
+                if other is not None and made is not None:
+                    other.measure(layer, index, before, made)
+                    self._before, self._made = before, made
+            if other is None:
+                _empty(layer, deep=True)
             yield _on_host(states)
+            if other is not None:
+                with torch.no_grad(), cannot_run(self._hf):
+                    other.disturb(layer, index)
+                _empty(layer, deep=True)
         with torch.no_grad():
             if other is not None:
                 other.norm(self._text.norm, states)
                 self._noisy = other.noisy
             self._hidden = [self._text.norm(state)[0] for state in states]
         yield _on_host([state[None] for state in self._hidden])
+
+    def mistake(self, layer: int | None, place: int, found: Found) -> str | None:
+        """What is wrong with a part of the stage that was given last; None where it is not known.
+
+        `layer` is its number, None for what stands beside the layers, `place` that of the sequence.
+        """
+        import torch
+
+        tried = Diagnosis(self._text, self._files, self._prefix, self.architecture.text)
+        calls = self._calls[place]
+        with torch.no_grad(), cannot_run(self._hf):
+            if layer is not None:
+                return tried.of_layer(layer, calls, self._before[place], self._made[place], found)
+            if found.part == "embedding":
+                return tried.of_embedding(calls, self._sequences[place].ids, found)
+            if found.part == "per-layer inputs":
+                return tried.of_per_layer_inputs(calls, found)
+            if found.part == "final norm":
+                return tried.of_final_norm(self._hidden[place], found)
+            rows, part = self._first_slice
+            (raw,) = self._head(rows, [part], capped=False)
+            (right,) = self._head(rows, [part])
+            return tried.of_head(raw, right, found)
 
     def logits(self, vocab: Sequence[slice]) -> Iterator[npt.NDArray[np.float32]]:
         """Logits [positions width] of each slice of the vocabulary, of all compared positions.
@@ -127,6 +160,7 @@ class LayerwiseReference:
         exact = rows[torch.from_numpy(picked)]
         wide = torch.float64 if noise == "float32" else torch.bfloat16
         positions = len(rows)
+        self._first_slice = exact, vocab[0]
         both = torch.cat([rows, self._compared(self._noisy)])
         for part in vocab:
             logits, other = self._head(both, [part]), self._head(exact.to(wide), [part])
@@ -139,7 +173,9 @@ class LayerwiseReference:
         rows = zip(states, self._sequences, strict=True)
         return torch.cat([state[torch.from_numpy(one.compared)] for state, one in rows])
 
-    def _head(self, hidden: torch.Tensor, vocab: Sequence[slice]) -> Iterator[torch.Tensor]:
+    def _head(
+        self, hidden: torch.Tensor, vocab: Sequence[slice], capped: bool = True
+    ) -> Iterator[torch.Tensor]:
         """Logits [positions width] of states [positions embed], in their precision."""
         import torch
 
@@ -147,8 +183,8 @@ class LayerwiseReference:
         for part in vocab:
             weight = self._files.read(name, part, self._device).to(hidden.dtype)
             with torch.no_grad():
-                logits = softcapped(torch.nn.functional.linear(hidden, weight), self.architecture)
-            yield logits
+                logits = torch.nn.functional.linear(hidden, weight)
+            yield softcapped(logits, self.architecture) if capped else logits
 
     def noted(self, sequence: TokenSequence) -> Calls:
         """What the model calls its layers with for this sequence."""
@@ -214,6 +250,22 @@ class LayerwiseReference:
                 value = self._files.read(stored, device=self._device)
                 is_parameter = isinstance(tensor, torch.nn.Parameter)
                 setattr(part, name, torch.nn.Parameter(value, False) if is_parameter else value)
+
+
+def _run(
+    layer: Any,
+    index: int,
+    calls: Sequence[Calls],
+    states: Sequence[torch.Tensor],
+    made: Sequence[Values] | None,
+) -> list[torch.Tensor]:
+    """The states of all sequences behind one layer; `made` gets what its parts make."""
+    after = []
+    for number, (call, state) in enumerate(zip(calls, states, strict=True)):
+        seen = nullcontext() if made is None else tapped(layer, made[number].__setitem__)
+        with seen:
+            after.append(call.run(layer, index, state))
+    return after
 
 
 def _aside(calls: Calls) -> Any:

@@ -1,10 +1,10 @@
-"""Each native layer by itself: what it makes of the reference's own states, beside its noise.
+"""Each native part by itself: what it makes of the reference's own states, beside its noise.
 
 A network may amplify the rounding of its first layers a million times; an end-to-end difference
-then says little. A layer that is given the reference's states has its own error alone, and how
-large that may be is measured on the same states: the reference's layer in another precision. What
+then says little. A part that is given the reference's states has its own error alone, and how
+large that may be is measured on the same states: the reference's part in another precision. What
 errors of that size amount to in the end is measured too, by a second run of the reference with
-noise of their size behind every layer.
+noise of their size behind every part.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gemma_convert.forward.native_model import Dtype, Given, Logits, States, Streamed
+from gemma_convert.forward.parts import Part
 from gemma_convert.logits.drift import relative
+from gemma_convert.logits.explanation import Found
 from gemma_convert.logits.sliced import SlicedComparison
 from gemma_convert.prompts.soft import SoftSequence
 from gemma_convert.prompts.text import TokenSequence
@@ -28,20 +30,32 @@ FACTOR = 8.0
 SMALLEST = {"float32": 2.0**-24, "bfloat16": 2.0**-9}
 """The least noise that is counted: half a unit in the last place."""
 
+DIAGNOSED = 2
+"""In how many stages that fail it is tried what is wrong."""
+
 MEASURED_TOKENS = 64
 """Noise is measured on the shortest sequences up to so many tokens, at least on one."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """One part of the model: its error and its noise, both relative to the length of a state.
+class PartCheck:
+    """One part of the model: its error and its noise, relative to the length of what it makes.
 
-    The error of float32 is that of a position as early as those that noise was measured on.
+    A token whose part is shorter than the usual one counts by the usual length. The error of
+    attention in float32 is that of a position as early as those that noise was measured on.
     """
 
-    name: str
+    part: Part
+    layer: int | None
     error: float
     noise: float
+    mistake: str | None = None
+    """What is wrong with it, in words, where that is known."""
+
+    @property
+    def name(self) -> str:
+        """The part as it is called in a report."""
+        return f"the {self.part}" if self.layer is None else f"layer {self.layer}, {self.part}"
 
     @property
     def times(self) -> float:
@@ -58,11 +72,11 @@ class Part:
 class LocalCheck:
     """Every part by itself, in the order in which they run; rounding is that of `noise`."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[PartCheck, ...]
     noise: Dtype
 
     @property
-    def failed(self) -> tuple[Part, ...]:
+    def failed(self) -> tuple[PartCheck, ...]:
         return tuple(part for part in self.parts if not part.passed)
 
     @property
@@ -70,7 +84,7 @@ class LocalCheck:
         return not self.failed
 
     @property
-    def worst(self) -> Part:
+    def worst(self) -> PartCheck:
         """The part that is furthest beyond its noise."""
         return max(self.parts, key=lambda part: part.times)
 
@@ -79,17 +93,19 @@ class LocalCheck:
 class Probe:
     """What the reference and the check tell one another, stage by stage.
 
-    The reference runs the sequences `measured` in another precision as well, on its own states,
-    and gives what comes of it in `other`: in float64, or in bfloat16 where the `noise` is its. It
-    moves the states of its second run by `errors` [length] of each sequence.
+    The reference gives what its `parts` made, [length features] of each sequence, and what those of
+    the sequences `measured` make in another precision, each on what the one before made: `other`,
+    in float64, or in bfloat16 where the `noise` is its. It disturbs its second run by the `errors`
+    [length] of each sequence's parts.
     """
 
     measured: Sequence[int]
     noise: Dtype
-    other: list[npt.NDArray[Any]] = field(default_factory=list)
+    parts: list[dict[Part, npt.NDArray[Any]]] = field(default_factory=list)
+    other: list[dict[Part, npt.NDArray[Any]]] = field(default_factory=list)
     decided: list[npt.NDArray[np.bool_]] | None = None
     """Tokens [length] of each sequence whose experts no rounding changes; None: there are none."""
-    errors: list[npt.NDArray[np.float64]] = field(default_factory=list)
+    errors: list[dict[Part, npt.NDArray[np.float64]]] = field(default_factory=list)
 
 
 def shortest(sequences: Sequence[TokenSequence]) -> list[int]:
@@ -110,6 +126,9 @@ class Reference(Protocol):
     def stages(self, probe: Probe | None = None) -> Iterator[States]:
         """The states of each sequence: embedded, behind each layer, and behind the final norm."""
 
+    def mistake(self, layer: int | None, place: int, found: Found) -> str | None:
+        """What is wrong with a part of the last stage, seen in the sequence of number `place`."""
+
     def logits_and_noise(
         self, vocab: Sequence[slice], picked: npt.NDArray[np.int64], noise: Dtype
     ) -> Iterator[tuple[Logits, Logits, Logits]]:
@@ -129,16 +148,18 @@ class LocalRun:
         self._reference, self._native, self._sequences = reference, native, sequences
         self._probe = Probe(shortest(sequences), noise)
         self._given = Given()
-        self._parts: list[Part] = []
+        self._parts: list[PartCheck] = []
         self._picked = _picked(sequences, self._probe.measured)
         self._floor = SlicedComparison()
+        self._diagnosed: set[int] = set()
 
     def stages(self) -> Iterator[tuple[States, States]]:
         """The states of both sides, stage by stage, until the end."""
         ours = self._native.stages(self._given)
-        for expected in self._reference.stages(self._probe):
+        for stage, expected in enumerate(self._reference.stages(self._probe)):
+            self._given.parts = self._probe.parts
             found = next(ours)
-            self._compare(expected, self._given.outputs or found)
+            self._compare(stage - 1)
             self._given.inputs = expected
             yield expected, found
         rows = [state[one.compared] for state, one in zip(expected, self._sequences, strict=True)]
@@ -148,28 +169,33 @@ class LocalRun:
     def logits(self, vocab: Sequence[slice]) -> Iterator[tuple[Logits, Logits]]:
         """The logits of both sides, slice by slice of the vocabulary."""
         error, rounding, length = (np.zeros(len(self._picked)) for _ in range(3))
+        first: Logits | None = None
         slices = self._reference.logits_and_noise(vocab, self._picked, self._probe.noise)
         for (expected, noisy, other), found in zip(slices, self._native.logits(vocab), strict=True):
             self._floor.add(expected, noisy)
             exact, ours = expected[self._picked], found[len(expected) :]
+            first = ours if first is None else first
             error += _squares(ours, exact)
             rounding += _squares(other, exact)
             length += _squares(exact, 0.0)
             yield expected, found[: len(expected)]
-        self._add(np.sqrt(error / length), np.sqrt(rounding / length))
+        part = self._add("head", None, np.sqrt(error / length), np.sqrt(rounding / length))
+        if not part.passed and first is not None:
+            every = np.ones(len(first), np.bool_)
+            seen = Found("head", first, part.error, FACTOR * part.noise, every)
+            self._parts[-1] = replace(part, mistake=self._reference.mistake(None, 0, seen))
 
     def result(self) -> LocalCheck:
         """What was found; `stages` and `logits` must have come to their ends.
 
-        The noise of a layer, measured on few tokens, is taken to be that of most layers at least.
+        The noise of a part, measured on few tokens, is taken to be that of most layers at least.
         """
-        names = ["the embedding", *(f"layer {n}" for n in range(len(self._parts) - 3))]
-        names += ["the final norm", "the head"]
-        usual = float(np.median([part.noise for part in self._parts[1:-2]]))
-        parts = []
-        for part, name in zip(self._parts, names, strict=True):
-            noise = max(part.noise, usual) if name.startswith("layer") else part.noise
-            parts.append(replace(part, name=name, noise=noise))
+        by_part: dict[Part, list[float]] = {}
+        for one in self._parts:
+            by_part.setdefault(one.part, []).append(one.noise)
+        usual = {part: float(np.median(noises)) for part, noises in by_part.items()}
+        parts = [replace(one, noise=max(one.noise, usual[one.part])) for one in self._parts]
+        parts = [replace(one, mistake=None) if one.passed else one for one in parts]
         return LocalCheck(tuple(parts), self._probe.noise)
 
     @property
@@ -177,22 +203,55 @@ class LocalRun:
         """The largest KL, in nats, of the reference with noise from the reference without."""
         return float(self._floor.result().kl.max())
 
-    def _compare(self, expected: States, made: States) -> None:
-        errors = [relative(*pair) for pair in zip(expected, made, strict=True)]
-        if not self._parts:
-            errors = list(map(_of_text, errors, self._sequences))
-        probe = self._probe
-        probe.errors = errors
-        if probe.noise == "float32":
-            errors = [one / self._growth(len(one)) for one in errors]
-        measured = [expected[place] for place in probe.measured]
-        rounding = [relative(*pair) for pair in zip(measured, probe.other, strict=True)]
-        if probe.decided is not None:
-            clear = probe.decided
-            errors = [one[mask] for one, mask in zip(errors, clear, strict=True)]
-            chosen = [clear[place] for place in probe.measured]
-            rounding = [one[mask] for one, mask in zip(rounding, chosen, strict=True)]
-        self._add(np.concatenate(errors), np.concatenate(rounding))
+    def _compare(self, layer: int) -> None:
+        """What the parts of a stage made on both sides; a layer, or what stands beside them."""
+        probe, made = self._probe, self._given.made
+        probe.errors = [{} for _ in made]
+        for part in probe.parts[0]:
+            pairs = [(one[part], ours[part]) for one, ours in zip(probe.parts, made, strict=True)]
+            usual = _usual_length([expected for expected, _ in pairs])
+            errors = [relative(*pair, usual) for pair in pairs]
+            if part == "embedding":
+                errors = list(map(_of_text, errors, self._sequences))
+            for noted, one in zip(probe.errors, errors, strict=True):
+                noted[part] = one
+            if part == "attention" and probe.noise == "float32":
+                errors = [one / self._growth(len(one)) for one in errors]
+            rounding = [
+                relative(probe.parts[place][part], other[part], usual)
+                for place, other in zip(probe.measured, probe.other, strict=True)
+            ]
+            if part == "router" and (clear := probe.decided) is not None:
+                errors = [one[mask] for one, mask in zip(errors, clear, strict=True)]
+                chosen = [clear[place] for place in probe.measured]
+                rounding = [one[mask] for one, mask in zip(rounding, chosen, strict=True)]
+            here = None if part in ("embedding", "per-layer inputs", "final norm") else layer
+            found = self._add(part, here, np.concatenate(errors), np.concatenate(rounding))
+            if not found.passed and self._may_be_diagnosed(layer):
+                self._parts[-1] = replace(found, mistake=self._mistake(found, errors))
+
+    def _may_be_diagnosed(self, stage: int) -> bool:
+        """Of the first stages that fail, so that a mistake of all layers takes no time in each."""
+        if len(self._diagnosed) < DIAGNOSED:
+            self._diagnosed.add(stage)
+        return stage in self._diagnosed
+
+    def _mistake(self, one: PartCheck, errors: Sequence[npt.NDArray[np.float64]]) -> str | None:
+        """What is wrong with a part, in words, tried on the sequence where that is seen best."""
+        limit = FACTOR * one.noise
+        failed = [place for place, error in enumerate(errors) if not (error <= limit).all()]
+        lengths = {place: len(self._sequences[place].ids) for place in failed}
+        pick = max if one.part == "attention" else min  # windows are seen in long ones alone
+        place = pick(failed, key=lambda number: lengths[number])
+        made = self._given.made[place][one.part]
+        compared = np.ones(len(made), np.bool_)
+        if one.part == "router" and self._probe.decided is not None:
+            compared = self._probe.decided[place]
+        if one.part == "attention":
+            compared[-1] = len(made) == 1  # what follows it is another thing on either side
+            limit *= self._growth(len(made)).max()
+        found = Found(one.part, made, one.error, limit, compared)
+        return self._reference.mistake(one.layer, place, found)
 
     def _growth(self, length: int) -> npt.NDArray[np.float64]:
         """How much more rounding there is at each position than where it was measured, [length].
@@ -202,9 +261,21 @@ class LocalRun:
         known = max(len(self._sequences[place].ids) for place in self._probe.measured)
         return np.maximum(1.0, np.arange(length) / known)
 
-    def _add(self, error: npt.NDArray[np.float64], rounding: npt.NDArray[np.float64]) -> None:
+    def _add(
+        self,
+        part: Part,
+        layer: int | None,
+        error: npt.NDArray[np.float64],
+        rounding: npt.NDArray[np.float64],
+    ) -> PartCheck:
         noise = max(SMALLEST[self._probe.noise], float(rounding.max()))
-        self._parts.append(Part("", float(error.max()), noise))
+        self._parts.append(PartCheck(part, layer, float(error.max()), noise))
+        return self._parts[-1]
+
+
+def _usual_length(values: Sequence[npt.NDArray[Any]]) -> float:
+    """The median length of all tokens' vectors, of arrays [length features]."""
+    return float(np.median(np.concatenate([np.linalg.norm(one, axis=-1) for one in values])))
 
 
 def _of_text(errors: npt.NDArray[np.float64], sequence: TokenSequence) -> npt.NDArray[np.float64]:

@@ -6,15 +6,16 @@ logits is what rounding of that size amounts to in this network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from gemma_convert.forward.parts import Part
 from gemma_convert.logits.local import Probe
 from gemma_convert.logits.precision import computed_in
+from gemma_convert.logits.tapped import Values, cast, features, tapped
 from gemma_convert.prompts.text import TokenSequence
 
 if TYPE_CHECKING:
@@ -31,26 +32,21 @@ class Calls:
         self.hidden: Any = None
         self.layers: list[tuple[tuple[Any, ...], Mapping[str, Any]]] = []
 
+    def embedded(self) -> Values:
+        """The embedded tokens, and the per-layer inputs of all layers where there are any."""
+        import torch
+
+        inputs = [others[0] for others, _ in self.layers if others and others[0] is not None]
+        made: Values = {"embedding": self.hidden}
+        if inputs:
+            made["per-layer inputs"] = torch.stack(inputs, dim=2)
+        return made
+
     def run(self, layer: Any, index: int, state: torch.Tensor) -> torch.Tensor:
         """What a layer makes of a state with what the model calls it with."""
         others, named = self.layers[index]
         after: torch.Tensor = layer(state, *others, **named)
         return after
-
-
-@contextmanager
-def router_seen(layer: Any) -> Iterator[list[torch.Tensor]]:
-    """The probabilities [tokens experts] that the router of a layer gives, call by call."""
-    seen: list[torch.Tensor] = []
-    router = getattr(layer, "router", None)
-    if router is None:
-        yield seen
-        return
-    hook = router.register_forward_hook(lambda _, __, given: seen.append(given[0]))
-    try:
-        yield seen
-    finally:
-        hook.remove()
 
 
 def moved(exact: torch.Tensor, other: torch.Tensor, chosen: int) -> float:
@@ -96,58 +92,93 @@ class OtherRuns:
             self._precise = [noted(sequences[place]) for place in probe.measured]
         self._calls = [noted(sequence) for sequence in sequences]
         self._chosen = chosen
-        self._routed: list[torch.Tensor] = []
         self.noisy: list[torch.Tensor] = []
 
-    def begin(self, states: Sequence[torch.Tensor]) -> None:
+    def begin(self, calls: Sequence[Calls]) -> None:
         """The embedded sequences, which lead to the first layer."""
-        self.noisy = list(states)
-        self._give([call.hidden for call in self._precise])
+        self._probe.parts = [_on_host(call.embedded()) for call in calls]
+        self._probe.other = [_on_host(call.embedded(), wide=True) for call in self._precise]
+        self.noisy = [call.hidden for call in calls]
 
-    def run(self, layer: Any, index: int, states: Sequence[torch.Tensor]) -> None:
-        """One layer, whose weights are there."""
-        self._disturb()
-        runs = zip(self._calls, self.noisy, strict=True)
-        noisy = [call.run(layer, index, state) for call, state in runs]
-        measured = [states[place] for place in self._probe.measured]
-        with computed_in(self._dtype), router_seen(layer) as self._routed:
-            precise = [
-                call.run(layer, index, state.to(self._dtype))
-                for call, state in zip(self._precise, measured, strict=True)
-            ]
-        self.noisy = noisy
-        self._give(precise)
+    def measure(
+        self, layer: Any, index: int, states: Sequence[torch.Tensor], made: Sequence[Values]
+    ) -> None:
+        """A layer's parts in another precision, each on what the parts before it `made`.
 
-    def decide(self, routed: Sequence[torch.Tensor]) -> None:
-        """Which tokens go to the same experts whatever the rounding.
-
-        Its probabilities [tokens experts] are those of each sequence, none where it has no experts.
+        `states` lead to the layer, whose weights are there.
         """
-        self._probe.decided = None
-        if routed:
-            chosen = self._chosen
-            measured = [routed[place] for place in self._probe.measured]
-            pairs = zip(measured, self._routed, strict=True)
-            apart = max(moved(exact, other, chosen) for exact, other in pairs)
-            self._probe.decided = [decided(one, chosen, ROUTER_FACTOR * apart) for one in routed]
+        self._probe.parts = [_on_host(one) for one in made]
+        other = []
+        for place, call in zip(self._probe.measured, self._precise, strict=True):
+            found: Values = {}
+
+            def use(
+                part: Part, value: Any, found: Values = found, given: Values = made[place]
+            ) -> Any:
+                found[part] = value
+                return cast(part, given[part], self._dtype)
+
+            with computed_in(self._dtype), tapped(layer, use):
+                call.run(layer, index, states[place].to(self._dtype))
+            other.append(found)
+        self._decide(made, other)
+        self._probe.other = [_on_host(one, wide=True) for one in other]
+
+    def disturb_embedding(self) -> None:
+        """Noise of the size of the errors of embedded tokens."""
+        pairs = zip(self.noisy, self._probe.errors, strict=True)
+        self.noisy = [self._disturbed(state, errors["embedding"]) for state, errors in pairs]
+
+    def disturb(self, layer: Any, index: int) -> None:
+        """The layer on states with noise; each part's own errors are the size of more noise."""
+        after = []
+        for call, state, errors in zip(self._calls, self.noisy, self._probe.errors, strict=True):
+
+            def use(part: Part, value: Any, errors: Mapping[Part, Any] = errors) -> Any:
+                if part == "router":
+                    probabilities, shares, experts = value
+                    return probabilities, self._disturbed(shares, errors[part]), experts
+                return self._disturbed(value, errors[part])
+
+            with tapped(layer, use):
+                after.append(call.run(layer, index, state))
+        self.noisy = after
 
     def norm(self, norm: Any, states: Sequence[torch.Tensor]) -> None:
-        """The final norm; what is left are the states [length embed] that the head is given."""
-        self._disturb()
+        """The final norm of `states`; noise is disturbed no more, its errors count in the head."""
+        self._probe.decided = None
+        self._probe.parts = [_on_host({"final norm": norm(state)}) for state in states]
         self.noisy = [norm(state)[0] for state in self.noisy]
         with computed_in(self._dtype):
-            self._give([norm(states[place].to(self._dtype)) for place in self._probe.measured])
+            self._probe.other = [
+                _on_host({"final norm": norm(states[place].to(self._dtype))}, wide=True)
+                for place in self._probe.measured
+            ]
 
-    def _disturb(self) -> None:
-        """Noise of the size of the errors that the last stage had, in any direction."""
+    def _decide(self, made: Sequence[Values], other: Sequence[Values]) -> None:
+        """Which tokens go to the same experts whatever the rounding; None where there are none."""
+        self._probe.decided = None
+        if "router" in made[0]:
+            chosen = self._chosen
+            measured = [made[place]["router"][0] for place in self._probe.measured]
+            pairs = zip(measured, other, strict=True)
+            apart = max(moved(exact, one["router"][0], chosen) for exact, one in pairs)
+            self._probe.decided = [
+                decided(one["router"][0], chosen, ROUTER_FACTOR * apart) for one in made
+            ]
+
+    def _disturbed(self, value: torch.Tensor, errors: npt.NDArray[np.float64]) -> torch.Tensor:
+        """`value` [1 length …] or [length …] with noise of `errors` [length], in any direction."""
         import torch
 
-        for place, errors in enumerate(self._probe.errors):
-            state = self.noisy[place]
-            size = torch.from_numpy(np.nan_to_num(errors)).to(state)[None, :, None]
-            noise = torch.randn(state.shape, generator=self._random).to(state)
-            length = state.norm(dim=-1, keepdim=True) / state.shape[-1] ** 0.5
-            self.noisy[place] = state + noise * length * size
+        flat = value.reshape(len(errors), -1)
+        size = torch.from_numpy(np.nan_to_num(errors)).to(flat)[:, None]
+        noise = torch.randn(flat.shape, generator=self._random).to(flat)
+        length = flat.norm(dim=-1, keepdim=True) / flat.shape[-1] ** 0.5
+        return (flat + noise * length * size).reshape(value.shape)
 
-    def _give(self, precise: Sequence[torch.Tensor]) -> None:
-        self._probe.other = [state[0].double().cpu().numpy() for state in precise]
+
+def _on_host(made: Values, wide: bool = False) -> dict[Part, npt.NDArray[Any]]:
+    """What parts made, [length features] each, in float64 if `wide`."""
+    rows = {part: features(part, value) for part, value in made.items()}
+    return {part: (row.double() if wide else row).cpu().numpy() for part, row in rows.items()}

@@ -13,7 +13,7 @@ from gemma_convert.logits.divergence import Divergence, WorstToken
 from gemma_convert.logits.drift import Drift
 from gemma_convert.logits.fingerprint import Fingerprint
 from gemma_convert.logits.limit import PROOF_LIMIT
-from gemma_convert.logits.local import FACTOR, LocalCheck, Part
+from gemma_convert.logits.local import FACTOR, LocalCheck, PartCheck
 from gemma_convert.logits.scale import figure, log_range
 from gemma_convert.logits.sparkline import Sparkline
 from gemma_convert.logits.tokens import Candidate, CheckedSequence, Prediction, worst_first
@@ -22,9 +22,10 @@ from gemma_convert.output import printable
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-SCHEMA = "gemma-convert/logit-check/2"
+SCHEMA = "gemma-convert/logit-check/3"
 
 _MOST_SPARKLINES = 12
+_MOST_MISTAKES = 6
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class LogitReport:
         if drift is not None:
             drift = Drift(**drift | {"layers": tuple(drift["layers"])})
         if (local := values.pop("local")) is not None:
-            local = LocalCheck(tuple(Part(**part) for part in local["parts"]), local["noise"])
+            local = LocalCheck(tuple(PartCheck(**part) for part in local["parts"]), local["noise"])
         for name in ("lossy_rows", "warnings"):
             values[name] = tuple(values[name])
         values["checked"] = tuple(map(CheckedSequence.from_values, values["checked"]))
@@ -180,10 +181,12 @@ def _local_json(local: LocalCheck) -> dict[str, Any]:
         "factor": FACTOR,
         "parts": [
             {
-                "part": part.name,
+                "part": part.part,
+                "layer": part.layer,
                 "error": _finite(part.error),
                 "noise": _finite(part.noise),
                 "passed": part.passed,
+                "mistake": part.mistake,
             }
             for part in local.parts
         ],
@@ -259,7 +262,7 @@ def _sparklines(report: LogitReport) -> list[tuple[str, str, Sparkline | str]]:
 
 
 def _lines(report: LogitReport) -> list[tuple[str, str]]:
-    found, worst = report.divergence, report.divergence.worst
+    found, worst, local = report.divergence, report.divergence.worst, report.local
     text = "" if worst.text is None else f" {worst.text!r}"
     place = f"{printable(worst.sequence)}, position {worst.position}"
     return [
@@ -273,6 +276,7 @@ def _lines(report: LogitReport) -> list[tuple[str, str]]:
         ),
         *([("drift", _drift(report.drift))] if report.drift is not None else []),
         *([("each part", local_line(report.local))] if report.local is not None else []),
+        *([("what is wrong", "\n".join(mistake_lines(local)))] if local and local.failed else []),
         *([("noise floor", noise_line(report))] if report.noise_floor is not None else []),
         ("compared", compared_line(report)),
         ("reference", f"{report.reference}, float32, {report.reference_device}"),
@@ -296,11 +300,19 @@ def local_line(local: LocalCheck) -> str:
             f"(limit {FACTOR:g})"
         )
     first = local.failed[0]
-    more = f", and {len(local.failed) - 1} more parts" if len(local.failed) > 1 else ""
     return (
         f"{first.name} is {first.error:.0e} off on the original's own states, {first.times:.0f} × "
-        f"its {rounding} (limit {FACTOR:g}){more}"
+        f"its {rounding} (limit {FACTOR:g}); {len(local.failed)} of {len(local.parts)} parts fail"
     )
+
+
+def mistake_lines(local: LocalCheck) -> list[str]:
+    """What is wrong with the first parts that failed; that it is not known, where it is not."""
+    known = [f"{one.name}: {one.mistake}" for one in local.failed if one.mistake is not None]
+    if not known:
+        return ["not known: no mistake that is tried gives what these parts give"]
+    more = [f"and {len(known) - _MOST_MISTAKES} more"] if len(known) > _MOST_MISTAKES else []
+    return known[:_MOST_MISTAKES] + more
 
 
 def noise_line(report: LogitReport) -> str:

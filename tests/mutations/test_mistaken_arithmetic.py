@@ -72,8 +72,8 @@ DECODER = {
     "norm behind attention lost": ("layer", 'norm("post_attention", attended)', "attended"),
     "residual taken behind the norm": (
         "layer",
-        'hidden = hidden + norm("post_attention", attended)',
-        'hidden = normed + norm("post_attention", attended)',
+        'hidden = hidden + tap("norm behind attention"',
+        'hidden = normed + tap("norm behind attention"',
     ),
 }
 PER_LAYER = {
@@ -117,11 +117,7 @@ MIXTURE = {
         "best * per_expert_scale.astype(jnp.float32)[chosen]",
         "best",
     ),
-    "dense branch lost": (
-        "decoder.layer",
-        'norm("post_dense", fed) + norm("post_experts", sparse)',
-        'norm("post_experts", sparse)',
-    ),
+    "dense branch lost": ("decoder.layer", "dense + sparse", "sparse"),
 }
 FAST_LLM = {
     "window one too long": ("visible", "back < window", "back <= window"),

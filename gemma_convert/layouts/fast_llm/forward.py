@@ -24,6 +24,7 @@ from gemma_convert.errors import SourceError, some
 from gemma_convert.files.libraries import told_by_library
 from gemma_convert.files.library_path import library_path
 from gemma_convert.forward.native_model import Batched, Dtype
+from gemma_convert.forward.parts import Part, Taps
 from gemma_convert.layouts.fast_llm.forward_config import (
     Attention,
     Block,
@@ -36,7 +37,7 @@ from gemma_convert.layouts.fast_llm.forward_config import (
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Bool, Float
 
 Weights: TypeAlias = Mapping[str, torch.Tensor]
 Shape: TypeAlias = tuple[int, ...]
@@ -93,22 +94,29 @@ class FastLLM:
         """The states of `batches` [batch length embed]: embedded, behind each layer, and the norm.
 
         Every layer's weights are loaded once, for all batches, and dropped before its states are
-        given. Layers and norm are run on `handed` states as well. Raises SourceError for token ids
+        given. Each part is run on what is `handed` as well. Raises SourceError for token ids
         outside the vocabulary.
         """
         states = [self._embed(tokens) for tokens in batches]
+        if handed is not None:
+            handed.give_back([{"embedding": state} for state in states])
         yield states
         for index, block in enumerate(self.config.layers):
             weights = self._layer(index)
             run = partial(layer, weights, block=block)
             if handed is not None:
-                handed.outputs = [run(self._placed(state)) for state in handed.inputs]
-            states = [run(state) for state in states]
+                handed.give_back(
+                    [
+                        run(self._placed(state), given=parts)[1]
+                        for state, parts in zip(handed.inputs, handed.parts, strict=True)
+                    ]
+                )
+            states = [run(state)[0] for state in states]
             del weights, run
             yield states
         norm = partial(rms_norm, epsilon=self.config.final_epsilon, weight=self._tensor(FINAL_NORM))
         if handed is not None:
-            handed.outputs = [norm(self._placed(state)) for state in handed.inputs]
+            handed.give_back([{"final norm": norm(self._placed(state))} for state in handed.inputs])
         yield [norm(state) for state in states]
 
     def _placed(self, state: torch.Tensor) -> torch.Tensor:
@@ -286,22 +294,37 @@ def layer_shapes(block: Block, embed: int) -> dict[str, Shape]:
 
 
 def layer(
-    weights: Weights, hidden: Float[torch.Tensor, "batch length embed"], block: Block
-) -> Float[torch.Tensor, "batch length embed"]:
-    """The output [batch length embed] of one decoder layer."""
+    weights: Weights,
+    hidden: Float[torch.Tensor, "batch length embed"],
+    block: Block,
+    given: Mapping[Part, Float[torch.Tensor, "batch length features"]] | None = None,
+) -> tuple[Float[torch.Tensor, "batch length embed"], Mapping[Part, torch.Tensor]]:
+    """The output [batch length embed] of one decoder layer, and what its parts made.
+
+    Each part goes on from what is `given` for the one before, where anything is.
+    """
+    tap = Taps(given, lambda value, made: value.to(made).view(made.shape))
     norm = partial(_named_norm, weights)
-    mixed = attend(weights, norm("norm_1", hidden, block.pre_mixer_epsilon), block.attention)
-    hidden = hidden + norm("post_mixer_norm", mixed, block.post_mixer_epsilon)
+    normed = tap("norm before attention", norm("norm_1", hidden, block.pre_mixer_epsilon))
+    mixed = attend(weights, normed, block.attention, tap)
+    mixed = norm("post_mixer_norm", mixed, block.post_mixer_epsilon)
+    hidden = tap("sum behind attention", hidden + tap("norm behind attention", mixed))
     if isinstance(block.mlp, Mlp):
-        fed = mlp(weights, "mlp", norm("norm_2", hidden, block.mlp.pre_epsilon))
+        normed = tap("norm before the MLP", norm("norm_2", hidden, block.mlp.pre_epsilon))
+        fed = tap("dense MLP", mlp(weights, "mlp", normed))
     else:
-        fed = mixture(weights, hidden, block.mlp)
-    hidden = hidden + norm("post_mlp_norm", fed, block.post_mlp_epsilon)
-    return hidden * weights["output_scale"].to(hidden.dtype)
+        fed = mixture(weights, hidden, block.mlp, tap)
+    hidden = hidden + tap("norm behind the MLP", norm("post_mlp_norm", fed, block.post_mlp_epsilon))
+    out = hidden * weights["output_scale"].to(hidden.dtype)
+    tap("output", out)
+    return out, tap.made
 
 
 def attend(
-    weights: Weights, hidden: Float[torch.Tensor, "batch length embed"], facts: Attention
+    weights: Weights,
+    hidden: Float[torch.Tensor, "batch length embed"],
+    facts: Attention,
+    tap: Taps[torch.Tensor],
 ) -> Float[torch.Tensor, "batch length embed"]:
     """Attention's output [batch length embed]; scores are not scaled.
 
@@ -314,15 +337,16 @@ def attend(
     key, value = (both, both) if facts.shared_key_value else both.chunk(2, dim=-1)
     grouped = (batch, length, facts.head_groups, -1, facts.head_size)
     query, key, value = query.view(grouped), key.reshape(grouped), value.reshape(grouped)
-    query = _named_norm(weights, "mixer.query_norm", query, facts.query_epsilon)
-    key = _named_norm(weights, "mixer.key_norm", key, facts.key_epsilon)
-    value = rms_norm(value, facts.value_epsilon)
+    query = tap("queries", _named_norm(weights, "mixer.query_norm", query, facts.query_epsilon))
+    key = tap("keys", _named_norm(weights, "mixer.key_norm", key, facts.key_epsilon))
+    value = tap("values", rms_norm(value, facts.value_epsilon))
     query, key = rotate(query, facts.rotary), rotate(key, facts.rotary)
     scores = torch.einsum("bqghd,bkgsd->bghqk", query.float(), key.float())
     seen = visible(length, facts.window, hidden.device)
     shares = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1).to(value.dtype)
-    mixed = torch.einsum("bghqk,bkgsd->bqghd", shares, value)
-    return functional.linear(mixed.reshape(batch, length, -1), weights["mixer.dense.weight"])
+    mixed = tap("attention", torch.einsum("bghqk,bkgsd->bqghd", shares, value))
+    out = functional.linear(mixed.reshape(batch, length, -1), weights["mixer.dense.weight"])
+    return tap("output projection", out)
 
 
 def rotate(
@@ -373,24 +397,30 @@ def _gated(
 
 
 def mixture(
-    weights: Weights, hidden: Float[torch.Tensor, "batch length embed"], facts: HybridMoe
+    weights: Weights,
+    hidden: Float[torch.Tensor, "batch length embed"],
+    facts: HybridMoe,
+    tap: Taps[torch.Tensor],
 ) -> Float[torch.Tensor, "batch length embed"]:
     """Dense branch plus experts [batch length embed]; both, and the router, see `hidden` itself."""
     norm = partial(_named_norm, weights)
     routed = facts.routed
-    dense = mlp(weights, "mlp.dense", norm("mlp.dense.pre_norm", hidden, facts.dense.pre_epsilon))
+    normed = norm("mlp.dense.pre_norm", hidden, facts.dense.pre_epsilon)
+    dense = tap("dense MLP", mlp(weights, "mlp.dense", tap("norm before the MLP", normed)))
     dense = norm("mlp.dense.post_norm", dense, facts.dense_post_epsilon)
-    flat = hidden.flatten(0, 1)
-    shares, chosen = router(weights, flat, routed)
-    feed = norm("mlp.routed.pre_norm", flat, routed.pre_epsilon)
-    sparse = experts(weights, feed, shares, chosen, routed).view_as(hidden)
-    return dense + norm("mlp.routed.post_norm", sparse, routed.post_epsilon)
+    shares = tap("router", router(weights, hidden, routed))
+    feed = norm("mlp.routed.pre_norm", hidden, routed.pre_epsilon)
+    feed = tap("norm before the experts", feed)
+    sparse = experts(weights, feed.flatten(0, 1), shares.flatten(0, 1), routed).view_as(hidden)
+    sparse = norm("mlp.routed.post_norm", tap("experts", sparse), routed.post_epsilon)
+    both = tap("norm behind the dense MLP", dense) + tap("norm behind the experts", sparse)
+    return tap("sum of both branches", both)
 
 
 def router(
-    weights: Weights, hidden: Float[torch.Tensor, "tokens embed"], facts: Routed
-) -> tuple[Float[torch.Tensor, "tokens chosen"], Int[torch.Tensor, "tokens chosen"]]:
-    """Each token's experts [tokens chosen] and their weights in float32, the same shape.
+    weights: Weights, hidden: Float[torch.Tensor, "batch length embed"], facts: Routed
+) -> Float[torch.Tensor, "batch length experts"]:
+    """Each expert's share [batch length experts] in float32, zero for all but the best.
 
     The chosen experts' probabilities are made to sum to one, then multiplied by their own scales.
     """
@@ -399,29 +429,29 @@ def router(
     scores = functional.linear(scaled, weights["mlp.routed.router.weight"].float())
     best, chosen = torch.softmax(scores, dim=-1).topk(facts.experts_per_token, dim=-1)
     best = best / best.sum(dim=-1, keepdim=True)
-    return best * weights["mlp.routed.router_per_expert_scale"].float()[chosen], chosen
+    best = best * weights["mlp.routed.router_per_expert_scale"].float()[chosen]
+    return torch.zeros_like(scores).scatter(-1, chosen, best)
 
 
 def experts(
     weights: Weights,
     hidden: Float[torch.Tensor, "tokens embed"],
-    shares: Float[torch.Tensor, "tokens chosen"],
-    chosen: Int[torch.Tensor, "tokens chosen"],
+    shares: Float[torch.Tensor, "tokens experts"],
     facts: Routed,
 ) -> Float[torch.Tensor, "tokens embed"]:
-    """Sum of the chosen experts' outputs by `shares` [tokens embed], one expert after the other.
+    """Sum of the experts' outputs by `shares` [tokens embed], one expert after the other.
 
-    An expert sees only its own tokens, and one that no token chose is not read.
+    An expert sees only tokens that have a share of it, and one that no token chose is not read.
     """
     layer_1, layer_2 = weights["mlp.routed.layer_1.weight"], weights["mlp.routed.layer_2.weight"]
     total = torch.zeros_like(hidden, dtype=torch.float32)
     for expert, (first, second) in enumerate(
         zip(layer_1.split(2 * facts.width), layer_2.split(facts.width), strict=True)
     ):
-        token, slot = torch.where(chosen == expert)
+        (token,) = torch.where(shares[:, expert] != 0)
         if token.numel():
             out = _gated(hidden[token], first.to(hidden.dtype), second.to(hidden.dtype))
-            total.index_add_(0, token, out.float() * shares[token, slot, None])
+            total.index_add_(0, token, out.float() * shares[token, expert, None])
     return total.to(hidden.dtype)
 
 

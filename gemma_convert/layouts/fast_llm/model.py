@@ -75,10 +75,12 @@ class TorchStream:
         """The states [length embed] in float32: embedded, behind each layer, behind the norm."""
         groups = batches(self._sequences)
         tokens = [padded([self._sequences[index].ids for index in group]) for group in groups]
-        handed = None if given is None else Batched(given, groups, torch.from_numpy)
+        handed = (
+            None
+            if given is None
+            else Batched(given, groups, self._sequences, torch.from_numpy, _host)
+        )
         for states in self._model.stages(tokens, handed):
-            if given is not None and handed is not None and handed.outputs is not None:
-                given.outputs = _on_host(by_sequence(handed.outputs, groups, self._sequences))
             rows = by_sequence(states, groups, self._sequences)
             yield _on_host(rows)
         if given is not None and given.rows is not None:
@@ -96,7 +98,12 @@ class TorchStream:
 
 
 def _on_host(rows: Sequence[torch.Tensor]) -> list[Logits]:
-    return [row.float().cpu().numpy() for row in rows]
+    return [_host(row) for row in rows]
+
+
+def _host(values: torch.Tensor) -> Logits:
+    array: Logits = values.float().cpu().numpy()
+    return array
 
 
 @dataclass(frozen=True)
