@@ -11,7 +11,9 @@ page costs more than all else that a run does with it. So free memory is touched
 
     scripts/benchmark.py WORK_FOLDER [--model 31b] [--gigabytes 3.5] [--rounds 3] [--json FILE]
 
-The work folder needs about four times the checkpoint's size and is cleaned up.
+The weights are wild, or with `--weights trained` like a trained model's
+(gemma_convert/tiny/kinds.py). The work folder needs about four times the checkpoint's size and is
+cleaned up.
 """
 
 from __future__ import annotations
@@ -30,11 +32,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from real_widths import CONFIGS, published_config, slice_config, write_checkpoint
 
-from gemma_convert.arrays.dtypes import DTypePolicy, TensorSpec, numpy_dtype
+from gemma_convert.arrays.dtypes import DTypePolicy, numpy_dtype
 from gemma_convert.arrays.values import convert
 from gemma_convert.engine.transfer import WORKERS
 from gemma_convert.mapping.plan import Plan, plan_to_native
@@ -42,8 +45,8 @@ from gemma_convert.mapping.region import blocks, selection
 from gemma_convert.mapping.table import load_table
 from gemma_convert.model.config import read_architecture
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
+from gemma_convert.tiny.kinds import Repeated
 
-RANDOM_BYTES = 64 << 20
 SPARE_BYTES = 1 << 30
 
 
@@ -76,9 +79,7 @@ def main() -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
-        size = make_checkpoint(
-            arguments.model, folder / "hf", int(arguments.gigabytes * 1e9), arguments.full
-        )
+        size = make_checkpoint(arguments, folder / "hf")
         cases = _cases(arguments.model, arguments.only)
         print(f"{arguments.model}: {size / 1e9:.2f} GB, {os.cpu_count()} cores", flush=True)
         runs = measure(folder, cases, arguments.rounds, 2 * size)
@@ -97,28 +98,22 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", choices=CONFIGS, default="31b")
     parser.add_argument("--gigabytes", type=float, default=3.5)
     parser.add_argument("--full", action="store_true", help="all layers and all rows")
+    parser.add_argument("--weights", choices=get_args(Repeated), default="wild")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="run cases whose name holds this")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 
-def make_checkpoint(model: str, folder: Path, size: int, full: bool) -> int:
-    """Writes a checkpoint of about `size` bytes, real widths and fewer layers; its size."""
-    values = _random_bytes()
-
-    def pieces(_: str, spec: TensorSpec) -> Iterator[memoryview]:
-        for start in range(0, spec.nbytes, RANDOM_BYTES):
-            yield values[: min(RANDOM_BYTES, spec.nbytes - start)]
-
-    config = published_config(model) if full else slice_config(model, size)
-    return write_checkpoint(folder, config, pieces)
-
-
-def _random_bytes() -> memoryview:
-    """bfloat16 values of either sign, from 0.5 to 2, so that no cast or root loses any."""
-    bits = np.random.default_rng(0).integers(0, 1 << 16, RANDOM_BYTES // 2, np.uint16)
-    return memoryview(((bits & 0x80FF) | 0x3F00).tobytes())
+def make_checkpoint(arguments: argparse.Namespace, folder: Path) -> int:
+    """Writes a checkpoint of real widths and, unless it is `--full`, fewer layers; its bytes."""
+    model: str = arguments.model
+    config = (
+        published_config(model)
+        if arguments.full
+        else slice_config(model, int(arguments.gigabytes * 1e9))
+    )
+    return write_checkpoint(folder, config, arguments.weights)
 
 
 def _cases(model: str, only: str) -> list[Case]:

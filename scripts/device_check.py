@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from device_check_report import FAILED, LATE, PASSED, UNAVAILABLE, Finding, Report, versions
 from media import write_picture, write_sound
-from real_widths import like_trained, slice_config, small_config, write_checkpoint
+from real_widths import slice_config, small_config, write_checkpoint
 
 import gemma_convert
 from gemma_convert import GemmaConvertError
@@ -167,8 +167,7 @@ def real_steps(work: Path, small: bool) -> list[Step]:
 
 def convert_real(source: Path, native: Path, form: str, small: bool) -> Finding:
     config = small_config(SMALL_ROWS) if small else slice_config("e2b", 0)
-    values = like_trained(config["text_config"]["num_hidden_layers"])
-    size = write_checkpoint(source, config, values)
+    size = write_checkpoint(source, config, "trained")
     started = time.monotonic()
     ignored = ["text_config.layer_types"] if small else []  # four layers are no whole pattern
     convert(source, native, form, ignored)

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
-import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from gemma_convert.arrays.dtypes import TensorSpec, numpy_dtype
+from gemma_convert.arrays.dtypes import TensorSpec
 from gemma_convert.mapping.inventory import huggingface_tensors
 from gemma_convert.model.config import read_architecture
 from gemma_convert.model.huggingface_files import INDEX
 from gemma_convert.stores.safetensors.header import safetensors_header
-from gemma_convert.tiny.weights import random_tensor
+from gemma_convert.tiny.kinds import Repeated, tensor_bytes
 
 CONFIGS = {
     "e2b": "gemma-4-E2B-it",
@@ -28,21 +21,7 @@ CONFIGS = {
 }
 LAYER_BYTES = {"26b-a4b": 1.62e9, "31b": 0.98e9}
 SHARD_BYTES = 2 << 30
-DRAWN_AT_ONCE = 1 << 21
 ROWS = 64 << 10
-
-SCALES = {
-    "embed_tokens.weight": 0.2,
-    "embed_tokens_per_layer.weight": 0.25,
-    "layer_scalar": 1.12,
-}
-"""End of a name → what a tiny model's values are multiplied with, for widths a hundred times those.
-
-Each token would predict itself if embeddings were as large there, whatever the layers do.
-"""
-
-Values = Callable[[str, TensorSpec], Iterable[bytes | memoryview]]
-"""Name and spec of a tensor → its bytes, in pieces."""
 
 
 def published_config(model: str) -> dict[str, Any]:
@@ -90,8 +69,11 @@ def _text_alone(model: str, rows: int) -> dict[str, Any]:
     return config
 
 
-def write_checkpoint(folder: Path, config: dict[str, Any], values: Values) -> int:
-    """Bytes of the tensors of the checkpoint that is written into the new `folder`, in bfloat16."""
+def write_checkpoint(folder: Path, config: dict[str, Any], weights: Repeated) -> int:
+    """Bytes of the tensors of the checkpoint that is written into the new `folder`, in bfloat16.
+
+    What kinds of `weights` there are is told in `gemma_convert.tiny.kinds`.
+    """
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     shapes = huggingface_tensors(read_architecture(folder), kv_leftovers=False)
@@ -108,32 +90,7 @@ def write_checkpoint(folder: Path, config: dict[str, Any], values: Values) -> in
         with (folder / file).open("wb") as writer:
             writer.write(safetensors_header(shard))
             for name, spec in shard.items():
-                for piece in values(name, spec):
+                for piece in tensor_bytes(weights, name, spec, seed=0):
                     writer.write(piece)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return sum(spec.nbytes for spec in specs.values())
-
-
-def like_trained(layers: int) -> Values:
-    """Values with which neither the signal nor the rounding of bfloat16 grows from layer to layer.
-
-    They are a tiny model's, but for `SCALES` and for what layers add: all of them together add
-    about what one would. A few rows are drawn at a time, on all cores, each run from its own seed.
-    """
-
-    def values(name: str, spec: TensorSpec) -> Iterator[bytes]:
-        scale = next((scale for end, scale in SCALES.items() if name.endswith(end)), 1.0)
-        if ".post_" in name:
-            scale = 1 / math.sqrt(3 * layers)
-        first, *others = spec.shape or (1,)
-        rows = max(1, DRAWN_AT_ONCE // prod(others))
-
-        def draw(start: int) -> bytes:
-            shape = (min(rows, first - start), *others) if spec.shape else ()
-            drawn = random_tensor(name, shape, start, "float32") * np.float32(scale)
-            return drawn.astype(numpy_dtype(spec.dtype)).tobytes()
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            yield from pool.map(draw, range(0, first, rows))
-
-    return values

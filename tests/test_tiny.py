@@ -405,6 +405,7 @@ def test_the_report_counts_what_was_written(checkpoints):
         ("31b", {"dtype": "float64"}),
         ("31b", {"kv_shared": "drop"}),
         ("31b", {"config_spelling": "old"}),
+        ("31b", {"weights": "tame"}),
     ],
 )
 def test_refused_arguments_leave_nothing_behind(family, arguments, tmp_path):

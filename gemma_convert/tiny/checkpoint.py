@@ -21,8 +21,9 @@ from gemma_convert.model.config import parse_architecture
 from gemma_convert.stores.safetensors.header import write_safetensors
 from gemma_convert.tiny import tokenizer
 from gemma_convert.tiny.config import ConfigSpelling, DType, config_json, generation_config_json
+from gemma_convert.tiny.kinds import Weights, weights_of
 from gemma_convert.tiny.sizes import POOLING, SIZES, EmbedderSizes, FamilySizes
-from gemma_convert.tiny.weights import Array, random_weights
+from gemma_convert.tiny.weights import Array
 
 KVShared = Literal["keep", "omit"]
 
@@ -54,12 +55,15 @@ def make_tiny(
     dtype: DType = "bfloat16",
     config_spelling: ConfigSpelling = "published",
     untied: bool = False,
+    weights: Weights = "random",
 ) -> TinyReport:
-    """What was written into the folder `out`: a random checkpoint with the structure of `family`.
+    """What was written into the folder `out`: a checkpoint with the structure of `family`.
 
     The same arguments give the same bytes. `layers` counts decoder layers; with `kv_shared` "keep"
     KV-shared layers have keys and values, as in published files; `save_pretrained` omits them. An
-    `untied` one has an output head of its own, which no published model has.
+    `untied` one has an output head of its own, which no published model has. `weights` are "random"
+    ones that show every mistake, have statistics like a "trained" model's, or are so "wild" that
+    they amplify rounding (`gemma_convert.tiny.kinds`).
     Raises UsageError for arguments that no checkpoint can have, TargetError where `out`
     exists or cannot be written.
     """
@@ -67,13 +71,14 @@ def make_tiny(
     _check_choice("kv_shared", kv_shared, get_args(KVShared))
     _check_choice("dtype", dtype, get_args(DType))
     _check_choice("config_spelling", config_spelling, get_args(ConfigSpelling))
+    _check_choice("weights", weights, get_args(Weights))
     _check_count("seed", seed, 0, None)
     config = config_json(family, layers, text_only, dtype, config_spelling, tied=not untied)
     architecture = parse_architecture(config, out / "config.json")
     shapes = huggingface_tensors(architecture, kv_leftovers=kv_shared == "keep")
     _check_count("shards", shards, 1, len(shapes))
     check_target(out, overwrite=False)
-    tensors = random_weights(dict(sorted(shapes.items())), seed, dtype)
+    tensors = weights_of(weights, dict(sorted(shapes.items())), seed, dtype)
     documents = _documents(family, text_only) | {"config.json": config}
     _write_folder(out, documents, _split(tensors, shards))
     return TinyReport(

@@ -38,11 +38,16 @@ def random_weights(shapes: Mapping[str, Shape], seed: int, dtype: str) -> dict[s
 
 def random_tensor(name: str, shape: Shape, seed: int, dtype: str) -> Array:
     """The array of one tensor [shape], independent of all the others."""
-    generator = np.random.default_rng([seed, crc32(_seed_name(name).encode())])
+    generator = seeded(name, seed)
     draw = next((draw for pattern, draw in _DRAWS if pattern.search(name)), None)
     values = _matrix(generator, shape) if draw is None else draw(generator, shape)
     array: Array = values.astype(np.float32).astype(numpy_dtype(dtype))
     return array
+
+
+def seeded(name: str, seed: int) -> np.random.Generator:
+    """The generator of one tensor's values, whatever their kind."""
+    return np.random.default_rng([seed, crc32(_seed_name(name).encode())])
 
 
 def _seed_name(name: str) -> str:
