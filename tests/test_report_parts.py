@@ -40,8 +40,8 @@ def divergence(kl):
     ids = 10 * np.arange(len(kl))[:, None] + np.arange(7)
     side = Likeliest(ids, 0.5 ** (np.arange(1, 8) + np.arange(len(kl))[:, None]))
     other = Likeliest(ids + 1000, side.probabilities / 2)
-    plain = np.zeros(len(kl))
-    return TokenDivergence(np.array(kl), plain > 0, plain, plain, side, other)
+    plain = np.zeros((len(kl), 1))
+    return TokenDivergence(np.array(kl), plain[:, 0], plain, plain, side, other)
 
 
 IMAGE = ImageSequence(

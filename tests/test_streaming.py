@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -383,12 +384,25 @@ def test_what_is_not_finite_in_one_slice_poisons_its_token(value, place, side):
         assert not figures.top1[1] and figures.overlap[1] == 0
 
 
-def test_equal_logits_count_the_first_token_as_the_best():
-    reference, native = np.zeros((1, 6)), np.zeros((1, 6))
-    reference[0, [1, 4]] = native[0, 4] = 1
-    assert not sliced(reference, native, (3, 3)).top1[0] and not compare(reference, native).top1[0]
-    native[0, 1] = 1
-    assert sliced(reference, native, (3, 3)).top1[0]
+def test_tokens_that_are_tied_in_the_reference_agree():
+    """Equal ones always do; others where they are as near as noise makes them."""
+    reference, native = np.zeros((2, 16)), np.zeros((2, 16))
+    reference[:, [1, 4]], native[:, 4] = 1, 2
+    reference[1, 4] -= 1e-3
+    for found in (sliced(reference, native, (3, 3, 10)), compare(reference, native)):
+        assert found.top1.tolist() == [True, False] and found.overlap.tolist() == [1, 1]
+        assert replace(found, tied=np.array([0.0, 2e-3])).top1.tolist() == [True, True]
+        assert replace(found, tied=np.array([2e-3, 0.0])).top1.tolist() == [True, False]
+
+
+def test_likeliest_tokens_that_are_short_of_a_tie_do_not_overlap():
+    reference = np.arange(20.0)[None]
+    native = reference.copy()
+    native[0, 9] = 10.5  # the eleventh likeliest, one behind the tenth
+    for found in (sliced(reference, native, (7, 13)), compare(reference, native)):
+        assert found.overlap.tolist() == [0.9]
+        assert replace(found, tied=0.9).overlap.tolist() == [0.9]
+        assert replace(found, tied=1.1).overlap.tolist() == [1.0]
 
 
 def test_slices_that_do_not_belong_together_are_refused():

@@ -253,6 +253,8 @@ def _run_streamed(
     compared = summed(run.logits(slices), sequences)
     local = run.result()
     floor = run.noise_floor if local.passed else None  # of a mistake it would be no noise
+    if local.passed:
+        compared.count_tied(run.tied)
     return _Run(compared, drift, local, floor, reference.device, ours.device)
 
 

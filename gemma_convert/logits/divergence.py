@@ -7,7 +7,7 @@ a comparison that met one can never be called a pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -65,14 +65,50 @@ class Likeliest:
 
 @dataclass(frozen=True)
 class TokenDivergence:
-    """The same figures for each position of one slice, [positions] each, and the likeliest."""
+    """The same figures for each position of one slice, [positions] each, and the likeliest.
+
+    `behind` [positions k] is how far, in the reference's logits, each of the native's likeliest
+    tokens is behind the reference's likeliest, and `short` how far behind the last of its `TOP`
+    likeliest; NaN where a logit is not finite.
+    """
 
     kl: npt.NDArray[np.float64]
-    top1: npt.NDArray[np.bool_]
-    overlap: npt.NDArray[np.float64]
     difference: npt.NDArray[np.float64]
+    behind: npt.NDArray[np.float64]
+    short: npt.NDArray[np.float64]
     reference: Likeliest
     native: Likeliest
+    tied: npt.NDArray[np.float64] | float = 0.0
+    """How near logits are that count as equal, [positions]."""
+
+    @property
+    def top1(self) -> npt.NDArray[np.bool_]:
+        """Whether both sides' likeliest token is one, or tied with it in the reference."""
+        found: npt.NDArray[np.bool_] = self.behind[:, 0] <= self.tied
+        return found
+
+    @property
+    def overlap(self) -> npt.NDArray[np.float64]:
+        """Share of the native's likeliest that are among the reference's, or tied with one."""
+        enough: npt.NDArray[np.bool_] = np.less_equal(self.short.T, self.tied)
+        share: npt.NDArray[np.float64] = enough.mean(axis=0)
+        return share
+
+
+def behind_and_short(
+    reference_of_native: npt.NDArray[np.float64],
+    reference_top: npt.NDArray[np.float64],
+    finite: npt.NDArray[np.bool_],
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """`TokenDivergence.behind` and `short`, from the reference's logits, [positions k] each.
+
+    Those of the native's likeliest tokens, and its own largest ones in order.
+    """
+    with np.errstate(invalid="ignore"):
+        behind = reference_top[:, :1] - reference_of_native
+        short = reference_top[:, -1:] - reference_of_native
+    broken = ~finite[:, None]
+    return np.where(broken, np.nan, behind), np.where(broken, np.nan, short)
 
 
 def compare(reference: Floats, native: Floats) -> TokenDivergence:
@@ -135,6 +171,10 @@ class Accumulator:
         self._slices.append(tokens)
         self._places.extend(places)
 
+    def count_tied(self, tied: npt.NDArray[np.float64]) -> None:
+        """Counts logits of the reference that are so near [positions] as equal from now on."""
+        self._slices = [replace(joined(self._slices), tied=tied)]
+
     def tokens(self) -> TokenDivergence:
         """The figures of every position so far, in the order in which they came."""
         return joined(self._slices)
@@ -165,16 +205,16 @@ def joined(blocks: Sequence[TokenDivergence]) -> TokenDivergence:
     if not blocks:
         nothing = np.zeros(0)
         likeliest = Likeliest(np.zeros((0, 0), np.int64), np.zeros((0, 0)))
-        return TokenDivergence(
-            nothing, nothing.astype(bool), nothing, nothing, likeliest, likeliest
-        )
+        none = np.zeros((0, 1))
+        return TokenDivergence(nothing, nothing, none, none, likeliest, likeliest)
     return TokenDivergence(
         kl=np.concatenate([block.kl for block in blocks]),
-        top1=np.concatenate([block.top1 for block in blocks]),
-        overlap=np.concatenate([block.overlap for block in blocks]),
         difference=np.concatenate([block.difference for block in blocks]),
+        behind=np.concatenate([block.behind for block in blocks]),
+        short=np.concatenate([block.short for block in blocks]),
         reference=_likeliest_of([block.reference for block in blocks]),
         native=_likeliest_of([block.native for block in blocks]),
+        tied=np.concatenate([np.broadcast_to(block.tied, len(block.kl)) for block in blocks]),
     )
 
 
@@ -203,30 +243,25 @@ def largest(
     return np.take_along_axis(ids, order, 1), np.take_along_axis(values, order, 1)
 
 
-def shared(
-    reference: npt.NDArray[np.int64], native: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float64]:
-    """Share of the reference's likeliest ids that are among the native's, [positions]."""
-    share: npt.NDArray[np.float64] = (
-        (reference[:, :, None] == native[:, None, :]).any(axis=2).mean(axis=1)
-    )
-    return share
-
-
 def _compare_block(
     reference: npt.NDArray[np.float64], native: npt.NDArray[np.float64]
 ) -> TokenDivergence:
-    finite = np.isfinite(reference).all(axis=1) & np.isfinite(native).all(axis=1)
+    finite = np.asarray((np.isfinite(reference) & np.isfinite(native)).all(axis=1))
     with np.errstate(invalid="ignore", over="ignore"):
         log_p, log_q = _log_softmax(reference), _log_softmax(native)
         kl = np.sum(np.exp(log_p) * (log_p - log_q), axis=1)
         difference = np.abs(reference - native).max(axis=1)
     ours, theirs = _likeliest(reference, log_p), _likeliest(native, log_q)
+    behind, short = behind_and_short(
+        np.take_along_axis(reference, theirs.ids, 1),
+        np.take_along_axis(reference, ours.ids, 1),
+        finite,
+    )
     return TokenDivergence(
         kl=np.where(finite, np.maximum(kl, 0.0), np.nan),
-        top1=finite & (reference.argmax(axis=1) == native.argmax(axis=1)),
-        overlap=np.where(finite, shared(ours.ids, theirs.ids), 0.0),
         difference=np.where(finite, difference, np.nan),
+        behind=behind,
+        short=short,
         reference=ours,
         native=theirs,
     )

@@ -78,8 +78,8 @@ def of_values(right: npt.NDArray[Any], found: Found) -> str | None:
         return f"it is {factor:.4g} times what it should be"
     apart = np.abs(ours - rows) > found.tolerance * length[:, None] / 2
     features, tokens = (int(np.count_nonzero(apart.any(axis=axis))) for axis in (0, 1))
-    if features <= FEW * rows.shape[1]:
+    if 0 < features <= FEW * rows.shape[1]:
         return f"it differs in {features:,} of {rows.shape[1]:,} features"
-    if tokens <= FEW * len(rows):
+    if 0 < tokens <= FEW * len(rows):
         return f"it differs in {tokens:,} of {len(rows):,} tokens"
     return None

@@ -203,6 +203,11 @@ class LocalRun:
         """The largest KL, in nats, of the reference with noise from the reference without."""
         return float(self._floor.result().kl.max())
 
+    @property
+    def tied(self) -> npt.NDArray[np.float64]:
+        """How near logits are that noise makes equal: twice what it moves any, [positions]."""
+        return 2 * np.nan_to_num(self._floor.result().difference)
+
     def _compare(self, layer: int) -> None:
         """What the parts of a stage made on both sides; a layer, or what stands beside them."""
         probe, made = self._probe, self._given.made

@@ -10,9 +10,9 @@ from gemma_convert.logits.divergence import (
     Floats,
     Likeliest,
     TokenDivergence,
+    behind_and_short,
     joined,
     largest,
-    shared,
 )
 
 
@@ -75,20 +75,21 @@ class _RunningBlock:
         with np.errstate(invalid="ignore", over="ignore"):
             apart = reference - native
             self._difference = np.maximum(self._difference, np.abs(apart).max(axis=1))
-            shrunk, weights = self._reference.add(reference, start)
+            shrunk, weights = self._reference.add(reference, native, start)
             self._weighted = self._weighted * shrunk + (weights * apart).sum(axis=1)
-            self._native.add(native, start)
+            self._native.add(native, reference, start)
 
     def result(self) -> TokenDivergence:
         """The figures of these positions."""
         ours, theirs = self._reference, self._native
         with np.errstate(invalid="ignore", divide="ignore"):
             kl = self._weighted / ours.total - ours.log_total() + theirs.log_total()
+        behind, short = behind_and_short(theirs.others_of_top, ours.top_logits, self._finite)
         return TokenDivergence(
             kl=np.where(self._finite, np.maximum(kl, 0.0), np.nan),
-            top1=self._finite & (ours.best == theirs.best),
-            overlap=np.where(self._finite, shared(ours.top, theirs.top), 0.0),
             difference=np.where(self._finite, self._difference, np.nan),
+            behind=behind,
+            short=short,
             reference=ours.likeliest(),
             native=theirs.likeliest(),
         )
@@ -100,23 +101,21 @@ class _RunningSide:
     def __init__(self, positions: int) -> None:
         self._largest = np.full(positions, -np.inf)
         self.total = np.zeros(positions)
-        self.best = np.zeros(positions, np.int64)
         self.top = np.zeros((positions, 0), np.int64)
-        self._top_logits = np.zeros((positions, 0))
+        self.top_logits = np.zeros((positions, 0))
+        self.others_of_top = np.zeros((positions, 0))
+        """The other side's logits of the same tokens."""
 
     def add(
-        self, logits: npt.NDArray[np.float64], start: int
+        self, logits: npt.NDArray[np.float64], others: npt.NDArray[np.float64], start: int
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """What sums so far are multiplied with [positions], and exp of `logits`, its shape."""
-        best = logits.argmax(axis=1)
-        peak = np.take_along_axis(logits, best[:, None], axis=1)[:, 0]
-        self.best = np.where(peak > self._largest, best + start, self.best)
-        highest = np.maximum(self._largest, peak)
+        highest = np.maximum(self._largest, logits.max(axis=1))
         shrunk = np.exp(self._largest - highest)
         weights = np.exp(logits - highest[:, None])
         self.total = self.total * shrunk + weights.sum(axis=1)
         self._largest = highest
-        self._keep_likeliest(logits, start)
+        self._keep_likeliest(logits, others, start)
         return shrunk, weights
 
     def log_total(self) -> npt.NDArray[np.float64]:
@@ -127,12 +126,16 @@ class _RunningSide:
     def likeliest(self) -> Likeliest:
         """The likeliest tokens over the vocabulary so far."""
         with np.errstate(invalid="ignore", divide="ignore"):
-            probabilities = np.exp(self._top_logits - self.log_total()[:, None])
+            probabilities = np.exp(self.top_logits - self.log_total()[:, None])
         return Likeliest(self.top, probabilities)
 
-    def _keep_likeliest(self, logits: npt.NDArray[np.float64], start: int) -> None:
+    def _keep_likeliest(
+        self, logits: npt.NDArray[np.float64], others: npt.NDArray[np.float64], start: int
+    ) -> None:
         ids, values = largest(logits)
-        self.top, self._top_logits = largest(
-            np.concatenate([self._top_logits, values], axis=1),
-            np.concatenate([self.top, ids + start], axis=1),
-        )
+        others = np.concatenate([self.others_of_top, np.take_along_axis(others, ids, 1)], axis=1)
+        ids = np.concatenate([self.top, ids + start], axis=1)
+        values = np.concatenate([self.top_logits, values], axis=1)
+        self.top, self.top_logits = largest(values, ids)
+        places = (ids[:, None, :] == self.top[:, :, None]).argmax(axis=2)
+        self.others_of_top = np.take_along_axis(others, places, 1)
