@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gemma_convert import logit_check, to_native
-from gemma_convert.logits.local import FACTOR, LocalCheck, PartCheck, Probe, shortest
+from gemma_convert.logits.local import FACTOR, LocalCheck, PartCheck, Probe, chosen_tokens
 from gemma_convert.logits.other_runs import Calls, OtherRuns, decided, moved
 from gemma_convert.logits.precision import computed_in
 from gemma_convert.prompts.text import TokenSequence
@@ -238,7 +238,7 @@ def test_products_are_computed_in_another_precision(dtype):
 def test_noise_has_the_size_of_the_errors():
     """Relative to each token's state, in any direction, and none where there was no error."""
     errors = [{"embedding": np.array([0.0, 1e-3, 1e-2])}]
-    runs = OtherRuns(lambda _: Calls(), Probe([], "float32", errors=errors), [], 0)
+    runs = OtherRuns(lambda _: Calls(), Probe({}, "float32", errors=errors), [], 0)
     state = torch.randn(1, 3, 4096) * torch.tensor([1.0, 10.0, 0.1])[None, :, None]
     runs.noisy = [state]
     runs.disturb_embedding()
@@ -250,9 +250,9 @@ def test_noise_is_measured_on_the_shortest():
     def of(*lengths):
         return [TokenSequence(str(n), [1] * n, None) for n in lengths]
 
-    assert shortest(of(500, 24, 30, 9)) == [1, 2, 3]
-    assert shortest(of(500, 60, 30)) == [2]
-    assert shortest(of(500)) == [0]
+    assert chosen_tokens(of(500, 24, 30, 9)) == {1: 24, 2: 30, 3: 9}
+    assert chosen_tokens(of(500, 60, 30)) == {2: 30}
+    assert chosen_tokens(of(500)) == {0: 64}
 
 
 def test_a_part_that_is_no_number_never_passes():

@@ -9,7 +9,7 @@ noise of their size behind every part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -34,7 +34,7 @@ DIAGNOSED = 2
 """In how many stages that fail it is tried what is wrong."""
 
 MEASURED_TOKENS = 64
-"""Noise is measured on the shortest sequences up to so many tokens, at least on one."""
+"""Noise is measured on so many tokens, or on one sequence that has an image or a sound."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,13 @@ class LocalCheck:
 class Probe:
     """What the reference and the check tell one another, stage by stage.
 
-    The reference gives what its `parts` made, [length features] of each sequence, and what those of
-    the sequences `measured` make in another precision, each on what the one before made: `other`,
-    in float64, or in bfloat16 where the `noise` is its. It disturbs its second run by the `errors`
-    [length] of each sequence's parts.
+    The reference gives what its `parts` made, [length features] of each sequence, and what they
+    make in another precision, each on what the one before made: `other`, in float64, or in bfloat16
+    where the `noise` is its. That is of the sequences `measured`, by number, and of so many of
+    their first tokens. It disturbs its second run by the `errors` [length] of its parts.
     """
 
-    measured: Sequence[int]
+    measured: Mapping[int, int]
     noise: Dtype
     parts: list[dict[Part, npt.NDArray[Any]]] = field(default_factory=list)
     other: list[dict[Part, npt.NDArray[Any]]] = field(default_factory=list)
@@ -108,16 +108,22 @@ class Probe:
     errors: list[dict[Part, npt.NDArray[np.float64]]] = field(default_factory=list)
 
 
-def shortest(sequences: Sequence[TokenSequence]) -> list[int]:
-    """The numbers of the shortest sequences, of `MEASURED_TOKENS` together or one alone."""
+def chosen_tokens(sequences: Sequence[TokenSequence]) -> dict[int, int]:
+    """Number of a sequence → how many of its first tokens noise is measured on.
+
+    They are those of the shortest ones, of `MEASURED_TOKENS` together. What has an image or a sound
+    is taken whole, as its tokens may see those that follow.
+    """
     order = sorted(range(len(sequences)), key=lambda number: len(sequences[number].ids))
-    taken, tokens = order[:1], len(sequences[order[0]].ids)
-    for number in order[1:]:
-        tokens += len(sequences[number].ids)
-        if tokens > MEASURED_TOKENS:
-            break
-        taken.append(number)
-    return sorted(taken)
+    found: dict[int, int] = {}
+    for number in order:
+        length = len(sequences[number].ids)
+        left = MEASURED_TOKENS - sum(found.values())
+        if not found and not isinstance(sequences[number], SoftSequence):
+            found[number] = min(length, left)
+        elif not found or length <= left:
+            found[number] = length
+    return dict(sorted(found.items()))
 
 
 class Reference(Protocol):
@@ -146,7 +152,7 @@ class LocalRun:
         noise: Dtype,
     ) -> None:
         self._reference, self._native, self._sequences = reference, native, sequences
-        self._probe = Probe(shortest(sequences), noise)
+        self._probe = Probe(chosen_tokens(sequences), noise)
         self._given = Given()
         self._parts: list[PartCheck] = []
         self._picked = _picked(sequences, self._probe.measured)
@@ -223,12 +229,12 @@ class LocalRun:
             if part == "attention" and probe.noise == "float32":
                 errors = [one / self._growth(len(one)) for one in errors]
             rounding = [
-                relative(probe.parts[place][part], other[part], usual)
-                for place, other in zip(probe.measured, probe.other, strict=True)
+                relative(probe.parts[place][part][:length], other[part], usual)
+                for (place, length), other in zip(probe.measured.items(), probe.other, strict=True)
             ]
             if part == "router" and (clear := probe.decided) is not None:
                 errors = [one[mask] for one, mask in zip(errors, clear, strict=True)]
-                chosen = [clear[place] for place in probe.measured]
+                chosen = [clear[place][:length] for place, length in probe.measured.items()]
                 rounding = [one[mask] for one, mask in zip(rounding, chosen, strict=True)]
             here = None if part in ("embedding", "per-layer inputs", "final norm") else layer
             found = self._add(part, here, np.concatenate(errors), np.concatenate(rounding))
@@ -263,7 +269,7 @@ class LocalRun:
 
         The angle of a rotary embedding is rounded in proportion to the position.
         """
-        known = max(len(self._sequences[place].ids) for place in self._probe.measured)
+        known = max(self._probe.measured.values())
         return np.maximum(1.0, np.arange(length) / known)
 
     def _add(
@@ -290,10 +296,12 @@ def _of_text(errors: npt.NDArray[np.float64], sequence: TokenSequence) -> npt.ND
     return np.where(np.asarray(sequence.places) != 0, 0.0, errors)
 
 
-def _picked(sequences: Sequence[TokenSequence], measured: Sequence[int]) -> npt.NDArray[np.int64]:
+def _picked(
+    sequences: Sequence[TokenSequence], measured: Mapping[int, int]
+) -> npt.NDArray[np.int64]:
     """Places, among all compared positions, of those of the sequences that noise is measured on."""
     owner = np.concatenate([np.full(int(s.compared.sum()), n) for n, s in enumerate(sequences)])
-    return np.flatnonzero(np.isin(owner, measured))[:MEASURED_TOKENS]
+    return np.flatnonzero(np.isin(owner, list(measured)))[:MEASURED_TOKENS]
 
 
 def _squares(values: Logits, others: Logits | float) -> npt.NDArray[np.float64]:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from gemma_convert.forward.parts import Part
 from gemma_convert.logits.local import Probe
 from gemma_convert.logits.precision import computed_in
-from gemma_convert.logits.tapped import Values, cast, features, tapped
+from gemma_convert.logits.tapped import Values, cast, features, first, tapped
 from gemma_convert.prompts.text import TokenSequence
 
 if TYPE_CHECKING:
@@ -70,6 +70,13 @@ def decided(probabilities: torch.Tensor, chosen: int, apart: float) -> npt.NDArr
     return clear
 
 
+def beginning(sequence: TokenSequence, length: int) -> TokenSequence:
+    """The first tokens of a sequence; itself where that is all of it."""
+    if length == len(sequence.ids):
+        return sequence
+    return TokenSequence(sequence.name, sequence.ids[:length])
+
+
 class OtherRuns:
     """The reference beside itself: on its own states in another precision, and with noise.
 
@@ -89,7 +96,10 @@ class OtherRuns:
         self._probe, self._random = probe, torch.Generator().manual_seed(0)
         self._dtype = torch.float64 if probe.noise == "float32" else torch.bfloat16
         with computed_in(self._dtype):
-            self._precise = [noted(sequences[place]) for place in probe.measured]
+            self._precise = [
+                noted(beginning(sequences[place], length))
+                for place, length in probe.measured.items()
+            ]
         self._calls = [noted(sequence) for sequence in sequences]
         self._chosen = chosen
         self.noisy: list[torch.Tensor] = []
@@ -109,17 +119,16 @@ class OtherRuns:
         """
         self._probe.parts = [_on_host(one) for one in made]
         other = []
-        for place, call in zip(self._probe.measured, self._precise, strict=True):
+        for (place, length), call in zip(self._probe.measured.items(), self._precise, strict=True):
             found: Values = {}
+            exact = {part: first(part, value, length) for part, value in made[place].items()}
 
-            def use(
-                part: Part, value: Any, found: Values = found, given: Values = made[place]
-            ) -> Any:
+            def use(part: Part, value: Any, found: Values = found, given: Values = exact) -> Any:
                 found[part] = value
                 return cast(part, given[part], self._dtype)
 
             with computed_in(self._dtype), tapped(layer, use):
-                call.run(layer, index, states[place].to(self._dtype))
+                call.run(layer, index, states[place][:, :length].to(self._dtype))
             other.append(found)
         self._decide(made, other)
         self._probe.other = [_on_host(one, wide=True) for one in other]
@@ -151,8 +160,8 @@ class OtherRuns:
         self.noisy = [norm(state)[0] for state in self.noisy]
         with computed_in(self._dtype):
             self._probe.other = [
-                _on_host({"final norm": norm(states[place].to(self._dtype))}, wide=True)
-                for place in self._probe.measured
+                _on_host({"final norm": norm(states[place][:, :length].to(self._dtype))}, wide=True)
+                for place, length in self._probe.measured.items()
             ]
 
     def _decide(self, made: Sequence[Values], other: Sequence[Values]) -> None:
@@ -160,7 +169,9 @@ class OtherRuns:
         self._probe.decided = None
         if "router" in made[0]:
             chosen = self._chosen
-            measured = [made[place]["router"][0] for place in self._probe.measured]
+            measured = [
+                made[place]["router"][0][:length] for place, length in self._probe.measured.items()
+            ]
             pairs = zip(measured, other, strict=True)
             apart = max(moved(exact, one["router"][0], chosen) for exact, one in pairs)
             self._probe.decided = [

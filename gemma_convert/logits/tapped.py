@@ -97,6 +97,16 @@ def features(part: Part, value: Any) -> torch.Tensor:
     return made.reshape(made.shape[0], -1)
 
 
+def first(part: Part, value: Any, length: int) -> Any:
+    """What a part made of the first tokens."""
+    if part == "router":
+        probabilities, shares, experts = value
+        return probabilities[:length], shares[:length], experts[:length]
+    if part in ("experts", "norm before the experts"):
+        return value[:length]
+    return value[:, :length]
+
+
 def cast(part: Part, value: Any, dtype: torch.dtype) -> Any:
     """What a part made in another dtype; numbers of experts stay numbers."""
     if part == "router":
