@@ -51,6 +51,7 @@ OF_OTHERS = {
     "--rounds": "scripts/benchmark.py",
     "--strict": "mkdocs",
     "--version": "gemma-convert itself",
+    "--weights": "scripts/benchmark.py",
     "--install-completion": "gemma-convert itself",
     "--show-completion": "gemma-convert itself",
 }
