@@ -184,7 +184,7 @@ class OtherRuns:
 
         flat = value.reshape(len(errors), -1)
         size = torch.from_numpy(np.nan_to_num(errors)).to(flat)[:, None]
-        noise = torch.randn(flat.shape, generator=self._random).to(flat)
+        noise = torch.rand(flat.shape, generator=self._random).to(flat).sub_(0.5).mul_(12**0.5)
         length = flat.norm(dim=-1, keepdim=True) / flat.shape[-1] ** 0.5
         return (flat + noise * length * size).reshape(value.shape)
 

@@ -28,21 +28,19 @@ class TensorFiles:
     """
 
     def __init__(self, hf: Path, model: Any) -> None:
-        from safetensors import safe_open
-
-        file: Any
-        self._files: dict[str, tuple[Any, str]] = {}
+        self._hf = hf
+        self._opened: dict[str, Any] = {}
+        self._files: dict[str, tuple[str, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         with told_by_library("The original checkpoint cannot be read.", hf):
             renamed = _renaming(model)
-            stored: dict[str, Any] = {}
+            stored: dict[str, str] = {}
             for path in _listed(hf):
-                file = safe_open(library_path(hf) / path, framework="pt")
-                stored |= dict.fromkeys(file.keys(), file)
+                stored |= dict.fromkeys(self._file(path).keys(), path)
             for name, key in find_naming(stored, hf).stored.items():
-                file, place = stored[key], renamed(name)
-                self._files[place] = file, key
-                self.shapes[place] = tuple(file.get_slice(key).get_shape())
+                path, place = stored[key], renamed(name)
+                self._files[place] = path, key
+                self.shapes[place] = tuple(self._file(path).get_slice(key).get_shape())
 
     def read(
         self, name: str, rows: slice | torch.Tensor | None = None, device: Any = None
@@ -50,10 +48,21 @@ class TensorFiles:
         """A tensor, or rows of it: the file is mapped into memory, so no other rows are read."""
         import torch
 
-        file, key = self._files[name]
-        tensor: torch.Tensor = file.get_tensor(key)
+        path, key = self._files[name]
+        tensor: torch.Tensor = self._file(path).get_tensor(key)
         part = tensor if rows is None else tensor[rows]
         return part.to(device=device, dtype=torch.float32, copy=True)
+
+    def release(self) -> None:
+        """Lets go of the memory that files are mapped into; they are opened when asked for."""
+        self._opened.clear()
+
+    def _file(self, path: str) -> Any:
+        from safetensors import safe_open
+
+        if path not in self._opened:
+            self._opened[path] = safe_open(library_path(self._hf) / path, framework="pt")
+        return self._opened[path]
 
 
 def _renaming(model: Any) -> Callable[[str], str]:

@@ -63,7 +63,7 @@ class FastLLM:
         self.config = read_fast_llm_config(folder)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._dtype = torch.float32 if dtype == "float32" else torch.bfloat16
-        self._files = _open(folder, self.config.state_index)
+        self._folder, self._files = folder, _open(folder, self.config.state_index)
         found, self.stored_dtypes = _inventory(folder, self._files)
         _check(found, self.config, folder)
 
@@ -113,6 +113,7 @@ class FastLLM:
                 )
             states = [run(state)[0] for state in states]
             del weights, run
+            self._files.clear()  # the memory that they were mapped into is let go of
             yield states
         norm = partial(rms_norm, epsilon=self.config.final_epsilon, weight=self._tensor(FINAL_NORM))
         if handed is not None:
@@ -172,7 +173,10 @@ class FastLLM:
     def _read(self, name: str) -> torch.Tensor:
         """The stored tensor, mapped into memory rather than read."""
         stored = name + _SUFFIX
-        tensor: torch.Tensor = self._files[self.config.state_index[stored]].get_tensor(stored)
+        file = self.config.state_index[stored]
+        if file not in self._files:
+            self._files[file] = _opened(self._folder / file)
+        tensor: torch.Tensor = self._files[file].get_tensor(stored)
         return tensor
 
 
@@ -183,9 +187,13 @@ def _open(folder: Path, index: Mapping[str, str]) -> dict[str, Any]:
         path = folder / name
         if not path.is_file():
             raise SourceError("A file that state_index names is not there.", where=path)
-        with told_by_library("This is not a safetensors file that can be read.", path):
-            files[name] = safe_open(library_path(path), framework="pt")
+        files[name] = _opened(path)
     return files
+
+
+def _opened(path: Path) -> Any:
+    with told_by_library("This is not a safetensors file that can be read.", path):
+        return safe_open(library_path(path), framework="pt")
 
 
 def _inventory(
