@@ -33,7 +33,7 @@ from gemma_convert.logits.drift import TOLERANCE, Drift, drift_of
 from gemma_convert.logits.fingerprint import fingerprints
 from gemma_convert.logits.golden import SLICE_BYTES, Golden, load_golden
 from gemma_convert.logits.layerwise import LayerwiseReference
-from gemma_convert.logits.limit import choose_limit, find_lossy_rows
+from gemma_convert.logits.limit import NoiseFloor, choose_limit, find_lossy_rows
 from gemma_convert.logits.local import LocalCheck, LocalRun
 from gemma_convert.logits.reference import TransformersLogits, reference_config
 from gemma_convert.logits.report import LogitReport
@@ -173,9 +173,10 @@ def _logit_check(
         limit = limit.above(found.noise_floor)
     checked = checked_sequences(sequences, by_token)
     report = LogitReport(
-        passed=divergence.within(limit.kl) and (found.local is None or found.local.passed),
+        passed=limit.allows(divergence) and (found.local is None or found.local.passed),
         proof=limit.proof,
         limit=limit.kl,
+        limit_p99=limit.kl_p99,
         limit_reason=limit.reason,
         divergence=divergence,
         drift=found.drift,
@@ -220,7 +221,7 @@ class _Run:
     compared: Accumulator
     drift: Drift | None
     local: LocalCheck | None
-    noise_floor: float | None
+    noise_floor: NoiseFloor | None
     reference_device: str
     native_device: str
 
