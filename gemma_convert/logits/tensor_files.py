@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 from gemma_convert.model.huggingface_files import INDEX, SINGLE
 
+MAPPED_BYTES = 256 << 20
+"""So much is read of files until they are mapped anew: their pages count as resident memory."""
+
 
 class TensorFiles:
     """The safetensors files of a checkpoint: shapes, and parts of tensors in float32.
@@ -28,21 +31,19 @@ class TensorFiles:
     """
 
     def __init__(self, hf: Path, model: Any) -> None:
-        from safetensors import safe_open
-
-        file: Any
-        self._files: dict[str, tuple[Any, str]] = {}
+        self._hf, self._mapped = hf, 0
+        self._open: dict[str, Any] = {}
+        self._places: dict[str, tuple[str, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         with told_by_library("The original checkpoint cannot be read.", hf):
             renamed = _renaming(model)
-            stored: dict[str, Any] = {}
+            stored: dict[str, str] = {}
             for path in _listed(hf):
-                file = safe_open(library_path(hf) / path, framework="pt")
-                stored |= dict.fromkeys(file.keys(), file)
+                stored |= dict.fromkeys(self._file(path).keys(), path)
             for name, key in find_naming(stored, hf).stored.items():
-                file, place = stored[key], renamed(name)
-                self._files[place] = file, key
-                self.shapes[place] = tuple(file.get_slice(key).get_shape())
+                path, place = stored[key], renamed(name)
+                self._places[place] = path, key
+                self.shapes[place] = tuple(self._file(path).get_slice(key).get_shape())
 
     def read(
         self, name: str, rows: slice | torch.Tensor | None = None, device: Any = None
@@ -50,10 +51,24 @@ class TensorFiles:
         """A tensor, or rows of it: the file is mapped into memory, so no other rows are read."""
         import torch
 
-        file, key = self._files[name]
-        tensor: torch.Tensor = file.get_tensor(key)
-        part = tensor if rows is None else tensor[rows]
-        return part.to(device=device, dtype=torch.float32, copy=True)
+        path, key = self._places[name]
+        with told_by_library("The original checkpoint cannot be read.", self._hf):
+            tensor: torch.Tensor = self._file(path).get_tensor(key)
+            part = tensor if rows is None else tensor[rows]
+            value = part.to(device=device, dtype=torch.float32, copy=True)
+        self._mapped += part.nbytes
+        if self._mapped > MAPPED_BYTES:
+            self._open.clear()
+            self._mapped = 0
+        return value
+
+    def _file(self, path: str) -> Any:
+        """A file, mapped into memory, where pages that were read stay until it is closed."""
+        from safetensors import safe_open
+
+        if path not in self._open:
+            self._open[path] = safe_open(library_path(self._hf) / path, framework="pt")
+        return self._open[path]
 
 
 def _renaming(model: Any) -> Callable[[str], str]:
