@@ -28,7 +28,7 @@ from gemma_convert.cli.app import main
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.logits import check as check_module
 from gemma_convert.logits.check import logit_check
-from gemma_convert.logits.golden import save_golden
+from gemma_convert.logits.golden_writing import save_golden
 from gemma_convert.logits.limit import choose_limit, find_lossy_rows
 from gemma_convert.logits.report import render
 from gemma_convert.model.config import read_architecture

@@ -74,6 +74,15 @@ def command(
             rich_help_panel=RUNNING,
         ),
     ] = False,
+    no_cache: Annotated[
+        bool,
+        typer.Option(
+            "--no-cache",
+            help="Compile anew, and keep nothing: by default JAX's programs are kept in "
+            "~/.cache/gemma-convert/compiled for the next run.",
+            rich_help_panel=RUNNING,
+        ),
+    ] = False,
     report: Annotated[
         Path | None,
         typer.Option(
@@ -135,6 +144,7 @@ def command(
             golden=golden,
             whole_model=whole_model,
             settings=settings or (),
+            cache=not no_cache,
         )
         if as_json and leads:
             show_json(found.as_json())

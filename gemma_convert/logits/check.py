@@ -19,6 +19,7 @@ from gemma_convert.engine.joined import is_leader, process_count, publish, publi
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.files.given_settings import GivenSettings, given_settings
 from gemma_convert.files.libraries import told_by_library
+from gemma_convert.forward.kept_programs import kept_programs
 from gemma_convert.forward.native_model import (
     Dtype,
     LogitSource,
@@ -78,6 +79,7 @@ def logit_check(
     lossy_rows: Sequence[str] | None = None,
     whole_model: bool = False,
     settings: Sequence[str] = (),
+    cache: bool = True,
 ) -> LogitReport:
     """The report on whether the checkpoint `native`, of any layout, computes what `hf` does.
 
@@ -88,6 +90,7 @@ def logit_check(
     and in step, unless `whole_model` loads all of both, and then nothing is said of single layers.
     The native side is run by the facts that its framework is told: `settings` (files of the
     framework's, or KEY=VALUE), those that lie beside the checkpoint, or the framework's own model.
+    What JAX compiles is kept for the next run (`gemma_convert.forward.kept_programs`) if `cache`.
     Several processes (`gemma_convert.engine.joined`) get the report of process 0, which alone
     runs the reference, without what it has of single tokens.
     Either side may be on the hub (`gemma_convert.stores.remote.locations`).
@@ -96,6 +99,7 @@ def logit_check(
     """
     with ExitStack() as stack:
         return _logit_check(
+            stack,
             local(hf, stack, config_only=golden is not None, whole=True),
             local(native, stack, whole=True),
             max_kl=max_kl,
@@ -108,10 +112,12 @@ def logit_check(
             lossy_rows=lossy_rows,
             whole_model=whole_model,
             settings=given_settings(settings),
+            cache=cache,
         )
 
 
 def _logit_check(
+    stack: ExitStack,
     hf: Path,
     native: Path,
     *,
@@ -125,6 +131,7 @@ def _logit_check(
     lossy_rows: Sequence[str] | None,
     whole_model: bool,
     settings: GivenSettings,
+    cache: bool,
 ) -> LogitReport:
     """The report on two local checkpoints."""
     started = time.monotonic()
@@ -140,6 +147,7 @@ def _logit_check(
     check_seal(native)
     facts = read_facts(native, load_config(hf), hf / CONFIG, settings)
     model = open_model(native, architecture if facts is None else facts.architecture)
+    stack.enter_context(kept_programs(cache))
     if is_leader():
         for warning in _fact_warnings(facts):
             note(f"warning: {warning}")
