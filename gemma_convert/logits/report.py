@@ -304,7 +304,7 @@ def local_line(local: LocalCheck) -> str:
         )
     first = local.failed[0]
     return (
-        f"{first.name} is {first.error:.0e} off on the original's own states, {first.times:.0f} × "
+        f"{first.name} is {first.error:.1e} off on the original's own states, {first.times:,.0f} × "
         f"its {rounding} (limit {FACTOR:g}); {len(local.failed)} of {len(local.parts)} parts fail"
     )
 
@@ -314,8 +314,9 @@ def mistake_lines(local: LocalCheck) -> list[str]:
     known = [f"{one.name}: {one.mistake}" for one in local.failed if one.mistake is not None]
     if not known:
         return ["not known: no mistake that is tried gives what these parts give"]
-    more = [f"and {len(known) - _MOST_MISTAKES} more"] if len(known) > _MOST_MISTAKES else []
-    return known[:_MOST_MISTAKES] + more
+    left = len(local.failed) - min(len(known), _MOST_MISTAKES)
+    more = [f"{left} more parts fail; what is wrong is looked for in the first two layers"]
+    return known[:_MOST_MISTAKES] + (more if left else [])
 
 
 def noise_line(report: LogitReport) -> str:

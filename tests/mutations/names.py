@@ -60,7 +60,7 @@ WORDS = {
     "one bit of one value": r"differs in 1 of \d+ features",
     "one value NaN": "values are not finite",
     "one value's sign": None,
-    "a chunk of zeros": "the gate kernel: it is zero",
+    "a chunk of zeros": "gate, up or down is zero",
     "experts rolled by one": "down kernels are rolled by one",
     "experts' gate and up exchanged": "gate and up are exchanged",
     "experts' gate and up interleaved": "gate and up are interleaved",
