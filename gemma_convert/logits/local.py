@@ -9,7 +9,7 @@ noise of their size behind every part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -51,11 +51,16 @@ class PartCheck:
     noise: float
     mistake: str | None = None
     """What is wrong with it, in words, where that is known."""
+    tower: str | None = None
+    """The tower that it is of, vision or audio; None of the language model."""
 
     @property
     def name(self) -> str:
         """The part as it is called in a report."""
-        return f"the {self.part}" if self.layer is None else f"layer {self.layer}, {self.part}"
+        if self.layer is None:
+            return f"the {self.part}" if self.tower is None else f"{self.tower}, the {self.part}"
+        layer = f"layer {self.layer}, {self.part}"
+        return layer if self.tower is None else f"{self.tower} {layer}"
 
     @property
     def times(self) -> float:
@@ -150,7 +155,13 @@ class LocalRun:
         native: Streamed,
         sequences: Sequence[TokenSequence],
         noise: Dtype,
+        soft_errors: Mapping[int, npt.NDArray[np.float64]],
     ) -> None:
+        """`soft_errors` are how far noise moves the soft tokens [tokens] of a sequence, by number.
+
+        Noise is what towers have behind each of their parts.
+        """
+        self._soft_errors = soft_errors
         self._reference, self._native, self._sequences = reference, native, sequences
         self._probe = Probe(chosen_tokens(sequences), noise)
         self._given = Given()
@@ -192,17 +203,8 @@ class LocalRun:
             self._parts[-1] = replace(part, mistake=self._reference.mistake(None, 0, seen))
 
     def result(self) -> LocalCheck:
-        """What was found; `stages` and `logits` must have come to their ends.
-
-        The noise of a part, measured on few tokens, is taken to be that of most layers at least.
-        """
-        by_part: dict[Part, list[float]] = {}
-        for one in self._parts:
-            by_part.setdefault(one.part, []).append(one.noise)
-        usual = {part: float(np.median(noises)) for part, noises in by_part.items()}
-        parts = [replace(one, noise=max(one.noise, usual[one.part])) for one in self._parts]
-        parts = [replace(one, mistake=None) if one.passed else one for one in parts]
-        return LocalCheck(tuple(parts), self._probe.noise)
+        """What was found; `stages` and `logits` must have come to their ends."""
+        return LocalCheck(evened(self._parts), self._probe.noise)
 
     @property
     def noise_floor(self) -> float:
@@ -220,12 +222,14 @@ class LocalRun:
         probe.errors = [{} for _ in made]
         for part in probe.parts[0]:
             pairs = [(one[part], ours[part]) for one, ours in zip(probe.parts, made, strict=True)]
-            usual = _usual_length([expected for expected, _ in pairs])
+            usual = usual_length([expected for expected, _ in pairs])
             errors = [relative(*pair, usual) for pair in pairs]
             if part == "embedding":
                 errors = list(map(_of_text, errors, self._sequences))
-            for noted, one in zip(probe.errors, errors, strict=True):
+            for number, (noted, one) in enumerate(zip(probe.errors, errors, strict=True)):
                 noted[part] = one
+                if part == "embedding" and number in self._soft_errors:
+                    noted[part] = self._with_soft_tokens(number, one)
             if part == "attention" and probe.noise == "float32":
                 errors = [one / self._growth(len(one)) for one in errors]
             rounding = [
@@ -240,6 +244,15 @@ class LocalRun:
             found = self._add(part, here, np.concatenate(errors), np.concatenate(rounding))
             if not found.passed and self._may_be_diagnosed(layer):
                 self._parts[-1] = replace(found, mistake=self._mistake(found, errors))
+
+    def _with_soft_tokens(
+        self, number: int, errors: npt.NDArray[np.float64]
+    ) -> npt.NDArray[np.float64]:
+        """The errors of an embedded sequence [length], with those of what a tower made."""
+        sequence, found = self._sequences[number], errors.copy()
+        if isinstance(sequence, SoftSequence):
+            found[np.asarray(sequence.places) != 0] = self._soft_errors[number]
+        return found
 
     def _may_be_diagnosed(self, stage: int) -> bool:
         """Of the first stages that fail, so that a mistake of all layers takes no time in each."""
@@ -284,13 +297,23 @@ class LocalRun:
         return self._parts[-1]
 
 
-def _usual_length(values: Sequence[npt.NDArray[Any]]) -> float:
+def evened(parts: Iterable[PartCheck]) -> tuple[PartCheck, ...]:
+    """The noise of a part, measured on few tokens, is taken to be that of most layers at least."""
+    found, noises = list(parts), dict[tuple[str | None, Part], list[float]]()
+    for one in found:
+        noises.setdefault((one.tower, one.part), []).append(one.noise)
+    usual = {part: float(np.median(each)) for part, each in noises.items()}
+    found = [replace(one, noise=max(one.noise, usual[one.tower, one.part])) for one in found]
+    return tuple(replace(one, mistake=None) if one.passed else one for one in found)
+
+
+def usual_length(values: Sequence[npt.NDArray[Any]]) -> float:
     """The median length of all tokens' vectors, of arrays [length features]."""
     return float(np.median(np.concatenate([np.linalg.norm(one, axis=-1) for one in values])))
 
 
 def _of_text(errors: npt.NDArray[np.float64], sequence: TokenSequence) -> npt.NDArray[np.float64]:
-    """The errors of embedded tokens [length]; what a tower made is none, and counts in KL alone."""
+    """The errors of embedded tokens [length]; what a tower made is none: its own parts are held."""
     if not isinstance(sequence, SoftSequence):
         return errors
     return np.where(np.asarray(sequence.places) != 0, 0.0, errors)
