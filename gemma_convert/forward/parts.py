@@ -47,6 +47,7 @@ Part: TypeAlias = Literal[
     "projected frames",
     "norm before the projection",
     "soft tokens",
+    "embedded soft tokens",
 ]
 """What is compared: queries, keys and values behind their norms and before they turn, attention
 before its output projection, the share of each expert as the router's, and output behind the

@@ -157,11 +157,15 @@ class LocalRun:
         noise: Dtype,
         soft_errors: Mapping[int, npt.NDArray[np.float64]],
     ) -> None:
-        """`soft_errors` are how far noise moves the soft tokens [tokens] of a sequence, by number.
+        """`soft_errors` are how far noise behind each part of a tower moves soft tokens [tokens].
 
-        Noise is what towers have behind each of their parts.
+        They go by the number of the sequence.
         """
-        self._soft_errors = soft_errors
+        self._soft = {
+            number: (one, soft_errors[number])
+            for number, one in enumerate(sequences)
+            if isinstance(one, SoftSequence) and number in soft_errors
+        }
         self._reference, self._native, self._sequences = reference, native, sequences
         self._probe = Probe(chosen_tokens(sequences), noise)
         self._given = Given()
@@ -225,17 +229,20 @@ class LocalRun:
             usual = usual_length([expected for expected, _ in pairs])
             errors = [relative(*pair, usual) for pair in pairs]
             if part == "embedding":
+                self._hold_soft_tokens(errors)
                 errors = list(map(_of_text, errors, self._sequences))
-            for number, (noted, one) in enumerate(zip(probe.errors, errors, strict=True)):
+            for noted, one in zip(probe.errors, errors, strict=True):
                 noted[part] = one
-                if part == "embedding" and number in self._soft_errors:
-                    noted[part] = self._with_soft_tokens(number, one)
             if part == "attention" and probe.noise == "float32":
                 errors = [one / self._growth(len(one)) for one in errors]
             rounding = [
                 relative(probe.parts[place][part][:length], other[part], usual)
                 for (place, length), other in zip(probe.measured.items(), probe.other, strict=True)
             ]
+            if part == "embedding":
+                measured = [self._sequences[place] for place in probe.measured]
+                rounding = list(map(_of_text, rounding, measured))
+                self._disturb_soft_tokens()
             if part == "router" and (clear := probe.decided) is not None:
                 errors = [one[mask] for one, mask in zip(errors, clear, strict=True)]
                 chosen = [clear[place][:length] for place, length in probe.measured.items()]
@@ -245,14 +252,21 @@ class LocalRun:
             if not found.passed and self._may_be_diagnosed(layer):
                 self._parts[-1] = replace(found, mistake=self._mistake(found, errors))
 
-    def _with_soft_tokens(
-        self, number: int, errors: npt.NDArray[np.float64]
-    ) -> npt.NDArray[np.float64]:
-        """The errors of an embedded sequence [length], with those of what a tower made."""
-        sequence, found = self._sequences[number], errors.copy()
-        if isinstance(sequence, SoftSequence):
-            found[np.asarray(sequence.places) != 0] = self._soft_errors[number]
-        return found
+    def _hold_soft_tokens(self, errors: Sequence[npt.NDArray[np.float64]]) -> None:
+        """Holds what towers made, in its places in the embedding, to what noise makes of it."""
+        for tower in sorted({one.medium.tower for one, _ in self._soft.values()}):
+            own = {n: pair for n, pair in self._soft.items() if pair[0].medium.tower == tower}
+            found = np.concatenate([errors[n][one.places != 0] for n, (one, _) in own.items()])
+            noise = np.concatenate([moved for _, moved in own.values()])
+            part = self._add("embedded soft tokens", None, found, noise)
+            self._parts[-1] = replace(part, tower=tower)
+
+    def _disturb_soft_tokens(self) -> None:
+        """Gives the reference's second run what noise makes of soft tokens, and no more."""
+        for number, (one, moved) in self._soft.items():
+            errors = self._probe.errors[number]["embedding"].copy()
+            errors[one.places != 0] = moved
+            self._probe.errors[number]["embedding"] = errors
 
     def _may_be_diagnosed(self, stage: int) -> bool:
         """Of the first stages that fail, so that a mistake of all layers takes no time in each."""

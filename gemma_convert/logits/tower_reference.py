@@ -151,9 +151,9 @@ class WatchedTower:
         return use
 
     def _noise(self, step: TowerStep) -> Callable[[Part, Any], Any]:
-        def use(part: Part, value: torch.Tensor) -> torch.Tensor | None:
+        def use(part: Part, value: torch.Tensor) -> torch.Tensor:
             if part not in step.errors:
-                return None
+                return value
             return disturbed(value, step.errors[part][: len(rows(value))], self._random)
 
         return use

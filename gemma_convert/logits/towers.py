@@ -32,7 +32,7 @@ class TowerCheck:
     """Every part of the towers, and what noise of the size of their errors does to soft tokens.
 
     `soft_errors` is how far it moves them, relative to their lengths [tokens], by the number of the
-    sequence that they are in.
+    sequence that they are in; those of a part that failed are no noise, and none are told.
     """
 
     parts: tuple[PartCheck, ...]
@@ -59,7 +59,9 @@ def check_each_part(
                 key = tower, part.layer, part.part
                 worst[key] = max(worst.get(key, part), part, key=lambda one: one.times)
         soft_errors[number] = watched.soft_errors
-    return TowerCheck(evened(worst.values()), soft_errors)
+    parts = evened(worst.values())
+    passed = all(part.passed for part in parts)
+    return TowerCheck(parts, soft_errors if passed else {})
 
 
 def _compared(step: TowerStep, made: Made, tower: str, noise: Dtype) -> Iterator[PartCheck]:
