@@ -61,9 +61,11 @@ def prediction(one: CheckedSequence, swapped: bool = False) -> Prediction:
 
 
 def parts(error: float = 2e-7) -> LocalCheck:
-    """Parts beside the layers and in two of them, of which the second's MLP has this error."""
+    """Parts beside the layers, in two of them, and in a tower; the second's MLP has this error."""
     wrong = "gate and up are exchanged" if error > 1e-5 else None
     found = (
+        PartCheck("patch embedding", None, 1e-7, 1.5e-7, tower="vision"),
+        PartCheck("keys", 0, 1e-7, 1.5e-7, tower="vision"),
         PartCheck("embedding", None, 0.0, 1.5e-7),
         PartCheck("keys", 0, 1e-7, 1.5e-7),
         PartCheck("dense MLP", 0, 1e-7, 1.5e-7),

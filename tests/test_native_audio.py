@@ -11,8 +11,9 @@ from gemma_jax_by_hand import gemma_jax_tree
 from test_native_vision import nested
 
 from gemma_convert.errors import SourceError
+from gemma_convert.forward.encoder import encoded
 from gemma_convert.layouts.gemma_jax import tree as gemma_jax_orbax
-from gemma_convert.layouts.gemma_jax.audio import encode_audio
+from gemma_convert.layouts.gemma_jax.audio import sound_encoder
 from gemma_convert.model.config import read_architecture
 
 FAMILIES = ("e2b", "e4b")
@@ -54,7 +55,9 @@ class Case:
         return found.pooler_output[0][found.attention_mask[0]].numpy()
 
     def encode(self, features, mask=None, tree=None):
-        return np.asarray(encode_audio(tree or self.tree, self.architecture, features, mask))
+        return np.asarray(
+            encoded(sound_encoder(tree or self.tree, self.architecture, features, mask))
+        )
 
     def difference(self, features, mask=None):
         """Largest difference over the largest feature."""
@@ -170,7 +173,7 @@ def test_every_missing_array_is_named(cases):
 def test_a_model_without_audio_is_refused(tiny):
     architecture = read_architecture(tiny("31b"))
     with pytest.raises(SourceError, match="no audio tower"):
-        encode_audio({}, architecture, np.zeros((9, 52), np.float32))
+        sound_encoder({}, architecture, np.zeros((9, 52), np.float32))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

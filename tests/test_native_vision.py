@@ -12,6 +12,7 @@ from cases import FAMILIES
 from gemma_jax_by_hand import gemma_jax_tree
 
 from gemma_convert.errors import SourceError
+from gemma_convert.forward.encoder import encoded
 from gemma_convert.forward.vision import pool, rotary
 from gemma_convert.layouts.gemma_jax import tree as gemma_jax_orbax
 from gemma_convert.layouts.gemma_jax import vision as gemma_jax_vision
@@ -137,7 +138,9 @@ class Case:
 
     def encode(self, layout, pixels, positions, tree=None):
         module, own = self.encoders[layout]
-        return np.asarray(module.encode_image(tree or own, self.architecture, pixels, positions))
+        return np.asarray(
+            encoded(module.image_encoder(tree or own, self.architecture, pixels, positions))
+        )
 
     def differences(self, height, width):
         """Largest difference in each layout, over the largest feature."""
@@ -287,7 +290,7 @@ def test_every_missing_array_is_named(cases, family):
 def test_a_model_without_vision_is_refused(tiny, module):
     architecture = read_architecture(tiny("31b", text_only=True))
     with pytest.raises(SourceError, match="no vision tower"):
-        module.encode_image({}, architecture, np.zeros((9, 48)), np.zeros((9, 2), int))
+        module.image_encoder({}, architecture, np.zeros((9, 48)), np.zeros((9, 2), int))
 
 
 # Parts, by brute force

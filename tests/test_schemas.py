@@ -13,6 +13,7 @@ import pytest
 from cases import LAYOUTS
 from jsonschema import Draft202012Validator
 from models import DENSE, FOLDER
+from PIL import Image
 from test_cli import run
 from test_verification import change
 
@@ -146,7 +147,9 @@ def logit_check_reports(source, edited, folder, shallow, converted):
     from gemma_convert.logits.drift import Drift
 
     out = converted(source, "maxtext")
-    yield printed("logit-check", source, out, "--tokens", 12)
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 9, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "a.png")
+    yield printed("logit-check", source, out, "--tokens", 12, "--image", folder / "a.png")
     other = shallow("31b", seed=1)
     rounded = converted(edited, "maxtext", scaled_dtype="bfloat16")
     report = gemma_convert.logit_check(other, rounded, prompts=("a cat",))

@@ -15,6 +15,7 @@ from PIL import Image
 from test_sounds import noise, write
 
 from gemma_convert.forward import sharding
+from gemma_convert.forward.encoder import encoded
 from gemma_convert.forward.stored import StoredArray, open_stored
 from gemma_convert.layouts.gemma_jax import tree as gemma_jax_orbax
 from gemma_convert.layouts.maxtext import tree as maxtext_orbax
@@ -383,7 +384,7 @@ def forward_passes(job, layout):
         from gemma_convert.layouts.maxtext import vision as maxtext_vision
 
         tree = maxtext_orbax.restore_tree(folder / "0" / "items")
-        forward, vision = maxtext.forward, maxtext_vision.encode_image
+        forward, vision = maxtext.forward, maxtext_vision.image_encoder
     else:
         from gemma_convert.layouts.gemma_jax import audio as gemma_jax_audio
         from gemma_convert.layouts.gemma_jax import forward as gemma_jax
@@ -391,14 +392,17 @@ def forward_passes(job, layout):
         from gemma_convert.layouts.gemma_jax import vision as gemma_jax_vision
 
         tree = gemma_jax_orbax.restore_tree(folder)
-        forward, vision = gemma_jax.forward, gemma_jax_vision.encode_image
+        forward, vision = gemma_jax.forward, gemma_jax_vision.image_encoder
     for dtype in ("float32", "bfloat16"):
         yield f"text {dtype}", lambda dtype=dtype: forward(tree, text, tokens, dtype)
     if "vision_encoder" in tree:
-        yield "vision", lambda: vision(tree, architecture, image.pixels, image.positions)
+        yield "vision", lambda: encoded(vision(tree, architecture, image.pixels, image.positions))
     if architecture.audio is not None and layout == "gemma-jax":
         (sound,) = sound_sequences(hf, architecture, [Path(job["sound"])])
-        yield "audio", lambda: gemma_jax_audio.encode_audio(tree, architecture, sound.features)
+        yield (
+            "audio",
+            lambda: encoded(gemma_jax_audio.sound_encoder(tree, architecture, sound.features)),
+        )
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from gemma_convert.cli.app import main
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.logits import check as check_module
 from gemma_convert.logits.check import logit_check
+from gemma_convert.logits.local import FACTOR
 from gemma_convert.logits.reference import Reference
 from gemma_convert.logits.report import render
 from gemma_convert.model.config import read_architecture
@@ -607,6 +608,21 @@ FAULTS = {
 }
 
 
+FAILING = {
+    "query and key": ["audio layer 1, queries", "audio layer 1, keys"],
+    "key and value": ["audio layer 1, keys", "audio layer 1, values"],
+    "a square matrix transposed": ["audio layer 1, queries"],
+    "heads of the distances crossed": ["audio layer 1, attention"],
+    "signal and gate": ["audio layer 1, light convolution"],
+    "time of the convolution": ["audio layer 1, light convolution"],
+    "a clip bound lost": ["audio layer 1, second feed-forward"],
+    "a norm lost": ["audio layer 1, light convolution"],
+    "the output's bias lost": ["audio, the projected frames"],
+    "the projection into the text": ["audio, the soft tokens"],
+}
+"""Each fault → the parts that fail by themselves, and no other does."""
+
+
 @pytest.mark.share(3)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_broken_tower_is_heard(fault, folders, converted, clips, tmp_path):
@@ -617,6 +633,7 @@ def test_a_broken_tower_is_heard(fault, folders, converted, clips, tmp_path):
     assert report.verdict == "not the same model", report.divergence
     assert report.divergence.kl_max > 3e-5
     assert report.divergence.worst.sequence == "sound-0 (odd.wav)"
+    assert [one.name for one in report.local.failed] == FAILING[fault]
 
 
 def test_a_broken_tower_is_not_seen_by_text(folders, converted, tmp_path):
@@ -638,6 +655,11 @@ def test_a_sound_and_an_image_side_by_side(folders, converted, clips, tmp_path):
     )
     assert report.passed and report.divergence.kl_max < LIMIT
     assert (report.images, report.sounds, report.sequences) == (1, 1, 4)
+    for tower in ("vision", "audio"):
+        parts = [one for one in report.local.parts if one.tower == tower]
+        names = [one.name for one in parts]
+        assert len(set(names)) == len(names) and f"{tower} layer 2, output" in names
+        assert max(one.times for one in parts) < FACTOR / 2
     assert "1 with an image, 1 with a sound" in shown(report)
 
 

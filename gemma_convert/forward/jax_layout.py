@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import jax
 
 from gemma_convert.forward.decoder import DecoderWeights
+from gemma_convert.forward.encoder import Encoder
 from gemma_convert.forward.native_model import Dtype
 from gemma_convert.forward.sharding import Axes
 from gemma_convert.forward.tree import ArrayFacts, Tree
@@ -36,12 +37,12 @@ class ForwardPass(Protocol):
 class Tower:
     """An encoder of images or of sounds.
 
-    `encode` makes the soft tokens [soft_tokens embed] of a prompt, `axes` names the axes of the
-    tower's arrays by path, and `parts` are the keys of the tree that it is made of: a module whole,
-    or a module and the key below it.
+    `encoder` gives the steps to the soft tokens [soft_tokens embed] of a prompt, `axes` names the
+    axes of the tower's arrays by path, and `parts` are the keys of the tree that it is made of: a
+    module whole, or a module and the key below it.
     """
 
-    encode: Callable[[Tree, Architecture, Any], Any]
+    encoder: Callable[[Tree, Architecture, Any], Encoder]
     axes: Callable[[Architecture], Mapping[str, Axes]]
     parts: tuple[tuple[str] | tuple[str, str], ...]
 

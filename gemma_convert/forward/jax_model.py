@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from gemma_convert.engine.joined import in_step
 from gemma_convert.forward.arithmetic import head
 from gemma_convert.forward.decoder import final_hidden, stages
+from gemma_convert.forward.encoder import Encoder, encoded
 from gemma_convert.forward.jax_layout import ForwardPass, JaxLayout, Tower
 from gemma_convert.forward.native_model import Batched, Dtype, Given, Logits, LogitSource, Streamed
 from gemma_convert.forward.prompt import Prompt
@@ -35,9 +36,11 @@ class JaxModel:
         facts = layout.facts(folder)
         layout.check_shapes(facts, architecture.text, folder)
         keys = {name.split("/", 1)[0] for name in facts}
-        self.towers = frozenset(
-            name for name, tower in layout.towers.items() if tower.parts[0][0] in keys
-        )
+        self.towers: Mapping[str, Callable[[SoftSequence], Encoder]] = {
+            name: self._encoder
+            for name, tower in layout.towers.items()
+            if tower.parts[0][0] in keys
+        }
         self.dtypes = frozenset(fact.dtype for fact in facts.values())
         self.scaled_dtype = facts[layout.embedding].dtype if layout.scaled else None
 
@@ -88,6 +91,13 @@ class JaxModel:
             stream = self.stream(sequences, dtype)
             _exhaust(stream.stages())
             _exhaust(stream.logits(vocab))
+
+    def _encoder(self, sequence: SoftSequence) -> Encoder:
+        """The steps from what stands in a prompt to its soft tokens, their weights read anew."""
+        tower = self._layout.towers[sequence.medium.tower]
+        tree = self._layout.open(self.folder, sorted({module for module, *_ in tower.parts}))
+        placed = self._encoders(tree, [sequence])
+        return tower.encoder(placed, self._architecture, sequence)
 
     def _modules(self, sequences: Sequence[TokenSequence]) -> list[str]:
         """The keys of the tree that `sequences` need."""
@@ -144,8 +154,8 @@ class JaxModel:
         places = np.zeros(tokens.shape, np.int64)
         places[0, : len(first.ids)] = first.places
         soft = np.zeros((*tokens.shape, self._architecture.text.embed), np.float32)
-        encode = self._layout.towers[first.medium.tower].encode
-        soft[places != 0] = np.asarray(encode(tree, self._architecture, first), np.float32)
+        encoder = self._layout.towers[first.medium.tower].encoder(tree, self._architecture, first)
+        soft[places != 0] = np.asarray(encoded(encoder), np.float32)
         return Prompt(tokens, soft, places)
 
 

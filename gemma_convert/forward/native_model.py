@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gemma_convert.errors import UsageError
+from gemma_convert.forward.encoder import Encoder
 from gemma_convert.forward.parts import Part
 from gemma_convert.prompts.batches import by_sequence, filled
 from gemma_convert.prompts.soft import SoftSequence
@@ -141,8 +142,8 @@ class NativeModel(Protocol):
     """Dtypes that its arrays have."""
     scaled_dtype: str | None
     """Dtype of an embedding that is stored × √embed; None where it is stored as it is."""
-    towers: frozenset[str]
-    """Towers that it holds: vision, audio."""
+    towers: Mapping[str, Callable[[SoftSequence], Encoder]]
+    """Towers that it holds, vision or audio, and what gives the steps of each for a prompt."""
 
     @property
     def device_count(self) -> int:

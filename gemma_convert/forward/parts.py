@@ -1,4 +1,4 @@
-"""The parts that a decoder layer is made of, and what each makes, noted while the layer runs.
+"""The parts that a layer is made of, and what each makes, noted while the layer runs.
 
 Every operation of a layer lies between two of them, so where a layer differs, one of them does.
 """
@@ -37,11 +37,23 @@ Part: TypeAlias = Literal[
     "output",
     "final norm",
     "head",
+    "patch embedding",
+    "pooled patches",
+    "standardized patches",
+    "subsampled frames",
+    "first feed-forward",
+    "light convolution",
+    "second feed-forward",
+    "projected frames",
+    "norm before the projection",
+    "soft tokens",
+    "embedded soft tokens",
 ]
 """What is compared: queries, keys and values behind their norms and before they turn, attention
 before its output projection, the share of each expert as the router's, and output behind the
 layer's scalar. `norm behind the dense MLP`, the router, the experts and `sum of both branches` are
 a mixture's alone; all else but embedding, per-layer inputs, final norm and head is of each layer.
+From `patch embedding` on they are a tower's alone; its layers have those of a decoder layer too.
 """
 
 

@@ -7,7 +7,7 @@ their places and are masked, so that images of all shapes are compiled once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from gemma_convert.errors import SourceError
 from gemma_convert.forward.arithmetic import product, rms_norm
+from gemma_convert.forward.encoder import Encoder, Made, Step, noted, taps
 from gemma_convert.forward.sharding import Axes, gather, place, replicated
 from gemma_convert.model.architecture import Architecture, VisionArchitecture
 
@@ -136,39 +137,59 @@ def attend(
     return product("hqk,khd->qhd", jax.nn.softmax(scores, axis=-1), value)
 
 
+def vision_encoder(
+    enter: Callable[[], Float[Array, "patches embed"]],
+    layers: Iterable[Step],
+    leave: Callable[[jax.Array, Made | None], tuple[jax.Array, Made]],
+) -> Encoder:
+    """The steps of an encoder of one image, by what is particular to a tree."""
+
+    def first(_: None, given: Made | None) -> tuple[jax.Array, Made]:
+        tap = taps(given)
+        return noted(tap("patch embedding", enter()), tap, given)
+
+    return [first, *layers, leave]
+
+
 def soft_tokens(
-    hidden: Float[Array, "patches embed"],
     positions: Int[np.ndarray, "patches 2"],
     vision: VisionArchitecture,
     standard: tuple[Float[Array, " embed"], Float[Array, " embed"]] | None,
     kernel: Float[Array, "embed text"],
-) -> Float[Array, "tokens text"]:
+    hidden: Float[Array, "patches embed"],
+    given: Made | None,
+) -> tuple[Float[Array, "tokens text"], Made]:
     """The image's soft tokens in the text model's space [tokens text], without padding.
 
-    `standard` is the scale and the bias of a model that standardises what was pooled.
+    `standard` is the scale and the bias of a model that standardises what was pooled. What parts
+    make has padding, [patches / pooling² features].
     """
-    placed = np.asarray(positions)
-    found: jax.Array = _soft_tokens(
-        hidden, placed, standard, place(kernel), vision.pooling, vision.norm_epsilon
+    found, made = _soft_tokens(
+        hidden, given, positions, standard, place(kernel), vision.pooling, vision.norm_epsilon
     )
-    real = int((placed != -1).any(axis=-1).sum())
-    return found[: real // vision.pooling**2]
+    real = int((positions != -1).any(axis=-1).sum())
+    return found[: real // vision.pooling**2], made
 
 
 @partial(jax.jit, static_argnames=("pooling", "epsilon"))
 def _soft_tokens(
     hidden: jax.Array,
+    given: Made | None,
     positions: jax.Array,
     standard: tuple[jax.Array, jax.Array] | None,
     kernel: jax.Array,
     pooling: int,
     epsilon: float,
-) -> jax.Array:
+) -> tuple[jax.Array, Made]:
+    tap = taps(given)
     pooled = pool(hidden, positions, pooling) * np.float32(hidden.shape[-1] ** 0.5)
+    pooled = tap("pooled patches", pooled)
     if standard is not None:
         scale, bias = (array.astype(jnp.float32) for array in standard)
-        pooled = (pooled - bias) * scale
-    return replicated(product("te,ed->td", rms_norm(pooled, None, epsilon), kernel))
+        pooled = tap("standardized patches", (pooled - bias) * scale)
+    normed = tap("norm before the projection", rms_norm(pooled, None, epsilon))
+    found = replicated(product("te,ed->td", normed, kernel))
+    return noted(tap("soft tokens", found), tap, given)
 
 
 def pool(

@@ -11,7 +11,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -47,6 +47,7 @@ from gemma_convert.logits.streaming import (
     summed,
 )
 from gemma_convert.logits.tokens import checked_sequences, worst_predictions
+from gemma_convert.logits.towers import check_each_part
 from gemma_convert.mapping.native_facts import NativeFacts
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import load_config, read_architecture
@@ -154,7 +155,6 @@ def _logit_check(
     if lossy_rows is None:
         lossy_rows = find_lossy_rows(model.folder, model.dtypes, model.scaled_dtype, architecture)
     limit = choose_limit(max_kl, dtype, lossy_rows)
-    noise: Dtype = "bfloat16" if lossy_rows else dtype
     stored = None if golden is None else _matching_golden(golden, hf, architecture)
     if stored is None:
         reference_config(hf, architecture)  # before the tokenizer, which would be blamed for it
@@ -174,10 +174,10 @@ def _logit_check(
     if whole_model:
         found = _run_whole(hf, stored, model, sequences, dtype, architecture)
     else:
-        found = _run_streamed(hf, stored, model, sequences, dtype, architecture, noise)
+        found = _run_streamed(hf, stored, model, sequences, dtype, architecture, not lossy_rows)
     longest, window = max(len(one.ids) for one in sequences), architecture.text.window
     divergence, by_token = found.compared.result(), found.compared.tokens()
-    if max_kl is None and not images and not audio:  # what a tower makes is held by the limit alone
+    if max_kl is None:
         limit = limit.above(found.noise_floor)
     checked = checked_sequences(sequences, by_token)
     report = LogitReport(
@@ -241,9 +241,13 @@ def _run_streamed(
     sequences: Sequence[TokenSequence],
     dtype: Dtype,
     architecture: Architecture,
-    noise: Dtype,
+    exact: bool,
 ) -> _Run:
-    """Layer by layer; where this process has both sides to itself, each layer also by itself."""
+    """Layer by layer; where this process has both sides to itself, each layer also by itself.
+
+    `exact` says that the native checkpoint holds no rounded values.
+    """
+    noise = dtype if exact else "bfloat16"
     ours, text = model.stream(sequences, dtype), architecture.text
     tolerance = TOLERANCE if noise == "float32" else None
     if golden is not None:
@@ -256,11 +260,14 @@ def _run_streamed(
         drift = run_in_step(reference, ours, tolerance)
         compared = compare_slices(reference, ours, sequences, vocab=text.vocab, embed=text.embed)
         return _Run(compared, drift, None, None, reference.device, ours.device)
-    run = LocalRun(reference, ours, sequences, noise)
+    of_towers: Dtype = "float32" if exact else "bfloat16"  # they are never run in another dtype
+    towers = check_each_part(reference, model.towers, sequences, of_towers)
+    run = LocalRun(reference, ours, sequences, noise, towers.soft_errors)
     drift = drift_of(run.stages(), tolerance)
     slices = compared_slices(sequences, vocab=text.vocab, embed=text.embed)
     compared = summed(run.logits(slices), sequences)
     local = run.result()
+    local = replace(local, parts=(*towers.parts, *local.parts))
     floor = run.noise_floor if local.passed else None  # of a mistake it would be no noise
     if local.passed:
         compared.count_tied(run.tied)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from html import escape
 
 from gemma_convert.forward.parts import Part
@@ -15,9 +16,18 @@ _WORST, _NAN = 9, 10
 _MOST_NAMED = 18
 
 
-def parts_picture(local: LocalCheck) -> str:
+def parts_pictures(local: LocalCheck) -> dict[str, str]:
+    """Kind of layers → their picture: those of each tower that was run, and the decoder's."""
+    pictures = {}
+    for tower in dict.fromkeys(one.tower for one in local.parts):
+        kind = "layer" if tower is None else f"{tower} layer"
+        pictures[kind] = _picture([one for one in local.parts if one.tower == tower], kind)
+    return {kind: picture for kind, picture in pictures.items() if picture}
+
+
+def _picture(parts: Sequence[PartCheck], kind: str) -> str:
     """SVG with a row a part and a column a layer, coloured by the error over the rounding."""
-    inside = [one for one in local.parts if one.layer is not None]
+    inside = [one for one in parts if one.layer is not None]
     rows: list[Part] = list(dict.fromkeys(one.part for one in inside))
     layers = 1 + max((one.layer or 0 for one in inside), default=-1)
     if not layers:
@@ -28,15 +38,16 @@ def parts_picture(local: LocalCheck) -> str:
         f'<text x="{_LEFT - 8}" y="{_TOP + number * _ROW + 11}" text-anchor="end">{part}</text>'
         for number, part in enumerate(rows)
     )
-    numbers = "".join(
+    numbers = f'<text x="{_LEFT - 8}" y="14" text-anchor="end">{kind}</text>'
+    numbers += "".join(
         f'<text x="{_LEFT + (number + 0.5) * width:.1f}" y="14" text-anchor="middle">'
         f"{number}</text>"
         for number in range(0, layers, step)
     )
     cells = "".join(_cell(one, rows.index(one.part), width) for one in inside)
-    title = f"How many times its own rounding each part of each of {layers} layers is off"
-    if local.failed:
-        title += f": {len(local.failed)} of {len(local.parts)} parts beyond {FACTOR:g}"
+    title = f"How many times its own rounding each part of each of {layers} {kind}s is off"
+    if failed := [one for one in parts if not one.passed]:
+        title += f": {len(failed)} of {len(parts)} parts beyond {FACTOR:g}"
     height = _TOP + len(rows) * _ROW
     return (
         f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title)}">'

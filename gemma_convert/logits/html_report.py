@@ -7,7 +7,7 @@ from datetime import datetime
 from html import escape
 from importlib.resources import files
 
-from gemma_convert.logits.html_parts import part_rows, parts_picture
+from gemma_convert.logits.html_parts import part_rows, parts_pictures
 from gemma_convert.logits.html_plots import drift_plot, kl_plot
 from gemma_convert.logits.html_tokens import legend, prediction, strip
 from gemma_convert.logits.report import (
@@ -115,12 +115,15 @@ def _parts(report: LogitReport) -> str:
     floor = ""
     if report.noise_floor is not None:
         floor = f"<p>{_plain(noise_line(report).capitalize())}.</p>"
-    picture = _scrolling(parts_picture(local), "Picture of the parts of each layer")
+    pictures = "".join(
+        _scrolling(picture, f"Picture of the parts of each {kind}")
+        for kind, picture in parts_pictures(local).items()
+    )
     return (
         '<section aria-labelledby="parts"><h2 id="parts">Each part by itself</h2>'
         f"<p>{_plain(_sentence(local_line(local)))}. Each part is given the original's own "
         "states, so that what earlier ones left does not count; differences are the largest of a "
-        f"token, relative to its length.</p>{floor}{picture}"
+        f"token, relative to its length.</p>{floor}{pictures}"
         f"{_scrolling(_table(head, part_rows(local)), 'Table of the parts')}</section>"
     )
 

@@ -24,7 +24,7 @@ from gemma_convert.forward.native_model import Dtype
 from gemma_convert.logits.diagnosis import Diagnosis
 from gemma_convert.logits.explanation import Found
 from gemma_convert.logits.local import Probe
-from gemma_convert.logits.other_runs import Calls, OtherRuns
+from gemma_convert.logits.other_runs import Calls, OtherRuns, aside
 from gemma_convert.logits.reference import (
     arguments,
     cannot_run,
@@ -39,8 +39,10 @@ from gemma_convert.logits.reference import (
 )
 from gemma_convert.logits.tapped import Values, tapped
 from gemma_convert.logits.tensor_files import TensorFiles
+from gemma_convert.logits.tower_reference import WatchedTower
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import read_architecture
+from gemma_convert.prompts.soft import SoftSequence
 from gemma_convert.prompts.text import TokenSequence
 
 if TYPE_CHECKING:
@@ -119,6 +121,12 @@ class LayerwiseReference:
             self._hidden = [self._text.norm(state)[0] for state in states]
         yield _on_host([state[None] for state in self._hidden])
 
+    def tower(self, sequence: SoftSequence, noise: Dtype) -> WatchedTower:
+        """The tower that sees or hears what is in a sequence, beside rounding of `noise`."""
+        model, vision = self._model.model, self.architecture.vision
+        standardize = vision is not None and vision.standardize
+        return WatchedTower(model, sequence, noise, standardize, self._device, self._hf)
+
     def mistake(self, layer: int | None, place: int, found: Found) -> str | None:
         """What is wrong with a part of the stage that was given last; None where it is not known.
 
@@ -192,7 +200,7 @@ class LayerwiseReference:
 
         calls = Calls()
         layers = self._text.layers
-        self._text.layers = torch.nn.ModuleList(_aside(calls) for _ in layers)
+        self._text.layers = torch.nn.ModuleList(aside(calls) for _ in layers)
         try:
             self._model.model(**arguments(sequence, self._device), use_cache=False)
         finally:
@@ -214,7 +222,8 @@ class LayerwiseReference:
             module.register_forward_pre_hook(
                 lambda module, _, prefix=prefix: self._fill(module, prefix)
             )
-            module.register_forward_hook(lambda module, _, __: _empty(module))
+            empty = _own(module)
+            module.register_forward_hook(lambda module, _, __, empty=empty: _put(module, empty))
 
     def _gather_when_called(self, table: Any, name: str) -> None:
         """Gives an embedding the rows that it is called for, and numbers that find them there.
@@ -268,19 +277,6 @@ def _run(
     return after
 
 
-def _aside(calls: Calls) -> Any:
-    """A module in the place of a layer, which notes what it is called with."""
-    import torch
-
-    class Aside(torch.nn.Module):  # type: ignore[misc]
-        def forward(self, hidden: Any, *others: Any, **named: Any) -> Any:
-            calls.hidden = hidden
-            calls.layers.append((others, named))
-            return hidden
-
-    return Aside()
-
-
 def _empty_model(hf: Path, architecture: Architecture, device: torch.device) -> Any:
     """transformers' model without weights, with the buffers that it computes for itself."""
     import torch
@@ -329,11 +325,16 @@ def _own(module: Any) -> dict[str, torch.Tensor]:
     }
 
 
+def _put(module: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Sets parameters and buffers of a module."""
+    for name, tensor in tensors.items():
+        setattr(module, name, tensor)
+
+
 def _empty(module: Any, deep: bool = False) -> None:
     """Drops the weights that `_fill` gave."""
     for part in module.modules() if deep else [module]:
-        for name, tensor in _own(part).items():
-            setattr(part, name, _like(tensor))
+        _put(part, {name: _like(tensor) for name, tensor in _own(part).items()})
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ noise of their size behind every part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -52,11 +52,16 @@ class PartCheck:
     noise: float
     mistake: str | None = None
     """What is wrong with it, in words, where that is known."""
+    tower: str | None = None
+    """The tower that it is of, vision or audio; None of the language model."""
 
     @property
     def name(self) -> str:
         """The part as it is called in a report."""
-        return f"the {self.part}" if self.layer is None else f"layer {self.layer}, {self.part}"
+        if self.layer is None:
+            return f"the {self.part}" if self.tower is None else f"{self.tower}, the {self.part}"
+        layer = f"layer {self.layer}, {self.part}"
+        return layer if self.tower is None else f"{self.tower} {layer}"
 
     @property
     def times(self) -> float:
@@ -151,7 +156,17 @@ class LocalRun:
         native: Streamed,
         sequences: Sequence[TokenSequence],
         noise: Dtype,
+        soft_errors: Mapping[int, npt.NDArray[np.float64]],
     ) -> None:
+        """`soft_errors` are how far noise behind each part of a tower moves soft tokens [tokens].
+
+        They go by the number of the sequence.
+        """
+        self._soft = {
+            number: (one, soft_errors[number])
+            for number, one in enumerate(sequences)
+            if isinstance(one, SoftSequence) and number in soft_errors
+        }
         self._reference, self._native, self._sequences = reference, native, sequences
         self._probe = Probe(chosen_tokens(sequences), noise)
         self._given = Given()
@@ -193,17 +208,8 @@ class LocalRun:
             self._parts[-1] = replace(part, mistake=self._reference.mistake(None, 0, seen))
 
     def result(self) -> LocalCheck:
-        """What was found; `stages` and `logits` must have come to their ends.
-
-        The noise of a part, measured on few tokens, is taken to be that of most layers at least.
-        """
-        by_part: dict[Part, list[float]] = {}
-        for one in self._parts:
-            by_part.setdefault(one.part, []).append(one.noise)
-        usual = {part: float(np.median(noises)) for part, noises in by_part.items()}
-        parts = [replace(one, noise=max(one.noise, usual[one.part])) for one in self._parts]
-        parts = [replace(one, mistake=None) if one.passed else one for one in parts]
-        return LocalCheck(tuple(parts), self._probe.noise)
+        """What was found; `stages` and `logits` must have come to their ends."""
+        return LocalCheck(evened(self._parts), self._probe.noise)
 
     @property
     def noise_floor(self) -> NoiseFloor:
@@ -222,9 +228,10 @@ class LocalRun:
         probe.errors = [{} for _ in made]
         for part in probe.parts[0]:
             pairs = [(one[part], ours[part]) for one, ours in zip(probe.parts, made, strict=True)]
-            usual = _usual_length([expected for expected, _ in pairs])
+            usual = usual_length([expected for expected, _ in pairs])
             errors = [relative(*pair, usual) for pair in pairs]
             if part == "embedding":
+                self._hold_soft_tokens(errors)
                 errors = list(map(_of_text, errors, self._sequences))
             for noted, one in zip(probe.errors, errors, strict=True):
                 noted[part] = one
@@ -234,6 +241,10 @@ class LocalRun:
                 relative(probe.parts[place][part][:length], other[part], usual)
                 for (place, length), other in zip(probe.measured.items(), probe.other, strict=True)
             ]
+            if part == "embedding":
+                measured = [self._sequences[place] for place in probe.measured]
+                rounding = list(map(_of_text, rounding, measured))
+                self._disturb_soft_tokens()
             if part == "router" and (clear := probe.decided) is not None:
                 errors = [one[mask] for one, mask in zip(errors, clear, strict=True)]
                 chosen = [clear[place][:length] for place, length in probe.measured.items()]
@@ -242,6 +253,22 @@ class LocalRun:
             found = self._add(part, here, np.concatenate(errors), np.concatenate(rounding))
             if not found.passed and self._may_be_diagnosed(layer):
                 self._parts[-1] = replace(found, mistake=self._mistake(found, errors))
+
+    def _hold_soft_tokens(self, errors: Sequence[npt.NDArray[np.float64]]) -> None:
+        """Holds what towers made, in its places in the embedding, to what noise makes of it."""
+        for tower in sorted({one.medium.tower for one, _ in self._soft.values()}):
+            own = {n: pair for n, pair in self._soft.items() if pair[0].medium.tower == tower}
+            found = np.concatenate([errors[n][one.places != 0] for n, (one, _) in own.items()])
+            noise = np.concatenate([moved for _, moved in own.values()])
+            part = self._add("embedded soft tokens", None, found, noise)
+            self._parts[-1] = replace(part, tower=tower)
+
+    def _disturb_soft_tokens(self) -> None:
+        """Gives the reference's second run what noise makes of soft tokens, and no more."""
+        for number, (one, moved) in self._soft.items():
+            errors = self._probe.errors[number]["embedding"].copy()
+            errors[one.places != 0] = moved
+            self._probe.errors[number]["embedding"] = errors
 
     def _may_be_diagnosed(self, stage: int) -> bool:
         """Of the first stages that fail, so that a mistake of all layers takes no time in each."""
@@ -286,13 +313,23 @@ class LocalRun:
         return self._parts[-1]
 
 
-def _usual_length(values: Sequence[npt.NDArray[Any]]) -> float:
+def evened(parts: Iterable[PartCheck]) -> tuple[PartCheck, ...]:
+    """The noise of a part, measured on few tokens, is taken to be that of most layers at least."""
+    found, noises = list(parts), dict[tuple[str | None, Part], list[float]]()
+    for one in found:
+        noises.setdefault((one.tower, one.part), []).append(one.noise)
+    usual = {part: float(np.median(each)) for part, each in noises.items()}
+    found = [replace(one, noise=max(one.noise, usual[one.tower, one.part])) for one in found]
+    return tuple(replace(one, mistake=None) if one.passed else one for one in found)
+
+
+def usual_length(values: Sequence[npt.NDArray[Any]]) -> float:
     """The median length of all tokens' vectors, of arrays [length features]."""
     return float(np.median(np.concatenate([np.linalg.norm(one, axis=-1) for one in values])))
 
 
 def _of_text(errors: npt.NDArray[np.float64], sequence: TokenSequence) -> npt.NDArray[np.float64]:
-    """The errors of embedded tokens [length]; what a tower made is none, and counts in KL alone."""
+    """The errors of embedded tokens [length]; what a tower made is none: its own parts are held."""
     if not isinstance(sequence, SoftSequence):
         return errors
     return np.where(np.asarray(sequence.places) != 0, 0.0, errors)

@@ -49,6 +49,35 @@ class Calls:
         return after
 
 
+def aside(calls: Calls, state: torch.Tensor | None = None) -> Any:
+    """A module in the place of a layer, which notes what it is called with.
+
+    It makes `state` of it, or leaves it as it is.
+    """
+    import torch
+
+    class Aside(torch.nn.Module):  # type: ignore[misc]
+        def forward(self, hidden: Any, *others: Any, **named: Any) -> Any:
+            calls.hidden = hidden
+            calls.layers.append((others, named))
+            return hidden if state is None else state
+
+    return Aside()
+
+
+def disturbed(
+    value: torch.Tensor, errors: npt.NDArray[np.float64], random: torch.Generator
+) -> torch.Tensor:
+    """`value` [1 length …] or [length …] with noise of `errors` [length], in any direction."""
+    import torch
+
+    flat = value.reshape(len(errors), -1)
+    size = torch.from_numpy(np.nan_to_num(errors)).to(flat)[:, None]
+    noise = torch.rand(flat.shape, generator=random).to(flat).sub_(0.5).mul_(12**0.5)
+    length = flat.norm(dim=-1, keepdim=True) / flat.shape[-1] ** 0.5
+    return (flat + noise * length * size).reshape(value.shape)
+
+
 def moved(exact: torch.Tensor, other: torch.Tensor, chosen: int) -> float:
     """How far rounding moves probabilities [tokens experts], in log, at the most.
 
@@ -179,14 +208,7 @@ class OtherRuns:
             ]
 
     def _disturbed(self, value: torch.Tensor, errors: npt.NDArray[np.float64]) -> torch.Tensor:
-        """`value` [1 length …] or [length …] with noise of `errors` [length], in any direction."""
-        import torch
-
-        flat = value.reshape(len(errors), -1)
-        size = torch.from_numpy(np.nan_to_num(errors)).to(flat)[:, None]
-        noise = torch.rand(flat.shape, generator=self._random).to(flat).sub_(0.5).mul_(12**0.5)
-        length = flat.norm(dim=-1, keepdim=True) / flat.shape[-1] ** 0.5
-        return (flat + noise * length * size).reshape(value.shape)
+        return disturbed(value, errors, self._random)
 
 
 def _on_host(made: Values, wide: bool = False) -> dict[Part, npt.NDArray[Any]]:

@@ -26,6 +26,9 @@ def computed_in(dtype: torch.dtype) -> Any:
         torch.bmm,
         torch.Tensor.bmm,
         torch.einsum,
+        torch.conv1d,
+        torch.conv2d,
+        torch.nn.functional.layer_norm,
     }
     told = {torch.nn.functional.softmax, torch.softmax, torch.Tensor.softmax, torch.Tensor.to}
     wide = dtype is torch.float64

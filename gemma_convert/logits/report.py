@@ -184,6 +184,7 @@ def _local_json(local: LocalCheck) -> dict[str, Any]:
         "factor": FACTOR,
         "parts": [
             {
+                "tower": part.tower,
                 "part": part.part,
                 "layer": part.layer,
                 "error": _finite(part.error),

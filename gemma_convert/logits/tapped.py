@@ -6,7 +6,7 @@ Modules: `Gemma4TextDecoderLayer` in `transformers/models/gemma4/modeling_gemma4
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gemma_convert.forward.parts import Part
@@ -38,7 +38,7 @@ MADE_BY: Mapping[Part, str] = {
 }
 """The module whose output a part is, by its path in the layer."""
 
-_GIVEN_TO: Mapping[Part, str] = {
+GIVEN_TO: Mapping[Part, str] = {
     "attention": "self_attn.o_proj",
     "sum behind attention": "pre_feedforward_layernorm",
     "sum behind the MLP": "per_layer_input_gate",
@@ -47,19 +47,29 @@ _GIVEN_TO: Mapping[Part, str] = {
 """The module that a part is given to."""
 
 _GIVEN_TO_OF_MIXTURE: Mapping[Part, str] = {
-    **_GIVEN_TO,
+    **GIVEN_TO,
     "sum of both branches": "post_feedforward_layernorm",
 }
 
 
-@contextmanager
-def tapped(layer: Any, use: Callable[[Part, Any], Any]) -> Iterator[None]:
+def tapped(layer: Any, use: Callable[[Part, Any], Any]) -> AbstractContextManager[None]:
     """Within it `use` is called with what each part makes; what it returns stands in, unless None.
 
     A sum that stands in reaches the module behind it alone, and not what is added later.
     """
-    modules = dict(layer.named_modules())
-    inputs = _GIVEN_TO_OF_MIXTURE if "experts" in modules else _GIVEN_TO
+    mixture = hasattr(layer, "experts")
+    return seen_at(layer, MADE_BY, _GIVEN_TO_OF_MIXTURE if mixture else GIVEN_TO, use)
+
+
+@contextmanager
+def seen_at(
+    root: Any,
+    made_by: Mapping[Part, str],
+    given_to: Mapping[Part, str],
+    use: Callable[[Part, Any], Any],
+) -> Iterator[None]:
+    """`tapped` of any module, by the paths of those that make its parts or are given them."""
+    modules = dict(root.named_modules())
 
     def seen(part: Part) -> Callable[..., Any]:
         return lambda _, __, made: use(part, made)
@@ -72,11 +82,11 @@ def tapped(layer: Any, use: Callable[[Part, Any], Any]) -> Iterator[None]:
         return hook
 
     with ExitStack() as stack:
-        for part, path in inputs.items():
+        for part, path in given_to.items():
             if path in modules:
                 handle = modules[path].register_forward_pre_hook(seen_before(part))
                 stack.callback(handle.remove)
-        for part, path in MADE_BY.items():
+        for part, path in made_by.items():
             if path in modules:
                 stack.callback(modules[path].register_forward_hook(seen(part)).remove)
         yield

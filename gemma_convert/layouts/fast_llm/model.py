@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
 from gemma_convert.errors import SourceError
+from gemma_convert.forward.encoder import Encoder
 from gemma_convert.forward.native_model import Batched, Dtype, Given, Logits, LogitSource, Streamed
 from gemma_convert.layouts.fast_llm.forward import FastLLM
 from gemma_convert.layouts.fast_llm.forward_config import METADATA
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.prompts.batches import batches, by_sequence, padded
+from gemma_convert.prompts.soft import SoftSequence
 from gemma_convert.prompts.text import TokenSequence
 
 
@@ -23,7 +26,7 @@ class FastLLMModel:
     layout = "fast-llm"
     libraries: tuple[str, ...] = ("torch", "safetensors")
     scaled_dtype: str | None = None
-    towers: frozenset[str] = frozenset()
+    towers: Mapping[str, Callable[[SoftSequence], Encoder]] = MappingProxyType({})
     device_count = 1
 
     def __init__(self, folder: Path, architecture: Architecture) -> None:

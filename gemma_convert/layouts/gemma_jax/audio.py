@@ -10,6 +10,7 @@ one frame more, and projects before it normalises. Constants are the defaults of
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from math import e, log
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ import numpy as np
 
 from gemma_convert.errors import SourceError
 from gemma_convert.forward.arithmetic import product, rms_norm
+from gemma_convert.forward.encoder import Encoder, Made, noted, taps
+from gemma_convert.forward.parts import Taps
 from gemma_convert.forward.sharding import Axes, replicated
 from gemma_convert.forward.vision import Leaves, Params, below, bounds_of, clipped, leaf, leaves
 from gemma_convert.model.architecture import Architecture, AudioArchitecture
@@ -85,13 +88,13 @@ def axes(architecture: Architecture) -> dict[str, Axes]:
     return found | {"embedder/audio_input_projection/w": ("output", "embed")}
 
 
-def encode_audio(
+def sound_encoder(
     tree: Params,
     architecture: Architecture,
     features: Float[np.ndarray, "frames mel"],
     mask: Bool[Array, " frames"] | None = None,
-) -> Float[Array, "tokens embed"]:
-    """Soft tokens [tokens embed] of one clip in float32, one for four frames.
+) -> Encoder:
+    """The steps from one clip to its soft tokens [tokens embed] in float32, one for four frames.
 
     `features` and `mask` are transformers' `input_features` and `input_features_mask` of the clip.
     Frames that the mask leaves out stand at the end, and nothing before them sees them, so they are
@@ -106,11 +109,17 @@ def encode_audio(
     ]
     output = leaves(tree, ("audio_encoder", "output_projection"), ("kernel", "bias"))
     projection = leaf(tree, "embedder", "audio_input_projection", "w")
-    hidden = subsample(feature, np.asarray(_without_padding(features, mask), np.float32))
-    for params in layers:
-        hidden = layer(params, hidden)
-    tokens: jax.Array = _embed(output, projection, hidden)
-    return tokens
+    frames = np.asarray(_without_padding(features, mask), np.float32)
+
+    def first(_: None, given: Made | None) -> tuple[jax.Array, Made]:
+        tap = taps(given)
+        return noted(tap("subsampled frames", subsample(feature, frames)), tap, given)
+
+    return [
+        first,
+        *(partial(layer, params) for params in layers),
+        partial(soft_tokens, output, projection),
+    ]
 
 
 def _audio_of(architecture: Architecture) -> AudioArchitecture:
@@ -159,15 +168,20 @@ def _layer_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def layer(params: Leaves, hidden: Float[Array, "tokens embed"]) -> Float[Array, "tokens embed"]:
+def layer(
+    params: Leaves, hidden: Float[Array, "tokens embed"], given: Made | None
+) -> tuple[Float[Array, "tokens embed"], Made]:
     """The conformer layer's output [tokens embed]; `params` are its arrays by their paths."""
-    hidden = feed_forward(params, "fflayer_start", hidden)
+    tap = taps(given)
+    hidden = tap("first feed-forward", feed_forward(params, "fflayer_start", hidden))
     normed = _norm(params, "trans_atten/pre_norm", _clamp(hidden))
-    attended = attention(params, normed)
-    hidden = hidden + _norm(params, "trans_atten/post_norm", _clamp(attended))
-    hidden = light_convolution(params, hidden)
-    hidden = feed_forward(params, "fflayer_end", hidden)
-    return replicated(_norm(params, "final_ln", _clamp(hidden)))
+    attended = attention(params, tap("norm before attention", normed), tap)
+    attended = _norm(params, "trans_atten/post_norm", _clamp(attended))
+    hidden = tap("sum behind attention", hidden + tap("norm behind attention", attended))
+    hidden = tap("light convolution", light_convolution(params, hidden))
+    hidden = tap("second feed-forward", feed_forward(params, "fflayer_end", hidden))
+    out = replicated(_norm(params, "final_ln", _clamp(hidden)))
+    return noted(tap("output", out), tap, given)
 
 
 def feed_forward(
@@ -180,7 +194,9 @@ def feed_forward(
     return hidden + _norm(params, f"{end}/post_layer_norm", _clamp(fed)) * _RESIDUAL_WEIGHT
 
 
-def attention(params: Leaves, hidden: Float[Array, "tokens embed"]) -> Float[Array, "tokens embed"]:
+def attention(
+    params: Leaves, hidden: Float[Array, "tokens embed"], tap: Taps[jax.Array]
+) -> Float[Array, "tokens embed"]:
     """Attention over each frame and the ones before it [tokens embed].
 
     To each query's product with a key is added its product with the projected sine waves of their
@@ -195,6 +211,7 @@ def attention(params: Leaves, hidden: Float[Array, "tokens embed"]) -> Float[Arr
         )
         for name in ("query", "key", "value")
     )
+    query, key, value = tap("queries", query), tap("keys", key), tap("values", value)
     sharpness = jax.nn.softplus(params[f"{place}/per_dim_scale"].astype(jnp.float32))
     query = query * np.float32(head_dim**-0.5 / log(2)) * sharpness
     key = key * np.float32(log(1 + e) / log(2))
@@ -206,7 +223,8 @@ def attention(params: Leaves, hidden: Float[Array, "tokens embed"]) -> Float[Arr
     )
     scores = jnp.where(frame >= 0, jnp.tanh(scores / _LOGIT_CAP) * _LOGIT_CAP, -jnp.inf)
     mixed = product("hqw,qwhd->qhd", jax.nn.softmax(scores, axis=-1), value[seen])
-    return clipped("qhd,hde->qe", mixed, params, "trans_atten/post", "kernel")
+    out = clipped("qhd,hde->qe", tap("attention", mixed), params, "trans_atten/post", "kernel")
+    return tap("output projection", out)
 
 
 def distance_waves(embed: int) -> Float[Array, "window embed"]:
@@ -239,12 +257,19 @@ def light_convolution(
 
 
 @jax.jit
-def _embed(
-    output: Leaves, projection: Float[Array, "output text"], hidden: Float[Array, "tokens embed"]
-) -> Float[Array, "tokens text"]:
+def soft_tokens(
+    output: Leaves,
+    projection: Float[Array, "output text"],
+    hidden: Float[Array, "tokens embed"],
+    given: Made | None,
+) -> tuple[Float[Array, "tokens text"], Made]:
+    """The clip's soft tokens in the text model's space [tokens text]."""
+    tap = taps(given)
     bias = output["bias"].astype(hidden.dtype)
-    found = product("te,eo->to", hidden, output["kernel"]) + bias
-    return replicated(product("to,od->td", rms_norm(found, None, _EPSILON), projection))
+    frames = tap("projected frames", product("te,eo->to", hidden, output["kernel"]) + bias)
+    normed = tap("norm before the projection", rms_norm(frames, None, _EPSILON))
+    found = replicated(product("to,od->td", normed, projection))
+    return noted(tap("soft tokens", found), tap, given)
 
 
 def _norm(params: Leaves, name: str, x: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from gemma_convert.forward.arithmetic import gelu, rms_norm
+from gemma_convert.forward.encoder import Encoder, Made, noted, taps
 from gemma_convert.forward.sharding import Axes, replicated
 from gemma_convert.forward.vision import (
     Leaves,
@@ -29,6 +30,7 @@ from gemma_convert.forward.vision import (
     real_patches,
     rotary,
     soft_tokens,
+    vision_encoder,
     vision_of,
 )
 from gemma_convert.model.architecture import Architecture
@@ -66,19 +68,19 @@ def axes(architecture: Architecture) -> dict[str, Axes]:
     return found | {"embedder/mm_input_projection/w": ("output", "embed")}
 
 
-def encode_image(
+def image_encoder(
     tree: Params,
     architecture: Architecture,
     pixels: Float[np.ndarray, "patches patch"],
     positions: Int[np.ndarray, "patches 2"],
-) -> Float[Array, "tokens embed"]:
-    """Soft tokens [tokens embed] of one image in float32, as the text model's layers get them.
+) -> Encoder:
+    """The steps from one image to its soft tokens [tokens embed], all in float32.
 
     `pixels` and `positions` are transformers' `pixel_values` and `image_position_ids` of the image,
     padding included; `tree` is the whole tree. Raises SourceError where the model has no vision
     tower or the tree lacks an array of it.
     """
-    vision = vision_of(architecture)
+    vision, places = vision_of(architecture), np.asarray(positions)
     entry = leaves(tree, ("vision_encoder", "entry"), _ENTRY)
     standard = None
     if vision.standardize:
@@ -86,51 +88,47 @@ def encode_image(
         standard = found["scale"], found["bias"]
     projection = leaf(tree, "embedder", "mm_input_projection", "w")
     names = [*_LAYER, *(bounds_of(_LINEARS) if vision.clipped else ())]
-    hidden = embed_patches(pixels, positions, entry["input_projection/w"], entry["pos_emb"])
-    hidden = _layers(
-        leaves(tree, _LAYERS, names),
-        hidden,
-        np.asarray(positions),
-        vision.rope_theta,
-        vision.norm_epsilon,
+    stacked = leaves(tree, _LAYERS, names)
+    facts = {"theta": vision.rope_theta, "epsilon": vision.norm_epsilon}
+    return vision_encoder(
+        lambda: embed_patches(pixels, places, entry["input_projection/w"], entry["pos_emb"]),
+        [partial(layer, stacked, index, places, **facts) for index in range(vision.layers)],
+        partial(soft_tokens, places, vision, standard, projection),
     )
-    return soft_tokens(hidden, positions, vision, standard, projection)
 
 
 @partial(jax.jit, static_argnames=("theta", "epsilon"))
-def _layers(
-    stacked: Leaves, hidden: jax.Array, positions: jax.Array, theta: float, epsilon: float
-) -> jax.Array:
-    def step(hidden: jax.Array, params: Leaves) -> tuple[jax.Array, None]:
-        return layer(params, hidden, positions, theta, epsilon), None
-
-    return replicated(jax.lax.scan(step, hidden, stacked)[0])
-
-
 def layer(
-    params: Leaves,
-    hidden: Float[Array, "patches embed"],
+    stacked: Leaves,
+    index: Int[Array, ""],
     positions: Int[Array, "patches 2"],
+    hidden: Float[Array, "patches embed"],
+    given: Made | None,
     theta: float,
     epsilon: float,
-) -> Float[Array, "patches embed"]:
-    """The layer's output [patches embed]; `params` are its arrays by their paths below the block.
+) -> tuple[Float[Array, "patches embed"], Made]:
+    """The output [patches embed] of a layer; `stacked` are all layers' arrays, by path.
 
-    Keys and values share their clip bounds, and so do gate and up.
+    Paths are those below the block. Keys and values share their clip bounds, and so do gate and up.
     """
+    params, tap = {name: array[index] for name, array in stacked.items()}, taps(given)
 
     def norm(name: str, x: jax.Array) -> jax.Array:
         return rms_norm(x, params[f"{name}/scale"], epsilon)
 
-    normed = norm("pre_attention_norm", hidden)
+    normed = tap("norm before attention", norm("pre_attention_norm", hidden))
     query = clipped("pe,hed->phd", normed, params, "attn/q_einsum", "w")
     key, value = clipped("pe,ched->cphd", normed, params, "attn/kv_einsum", "w")
-    query = rotary(norm("attn/query_norm", query), positions, theta)
-    key = rotary(norm("attn/key_norm", key), positions, theta)
-    mixed = attend(query, key, rms_norm(value, None, epsilon), real_patches(positions))
+    query = tap("queries", norm("attn/query_norm", query))
+    key = tap("keys", norm("attn/key_norm", key))
+    value = tap("values", rms_norm(value, None, epsilon))
+    query, key = rotary(query, positions, theta), rotary(key, positions, theta)
+    mixed = tap("attention", attend(query, key, value, real_patches(positions)))
     attended = clipped("phd,hde->pe", mixed, params, "attn/attn_vec_einsum", "w")
-    hidden = hidden + norm("post_attention_norm", attended)
-    feed = norm("pre_ffw_norm", hidden)
+    attended = norm("post_attention_norm", tap("output projection", attended))
+    hidden = tap("sum behind attention", hidden + tap("norm behind attention", attended))
+    feed = tap("norm before the MLP", norm("pre_ffw_norm", hidden))
     gate, up = clipped("pe,cme->cpm", feed, params, "mlp/gating_einsum", "w")
-    fed = clipped("pm,me->pe", gelu(gate) * up, params, "mlp/linear", "w")
-    return hidden + norm("post_ffw_norm", fed)
+    fed = tap("dense MLP", clipped("pm,me->pe", gelu(gate) * up, params, "mlp/linear", "w"))
+    fed = tap("norm behind the MLP", norm("post_ffw_norm", fed))
+    return noted(tap("output", replicated(hidden + fed)), tap, given)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+from gemma_convert.forward.encoder import Encoder
 from gemma_convert.forward.jax_layout import JaxLayout, Tower
 from gemma_convert.forward.jax_model import JaxModel
 from gemma_convert.forward.orbax_tree import LIBRARIES
@@ -16,8 +16,8 @@ from gemma_convert.model.architecture import Architecture
 from gemma_convert.prompts.images import ImageSequence
 
 
-def _see(tree: Tree, architecture: Architecture, image: ImageSequence) -> Any:
-    return vision.encode_image(tree, architecture, image.pixels, image.positions)
+def _see(tree: Tree, architecture: Architecture, image: ImageSequence) -> Encoder:
+    return vision.image_encoder(tree, architecture, image.pixels, image.positions)
 
 
 LAYOUT = JaxLayout(

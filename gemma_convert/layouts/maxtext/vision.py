@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from gemma_convert.forward.arithmetic import gelu, product, rms_norm
+from gemma_convert.forward.encoder import Encoder, Made, noted, taps
 from gemma_convert.forward.sharding import Axes, replicated
 from gemma_convert.forward.vision import (
     Leaves,
@@ -26,6 +27,7 @@ from gemma_convert.forward.vision import (
     real_patches,
     rotary,
     soft_tokens,
+    vision_encoder,
     vision_of,
 )
 from gemma_convert.model.architecture import Architecture
@@ -64,60 +66,68 @@ def axes(architecture: Architecture) -> dict[str, Axes]:
     return found | below(_PROJECTOR, {"projection/kernel": ("output", "embed")})
 
 
-def encode_image(
+def image_encoder(
     tree: Params,
     architecture: Architecture,
     pixels: Float[np.ndarray, "patches patch"],
     positions: Int[np.ndarray, "patches 2"],
-) -> Float[Array, "tokens embed"]:
-    """Soft tokens [tokens embed] of one image in float32, as the text model's layers get them.
+) -> Encoder:
+    """The steps from one image to its soft tokens [tokens embed], all in float32.
 
     `pixels` and `positions` are transformers' `pixel_values` and `image_position_ids` of the image,
     padding included; `tree` is the dict below params/params. Raises SourceError where the model has
     no vision tower or the tree lacks an array of it.
     """
-    vision = vision_of(architecture)
+    vision, places = vision_of(architecture), np.asarray(positions)
     entry = leaves(tree, (*_ENCODER, "vision_entry"), _ENTRY)
     standard = None
     if vision.standardize:
         standard = leaf(tree, *_ENCODER, "std_scale"), leaf(tree, *_ENCODER, "std_bias")
     projection = leaf(tree, *_PROJECTOR, "projection", "kernel")
     layers = [leaves(tree, (*_ENCODER, f"layer_{index}"), _LAYER) for index in range(vision.layers)]
-    hidden = embed_patches(
-        pixels, positions, entry["input_projection/kernel"], entry["pos_emb_param"]
+    facts = {"theta": vision.rope_theta, "epsilon": vision.norm_epsilon}
+    return vision_encoder(
+        lambda: embed_patches(
+            pixels, places, entry["input_projection/kernel"], entry["pos_emb_param"]
+        ),
+        [partial(layer, params, places, **facts) for params in layers],
+        partial(soft_tokens, places, vision, standard, projection),
     )
-    for params in layers:
-        hidden = layer(
-            params, hidden, np.asarray(positions), vision.rope_theta, vision.norm_epsilon
-        )
-    return soft_tokens(hidden, positions, vision, standard, projection)
 
 
 @partial(jax.jit, static_argnames=("theta", "epsilon"))
 def layer(
     params: Leaves,
-    hidden: Float[Array, "patches embed"],
     positions: Int[Array, "patches 2"],
+    hidden: Float[Array, "patches embed"],
+    given: Made | None,
     theta: float,
     epsilon: float,
-) -> Float[Array, "patches embed"]:
+) -> tuple[Float[Array, "patches embed"], Made]:
     """The layer's output [patches embed]; `params` are its arrays by their paths below it."""
+    tap = taps(given)
 
     def norm(name: str, x: jax.Array) -> jax.Array:
         return rms_norm(x, params[f"{name}/scale"], epsilon)
 
-    normed = norm("pre_attention_norm", hidden)
+    normed = tap("norm before attention", norm("pre_attention_norm", hidden))
     query, key, value = (
         product("pe,ehd->phd", normed, params[f"attention/{name}/kernel"])
         for name in ("query", "key", "value")
     )
-    query = rotary(norm("attention/query_norm", query), positions, theta)
-    key = rotary(norm("attention/key_norm", key), positions, theta)
-    mixed = attend(query, key, rms_norm(value, None, epsilon), real_patches(positions))
-    attended = product("phd,hde->pe", mixed, params["attention/out/kernel"])
-    hidden = hidden + norm("post_attention_norm", attended)
-    feed = norm("pre_ffw_norm", hidden)
+    query = tap("queries", norm("attention/query_norm", query))
+    key = tap("keys", norm("attention/key_norm", key))
+    value = tap("values", rms_norm(value, None, epsilon))
+    query, key = rotary(query, positions, theta), rotary(key, positions, theta)
+    mixed = tap("attention", attend(query, key, value, real_patches(positions)))
+    attended = tap(
+        "output projection", product("phd,hde->pe", mixed, params["attention/out/kernel"])
+    )
+    attended = tap("norm behind attention", norm("post_attention_norm", attended))
+    hidden = tap("sum behind attention", hidden + attended)
+    feed = tap("norm before the MLP", norm("pre_ffw_norm", hidden))
     gate = product("pe,em->pm", feed, params["mlp/wi_0/kernel"])
     up = product("pe,em->pm", feed, params["mlp/wi_1/kernel"])
-    fed = product("pm,me->pe", gelu(gate) * up, params["mlp/wo/kernel"])
-    return replicated(hidden + norm("post_ffw_norm", fed))
+    fed = tap("dense MLP", product("pm,me->pe", gelu(gate) * up, params["mlp/wo/kernel"]))
+    fed = tap("norm behind the MLP", norm("post_ffw_norm", fed))
+    return noted(tap("output", replicated(hidden + fed)), tap, given)

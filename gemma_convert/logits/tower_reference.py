@@ -1,0 +1,202 @@
+"""The original's towers run step by step, and beside themselves: in another precision, with noise.
+
+As in the decoder, layers stand aside while what stands around them runs, and are then run one by
+one; each module has its own weights while it is called. Steps are those of
+`gemma_convert.forward.encoder`: what makes states, each layer, and what makes soft tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gemma_convert.forward.native_model import Dtype
+from gemma_convert.forward.parts import Part
+from gemma_convert.logits.drift import relative
+from gemma_convert.logits.other_runs import Calls, aside, disturbed
+from gemma_convert.logits.precision import computed_in
+from gemma_convert.logits.reference import arguments, cannot_run
+from gemma_convert.logits.tapped import Values
+from gemma_convert.logits.tapped_towers import TOWERS, around, rows, within
+from gemma_convert.prompts.soft import SoftSequence
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class TowerStep:
+    """One step of the reference's tower, whose `layer` is None before and behind the layers.
+
+    `state` [rows embed] leads to it, None to the first; `parts` is what its parts make of it
+    [rows features], and `other` the same in another precision, each on what the one before made.
+    Rows that are not `real` [rows] are padding. `errors` [rows], by part, are to be filled in
+    before the next step is asked for, and are the size of its noise.
+    """
+
+    layer: int | None
+    state: npt.NDArray[np.float32] | None
+    parts: Mapping[Part, npt.NDArray[Any]]
+    other: Mapping[Part, npt.NDArray[Any]]
+    real: npt.NDArray[np.bool_]
+    errors: dict[Part, npt.NDArray[np.float64]] = field(default_factory=dict)
+
+
+class WatchedTower:
+    """The tower of transformers' `model` that sees or hears what is in a sequence."""
+
+    def __init__(
+        self,
+        model: Any,
+        sequence: SoftSequence,
+        noise: Dtype,
+        standardize: bool,
+        device: torch.device,
+        hf: Path,
+    ) -> None:
+        """`noise` is the precision whose rounding is measured; `hf` is named in errors."""
+        import torch
+
+        self._model, self._tower, self._hf = model, sequence.medium.tower, hf
+        self._first, self._standardize = TOWERS[self._tower].first, standardize
+        self._holder = model.get_submodule(TOWERS[self._tower].holder)
+        self._given = arguments(sequence, device)
+        self._dtype = torch.float64 if noise == "float32" else torch.bfloat16
+        self._random = torch.Generator().manual_seed(0)
+        self.soft_errors: npt.NDArray[np.float64] = np.zeros(0)
+        """How far noise moves each soft token, relative to its length [tokens], after `steps`."""
+
+    def steps(self) -> Iterator[TowerStep]:
+        """Every step, in the order in which they run."""
+        with self._running():
+            calls, made = self._around(None, None)
+            precise, other = self._around(None, made)
+        state: torch.Tensor = made[self._first]
+        step = self._step(None, None, {self._first: state}, other)
+        yield step
+        noisy = self._noise(step)(self._first, state)
+        for index, layer in enumerate(self._holder.layers):
+            with self._running():
+                made = self._layer(layer, index, calls, state, None)
+                other = self._layer(layer, index, precise, state, made)
+            step = self._step(index, state, made, other)
+            yield step
+            with self._running(), within(layer, self._tower, self._noise(step)):
+                noisy = calls.run(layer, index, noisy)
+            state = made["output"]
+        with self._running():
+            _, made = self._around(state, None)
+            _, other = self._around(state, made)
+        del made[self._first]
+        step = self._step(None, state, made, other)
+        yield step
+        with self._running():
+            _, moved = self._call(noisy, self._noise(step))
+        self.soft_errors = relative(_on_host(made["soft tokens"]), _on_host(moved))
+
+    def _around(
+        self, state: torch.Tensor | None, exact: Values | None
+    ) -> tuple[Calls, dict[Part, Any]]:
+        """What layers that make `state` are called with, and what the parts around them make.
+
+        In the other precision where it is known what they exactly make, which they are given.
+        """
+        made: Values = {}
+        with self._precision(exact):
+            calls, _ = self._call(state, self._noted(made, exact))
+        return calls, made
+
+    def _layer(
+        self, layer: Any, index: int, calls: Calls, state: torch.Tensor, exact: Values | None
+    ) -> Values:
+        """What the parts of a layer make, as in `_around`."""
+        made: Values = {}
+        given = state if exact is None else state.to(self._dtype)
+        with self._precision(exact), within(layer, self._tower, self._noted(made, exact)):
+            calls.run(layer, index, given)
+        return made
+
+    def _call(
+        self, state: torch.Tensor | None, use: Callable[[Part, Any], Any]
+    ) -> tuple[Calls, torch.Tensor]:
+        """What the layers are called with, and the soft tokens, where the layers make `state`."""
+        import torch
+
+        calls, layers = Calls(), self._holder.layers
+        self._holder.layers = torch.nn.ModuleList(aside(calls, state) for _ in layers)
+        model, given = self._model, self._given
+        try:
+            with around(model, self._tower, self._standardize, use):
+                if self._tower == "vision":
+                    pixels, positions = given["pixel_values"], given["image_position_ids"]
+                    found = model.get_image_features(pixels, positions, return_dict=True)
+                    return calls, found.pooler_output[0]
+                frames, mask = given["input_features"], given["input_features_mask"]
+                found = model.get_audio_features(frames, mask, return_dict=True)
+                return calls, found.pooler_output
+        finally:
+            self._holder.layers = layers
+
+    def _noted(self, made: Values, exact: Values | None) -> Callable[[Part, Any], Any]:
+        def use(part: Part, value: torch.Tensor) -> torch.Tensor | None:
+            made[part] = value.clone()  # towers add in place
+            return None if exact is None else exact[part].to(self._dtype)
+
+        return use
+
+    def _noise(self, step: TowerStep) -> Callable[[Part, Any], Any]:
+        def use(part: Part, value: torch.Tensor) -> torch.Tensor:
+            if part not in step.errors:
+                return value
+            return disturbed(value, step.errors[part][: len(rows(value))], self._random)
+
+        return use
+
+    def _step(
+        self, layer: int | None, state: torch.Tensor | None, made: Values, other: Values
+    ) -> TowerStep:
+        length = max(len(rows(value)) for value in made.values())
+        real = np.ones(length, np.bool_)
+        if "soft tokens" in made:
+            real[len(rows(made["soft tokens"])) :] = False
+        elif self._tower == "vision":
+            positions = self._given["image_position_ids"][0]
+            real = (positions != -1).any(dim=-1).cpu().numpy()
+        exact, wide = (
+            {part: _filled(_on_host(each[part]), length) for part in made} for each in (made, other)
+        )
+        return TowerStep(layer, None if state is None else _on_host(state), exact, wide, real)
+
+    def _precision(self, exact: Values | None) -> Any:
+        return nullcontext() if exact is None else computed_in(self._dtype)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        import torch
+
+        with torch.no_grad(), cannot_run(self._hf):
+            yield
+
+
+def _on_host(value: torch.Tensor) -> npt.NDArray[Any]:
+    """What a part made [rows features], in float64 where it was bfloat16."""
+    import torch
+
+    found = rows(value)
+    array: npt.NDArray[Any] = (
+        (found.double() if found.dtype is torch.bfloat16 else found).cpu().numpy()
+    )
+    return array
+
+
+def _filled(values: npt.NDArray[Any], length: int) -> npt.NDArray[Any]:
+    """Values [rows features] with zeros for padding behind them [length features]."""
+    together = np.zeros((length, values.shape[1]), values.dtype)
+    together[: len(values)] = values
+    return together

@@ -1,0 +1,89 @@
+"""Each native part of the towers by itself, as those of the decoder's layers in `local`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from gemma_convert.forward.encoder import Encoder, Made
+from gemma_convert.forward.native_model import Dtype
+from gemma_convert.forward.parts import Part
+from gemma_convert.logits.drift import relative
+from gemma_convert.logits.explanation import Found, of_values
+from gemma_convert.logits.local import FACTOR, SMALLEST, PartCheck, evened, usual_length
+from gemma_convert.logits.tower_reference import TowerStep, WatchedTower
+from gemma_convert.prompts.soft import SoftSequence
+from gemma_convert.prompts.text import TokenSequence
+
+
+class Reference(Protocol):
+    """The side that states come from."""
+
+    def tower(self, sequence: SoftSequence, noise: Dtype) -> WatchedTower:
+        """The tower that sees or hears what is in a sequence, beside rounding of `noise`."""
+
+
+@dataclass(frozen=True)
+class TowerCheck:
+    """Every part of the towers, and what noise of the size of their errors does to soft tokens.
+
+    `soft_errors` is how far it moves them, relative to their lengths [tokens], by the number of the
+    sequence that they are in; those of a part that failed are no noise, and none are told.
+    """
+
+    parts: tuple[PartCheck, ...]
+    soft_errors: Mapping[int, npt.NDArray[np.float64]]
+
+
+def check_each_part(
+    reference: Reference,
+    towers: Mapping[str, Callable[[SoftSequence], Encoder]],
+    sequences: Sequence[TokenSequence],
+    noise: Dtype,
+) -> TowerCheck:
+    """What the native `towers` make of the reference's states; of several sequences, the worst."""
+    worst: dict[tuple[str, int | None, Part], PartCheck] = {}
+    soft_errors: dict[int, npt.NDArray[np.float64]] = {}
+    for number, sequence in enumerate(sequences):
+        if not isinstance(sequence, SoftSequence):
+            continue
+        tower = sequence.medium.tower
+        watched, encoder = reference.tower(sequence, noise), towers[tower](sequence)
+        for expected, run in zip(watched.steps(), encoder, strict=True):
+            _, made = run(expected.state, expected.parts)
+            for part in _compared(expected, made, tower, noise):
+                key = tower, part.layer, part.part
+                worst[key] = max(worst.get(key, part), part, key=lambda one: one.times)
+        soft_errors[number] = watched.soft_errors
+    parts = evened(worst.values())
+    passed = all(part.passed for part in parts)
+    return TowerCheck(parts, soft_errors if passed else {})
+
+
+def _compared(step: TowerStep, made: Made, tower: str, noise: Dtype) -> Iterator[PartCheck]:
+    """The parts of a step, whose errors it is told; padding counts as nothing."""
+    for part, values in step.parts.items():
+        exact, other = values[step.real], step.other[part][step.real]
+        found = _rows(made[part])[step.real]
+        usual = usual_length([exact])
+        error = relative(exact, found, usual)
+        step.errors[part] = np.zeros(len(values))
+        step.errors[part][step.real] = error
+        rounding = max(SMALLEST[noise], float(relative(exact, other, usual).max()))
+        one = PartCheck(part, step.layer, float(error.max()), rounding, tower=tower)
+        if one.passed:
+            yield one
+        else:
+            every = np.ones(len(found), np.bool_)
+            seen = Found(part, found, one.error, FACTOR * rounding, every)
+            mistake = of_values(exact, seen)
+            yield PartCheck(part, step.layer, one.error, rounding, mistake, tower)
+
+
+def _rows(value: Any) -> npt.NDArray[Any]:
+    array = np.asarray(value)
+    return array.reshape(len(array), -1)
