@@ -658,7 +658,7 @@ def test_a_sound_and_an_image_side_by_side(folders, converted, clips, tmp_path):
     for tower in ("vision", "audio"):
         parts = [one for one in report.local.parts if one.tower == tower]
         names = [one.name for one in parts]
-        assert len(set(names)) == len(names) and f"{tower} layer 2, output" in names
+        assert len(set(names)) == len(names) and f"{tower} layer 1, output" in names
         assert max(one.times for one in parts) < FACTOR / 2
     assert "1 with an image, 1 with a sound" in shown(report)
 
