@@ -24,7 +24,7 @@ from gemma_convert.version import __version__
 
 if TYPE_CHECKING:
     from gemma_convert.logits.check import logit_check
-    from gemma_convert.logits.golden import save_golden
+    from gemma_convert.logits.golden_writing import save_golden
     from gemma_convert.logits.report import LogitReport
     from gemma_convert.tasks.inspect import InspectReport, inspect
     from gemma_convert.tasks.mappings import MappingsReport, list_mappings
@@ -45,7 +45,7 @@ _HOMES = {
     "list_mappings": "gemma_convert.tasks.mappings",
     "LogitReport": "gemma_convert.logits.report",
     "logit_check": "gemma_convert.logits.check",
-    "save_golden": "gemma_convert.logits.golden",
+    "save_golden": "gemma_convert.logits.golden_writing",
     "make_tiny": "gemma_convert.tiny",
     "VerifyReport": "gemma_convert.tasks.verify",
     "verify": "gemma_convert.tasks.verify",

@@ -357,3 +357,14 @@ def test_golden_and_tiny_commands(tmp_path):
     checked = run("logit-check", light, tmp_path / "mt", "--golden", golden)
     assert checked.returncode == 0, checked.stderr
     assert "golden" in checked.stdout
+
+
+def test_at_the_end_nothing_is_collected():
+    """Of torch and JAX that takes longer than to check a tiny model."""
+    code = (
+        "import atexit, gc, sys; atexit.register(lambda: print(gc.get_freeze_count() > 1000));"
+        "sys.argv = ['gemma-convert', '--version'];"
+        "from gemma_convert.cli.app import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[1:] == ["True"]

@@ -1,6 +1,7 @@
 """Golden files: exact, readable by safetensors, refused for any other checkpoint."""
 
 import json
+import os
 import shutil
 import struct
 from dataclasses import replace
@@ -10,8 +11,12 @@ import pytest
 from maxtext_trees import config_of, logits_of, make_model, save_model
 
 from gemma_convert.errors import SourceError, TargetError
-from gemma_convert.logits import golden as golden_module
-from gemma_convert.logits.golden import load_golden, save_golden, weight_files
+from gemma_convert.logits import streaming, tensor_files
+from gemma_convert.logits.golden import load_golden, weight_files
+from gemma_convert.logits.golden_writing import save_golden
+from gemma_convert.logits.layerwise import LayerwiseReference
+from gemma_convert.logits.reference import Reference
+from gemma_convert.logits.streaming import GoldenSlices
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +33,8 @@ def hf(model, tmp_path_factory):
 def saved(hf, tmp_path_factory):
     path = tmp_path_factory.mktemp("golden") / "logits.safetensors"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(golden_module, "SLICE_BYTES", 4 * 94 * 10)  # ten positions a slice
+        patch.setattr(streaming, "_LEAST_ROWS", 10)
+        patch.setattr(streaming, "LOGIT_BYTES", 0)  # ten slices of the vocabulary, the last of 4
         save_golden(hf, path)
     return path
 
@@ -48,6 +54,63 @@ def test_logits_are_those_of_transformers(model, saved):
         found = np.concatenate(slices)
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, logits_of(model, [sequence.ids])[0], atol=1e-4)
+
+
+def test_logits_are_those_of_the_whole_model_within_float32(hf, saved):
+    """Their largest is about 3, where neighbouring numbers are 2.4e-7 apart."""
+    golden, whole = load_golden(saved), Reference(hf)
+    for index, sequence in enumerate(golden.sequences):
+        (found,) = golden.slices(index, len(sequence.ids))
+        expected = whole.head(whole.hidden(sequence))
+        assert found.shape == expected.shape == (len(sequence.ids), 94)
+        assert np.abs(found - expected).max() < 3e-6 and np.ptp(expected) > 2
+
+
+def test_columns_read_are_the_columns_of_rows_read(saved):
+    golden = load_golden(saved)
+    rows = np.concatenate([next(golden.slices(n, 10**6)) for n in range(len(golden.sequences))])
+    parts = [slice(0, 7), slice(7, 94)]
+    for part, found in zip(parts, GoldenSlices(golden).logits(parts), strict=True):
+        assert np.array_equal(found, rows[:, part])
+
+
+def test_neither_a_whole_model_nor_all_logits_are_in_memory(hf, saved, tmp_path, monkeypatch):
+    """What is written at once are rows of one slice; of the model one layer is there."""
+    monkeypatch.setattr(streaming, "_LEAST_ROWS", 10)
+    monkeypatch.setattr(streaming, "LOGIT_BYTES", 0)
+    monkeypatch.setattr(Reference, "__init__", None)
+    given, written = LayerwiseReference.logits, []
+
+    def logits(self, vocab):
+        for one in given(self, vocab):
+            assert all(p.is_meta for p in self._text.layers.parameters())
+            written.append(one.shape)
+            yield one
+
+    monkeypatch.setattr(LayerwiseReference, "logits", logits)
+    save_golden(hf, tmp_path / "golden.safetensors")
+    positions = sum(len(one.ids) for one in load_golden(saved).sequences)
+    assert written == [(positions, 10)] * 9 + [(positions, 4)]
+    assert (tmp_path / "golden.safetensors").read_bytes() == saved.read_bytes()
+
+
+def test_files_are_mapped_anew_so_that_their_pages_do_not_stay(hf, tmp_path, monkeypatch):
+    """A mapped file's pages count as resident as long as it is open: no handle sees it all."""
+    opened, given = [], tensor_files.TensorFiles._file
+
+    def file(self, path):
+        if path not in self._open:
+            opened.append(path)
+        return given(self, path)
+
+    monkeypatch.setattr(tensor_files.TensorFiles, "_file", file)
+    save_golden(hf, tmp_path / "one", tokens=3)
+    assert opened == ["model.safetensors"]
+    size = (hf / "model.safetensors").stat().st_size
+    monkeypatch.setattr(tensor_files, "MAPPED_BYTES", size // 10)
+    save_golden(hf, tmp_path / "ten", tokens=3)
+    assert 8 <= len(opened[1:]) <= 20
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "ten").read_bytes()
 
 
 def test_file_is_plain_safetensors(saved):
@@ -116,10 +179,10 @@ def test_an_existing_file_is_kept_unless_told_otherwise(hf, saved, tmp_path):
 
 
 def test_a_failure_leaves_nothing_behind(hf, tmp_path, monkeypatch):
-    def fail(self, ids, rows):
+    def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(golden_module.Reference, "logits", fail)
+    monkeypatch.setattr(os, "pwrite", fail)
     with pytest.raises(TargetError, match="No space left"):
         save_golden(hf, tmp_path / "golden.safetensors", tokens=3)
     assert list(tmp_path.iterdir()) == []

@@ -443,7 +443,9 @@ def test_junit_fails_the_sequences_that_failed():
     suite = ElementTree.fromstring(junit(sample_reports.failed(), WHEN))
     found = {one.get("name"): one.find("failure") for one in suite.findall("testcase")}
     assert [name for name, failure in found.items() if failure is None] == ["code"]
-    assert found["each part by itself"].get("message").startswith("layer 1, dense MLP is 5e-02 off")
+    assert (
+        found["each part by itself"].get("message").startswith("layer 1, dense MLP is 5.0e-02 off")
+    )
     assert found["english"].get("message") == (
         "KL 3.00e-03 is beyond the limit 1e-05 at position 7: id 107 '    '"
     )

@@ -331,8 +331,6 @@ def test_text_and_images_run_side_by_side(folders, references, sequences):
         assert len(sliced) == len(one.ids) == len(one.compared)
         assert np.allclose(sliced, reference.head(reference.hidden(one)), atol=1e-5)
     assert text.compared.all() and text.compared.dtype == bool
-    by_ids = np.concatenate(list(reference.logits(text.ids, 7)))
-    assert np.allclose(by_ids, reference.head(reference.hidden(text)), atol=1e-5)
 
 
 def test_the_tokens_of_an_image_without_it_are_plain_places(references, sequences):

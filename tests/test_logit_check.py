@@ -28,7 +28,7 @@ from gemma_convert.cli.app import main
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.logits import check as check_module
 from gemma_convert.logits.check import logit_check
-from gemma_convert.logits.golden import save_golden
+from gemma_convert.logits.golden_writing import save_golden
 from gemma_convert.logits.limit import choose_limit, find_lossy_rows
 from gemma_convert.logits.report import render
 from gemma_convert.model.config import read_architecture
@@ -188,7 +188,7 @@ def rounded(tree):
 def test_rounded_embedding_is_found_and_called_an_indication(dense, tmp_path):
     dense.write(rounded(dense.tree), tmp_path)
     report = logit_check(dense.hf, tmp_path)
-    assert report.limit == 0.03 and not report.proof
+    assert report.limit >= 0.03 and not report.proof
     assert report.drift.tolerance is None and report.drift.first is None
     assert 1e-5 < report.divergence.kl_max < 0.03 and report.passed
     assert report.verdict == "no difference seen: an indication, not proof"

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gemma_convert import SourceError, inspect, logit_check, to_hf, to_native, verify
-from gemma_convert.logits.golden import save_golden
+from gemma_convert.logits.golden_writing import save_golden
 from gemma_convert.mapping.prefix import difference
 from gemma_convert.stores.safetensors.naming import find_naming
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder

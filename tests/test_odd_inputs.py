@@ -13,7 +13,7 @@ import pytest
 from gemma_convert import to_native
 from gemma_convert.errors import GemmaConvertError, SourceError
 from gemma_convert.logits.check import logit_check
-from gemma_convert.logits.golden import save_golden
+from gemma_convert.logits.golden_writing import save_golden
 from gemma_convert.model.config import parse_architecture, read_architecture
 from gemma_convert.prompts.text import token_sequences
 

@@ -30,7 +30,7 @@ from gemma_convert.logits import streaming
 from gemma_convert.logits.check import logit_check
 from gemma_convert.logits.divergence import compare
 from gemma_convert.logits.drift import TOLERANCE, Drift, measure_drift
-from gemma_convert.logits.golden import save_golden
+from gemma_convert.logits.golden_writing import save_golden
 from gemma_convert.logits.layerwise import LayerwiseReference
 from gemma_convert.logits.reference import Reference
 from gemma_convert.logits.report import render

@@ -22,7 +22,7 @@ from gemma_convert import SourceError, inspect, to_hf, to_native
 from gemma_convert.layouts.gemma_jax.settings import gemma_jax_settings
 from gemma_convert.layouts.maxtext.settings import maxtext_settings
 from gemma_convert.logits.check import logit_check
-from gemma_convert.logits.golden import save_golden
+from gemma_convert.logits.golden_writing import save_golden
 from gemma_convert.logits.layerwise import LayerwiseReference
 from gemma_convert.model.config import read_architecture
 from gemma_convert.tiny import make_tiny

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 import traceback
 from typing import Annotated
@@ -90,6 +92,7 @@ def main() -> None:
     """Runs the command line and exits with the documented code."""
     from gemma_convert.output import note
 
+    atexit.register(gc.freeze)  # else the packages' objects are searched for cycles at the end
     with standard_streams() as failure:
         code = _run()
         lost = failure()

@@ -27,9 +27,13 @@ def command(
     Example:
       gemma-convert golden gemma-4-E2B-it e2b-golden.safetensors
     """
-    from gemma_convert.logits.golden import save_golden
+    from gemma_convert.cli.allocator import return_large_blocks
+    from gemma_convert.cli.threads import let_threads_sleep
+    from gemma_convert.logits.golden_writing import save_golden
     from gemma_convert.output import show, show_json
 
+    return_large_blocks()
+    let_threads_sleep()
     golden = save_golden(hf, file, prompts=tuple(prompt or ()), tokens=tokens, overwrite=overwrite)
     count = sum(len(sequence.ids) for sequence in golden.sequences)
     if as_json:

@@ -74,6 +74,15 @@ def command(
             rich_help_panel=RUNNING,
         ),
     ] = False,
+    no_cache: Annotated[
+        bool,
+        typer.Option(
+            "--no-cache",
+            help="Compile anew, and keep nothing: by default JAX's programs are kept in "
+            "~/.cache/gemma-convert/compiled for the next run.",
+            rich_help_panel=RUNNING,
+        ),
+    ] = False,
     report: Annotated[
         Path | None,
         typer.Option(
@@ -111,6 +120,7 @@ def command(
       gemma-convert logit-check gemma-4-E2B-it run/checkpoints/1000 --settings out/maxtext.yml
     """
     from gemma_convert.cli.allocator import return_large_blocks
+    from gemma_convert.cli.threads import let_threads_sleep
     from gemma_convert.engine.joined import is_leader, joined
     from gemma_convert.logits.check import logit_check
     from gemma_convert.logits.report import render
@@ -118,6 +128,7 @@ def command(
     from gemma_convert.output import show, show_json
 
     return_large_blocks()
+    let_threads_sleep()
     files = ReportFiles(html=report, junit=junit, overwrite=overwrite)
     with joined(coordinator, processes, process, distributed, devices=True):
         leads = is_leader()
@@ -135,6 +146,7 @@ def command(
             golden=golden,
             whole_model=whole_model,
             settings=settings or (),
+            cache=not no_cache,
         )
         if as_json and leads:
             show_json(found.as_json())

@@ -19,6 +19,7 @@ from gemma_convert.engine.joined import is_leader, process_count, publish, publi
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.files.given_settings import GivenSettings, given_settings
 from gemma_convert.files.libraries import told_by_library
+from gemma_convert.forward.kept_programs import kept_programs
 from gemma_convert.forward.native_model import (
     Dtype,
     LogitSource,
@@ -33,7 +34,7 @@ from gemma_convert.logits.drift import TOLERANCE, Drift, drift_of
 from gemma_convert.logits.fingerprint import fingerprints
 from gemma_convert.logits.golden import SLICE_BYTES, Golden, load_golden
 from gemma_convert.logits.layerwise import LayerwiseReference
-from gemma_convert.logits.limit import choose_limit, find_lossy_rows
+from gemma_convert.logits.limit import NoiseFloor, choose_limit, find_lossy_rows
 from gemma_convert.logits.local import LocalCheck, LocalRun
 from gemma_convert.logits.reference import TransformersLogits, reference_config
 from gemma_convert.logits.report import LogitReport
@@ -79,6 +80,7 @@ def logit_check(
     lossy_rows: Sequence[str] | None = None,
     whole_model: bool = False,
     settings: Sequence[str] = (),
+    cache: bool = True,
 ) -> LogitReport:
     """The report on whether the checkpoint `native`, of any layout, computes what `hf` does.
 
@@ -89,6 +91,7 @@ def logit_check(
     and in step, unless `whole_model` loads all of both, and then nothing is said of single layers.
     The native side is run by the facts that its framework is told: `settings` (files of the
     framework's, or KEY=VALUE), those that lie beside the checkpoint, or the framework's own model.
+    What JAX compiles is kept for the next run (`gemma_convert.forward.kept_programs`) if `cache`.
     Several processes (`gemma_convert.engine.joined`) get the report of process 0, which alone
     runs the reference, without what it has of single tokens.
     Either side may be on the hub (`gemma_convert.stores.remote.locations`).
@@ -97,6 +100,7 @@ def logit_check(
     """
     with ExitStack() as stack:
         return _logit_check(
+            stack,
             local(hf, stack, config_only=golden is not None, whole=True),
             local(native, stack, whole=True),
             max_kl=max_kl,
@@ -109,10 +113,12 @@ def logit_check(
             lossy_rows=lossy_rows,
             whole_model=whole_model,
             settings=given_settings(settings),
+            cache=cache,
         )
 
 
 def _logit_check(
+    stack: ExitStack,
     hf: Path,
     native: Path,
     *,
@@ -126,6 +132,7 @@ def _logit_check(
     lossy_rows: Sequence[str] | None,
     whole_model: bool,
     settings: GivenSettings,
+    cache: bool,
 ) -> LogitReport:
     """The report on two local checkpoints."""
     started = time.monotonic()
@@ -141,6 +148,7 @@ def _logit_check(
     check_seal(native)
     facts = read_facts(native, load_config(hf), hf / CONFIG, settings)
     model = open_model(native, architecture if facts is None else facts.architecture)
+    stack.enter_context(kept_programs(cache))
     if is_leader():
         for warning in _fact_warnings(facts):
             note(f"warning: {warning}")
@@ -173,9 +181,10 @@ def _logit_check(
         limit = limit.above(found.noise_floor)
     checked = checked_sequences(sequences, by_token)
     report = LogitReport(
-        passed=divergence.within(limit.kl) and (found.local is None or found.local.passed),
+        passed=limit.allows(divergence) and (found.local is None or found.local.passed),
         proof=limit.proof,
         limit=limit.kl,
+        limit_p99=limit.kl_p99,
         limit_reason=limit.reason,
         divergence=divergence,
         drift=found.drift,
@@ -220,7 +229,7 @@ class _Run:
     compared: Accumulator
     drift: Drift | None
     local: LocalCheck | None
-    noise_floor: float | None
+    noise_floor: NoiseFloor | None
     reference_device: str
     native_device: str
 

@@ -18,8 +18,11 @@ more, to bfloat16; it must then explain all but a part of the difference: `UNEXP
 
 UNEXPLAINED = 1 / 10
 
-CERTAIN = 1 / 100
-"""The part of the difference that a mistake leaves, within rounding, where no more are tried."""
+LEFT = 1 / 4
+"""The part of the difference that a mistake leaves at most, even where rounding would be more."""
+
+CERTAIN = 1e-4
+"""The part that one leaves where no more are tried; in bfloat16 none leaves so little."""
 
 FEW = 0.1
 """A share of features, or of tokens, that is told of by its number."""
@@ -42,8 +45,9 @@ class Found:
     @property
     def explained(self) -> float:
         """How near what a mistake makes must come to it."""
-        rounded = min(STORED, UNEXPLAINED * self.error) if self.error == self.error else 0.0
-        return max(self.tolerance, rounded)
+        if self.error != self.error:
+            return 0.0
+        return max(min(self.tolerance, LEFT * self.error), min(STORED, UNEXPLAINED * self.error))
 
 
 def closest(
@@ -54,13 +58,15 @@ def closest(
     `right` is what the part should make, and each mistake comes with what it makes, [length
     features].
     """
+    if not np.isfinite(right).all():
+        return "the original itself makes values that are not finite"
     usual = float(np.median(np.linalg.norm(right, axis=-1)))
     best, least = None, found.explained
     for words, made in tried:
         errors = relative(made, found.made, usual)[found.compared]
         if (error := float(errors.max(initial=0.0))) <= least:
             best, least = words, np.nextafter(error, -1)
-        if least <= min(found.tolerance, CERTAIN * found.error):
+        if best is not None and least <= CERTAIN * found.error:
             break
     return best or of_values(right, found)
 
@@ -70,16 +76,20 @@ def of_values(right: npt.NDArray[Any], found: Found) -> str | None:
     rows, ours = right[found.compared], np.float64(found.made[found.compared])
     if broken := int(np.count_nonzero(~np.isfinite(ours))):
         return f"{broken:,} of {ours.size:,} values are not finite"
+    if not ours.any():
+        return "it makes zeros alone"
     length = np.linalg.norm(rows, axis=-1)
     length = np.maximum(length, np.median(length))
     factor = float((rows * ours).sum() / np.square(rows).sum())
     errors = np.linalg.norm(ours - factor * rows, axis=-1)
     if factor and (errors <= found.explained * abs(factor) * length).all():
         return f"it is {factor:.4g} times what it should be"
-    apart = np.abs(ours - rows) > found.tolerance * length[:, None] / 2
-    features, tokens = (int(np.count_nonzero(apart.any(axis=axis))) for axis in (0, 1))
-    if 0 < features <= FEW * rows.shape[1]:
-        return f"it differs in {features:,} of {rows.shape[1]:,} features"
-    if 0 < tokens <= FEW * len(rows):
-        return f"it differs in {tokens:,} of {len(rows):,} tokens"
+    apart = np.abs(ours - rows)
+    for axis, words in ((0, "features"), (1, "tokens")):
+        few = (apart > found.tolerance * length[:, None] / 2).any(axis=axis)
+        count = int(np.count_nonzero(few))
+        others = np.where(few if axis == 0 else few[:, None], 0.0, apart)
+        small = np.linalg.norm(others, axis=-1) <= found.explained * length
+        if 0 < count <= FEW * len(few) and small.all():
+            return f"it differs in {count:,} of {len(few):,} {words}"
     return None

@@ -2,40 +2,34 @@
 
 A golden file lets a machine check a conversion without the memory for the reference model. It holds
 `ids.N` [positions] int32 and `logits.N` [positions vocab] float32 for each sequence; the rest is
-JSON in the file's metadata. Logits are written slice by slice and read slice by slice.
+JSON in the file's metadata. `golden_writing` makes it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-import os
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gemma_convert.errors import SourceError, TargetError, short
+from gemma_convert.errors import SourceError, short
 from gemma_convert.files.json_file import parse_json, read_regular
 from gemma_convert.files.library_path import library_path
-from gemma_convert.files.new_file import new_sibling
-from gemma_convert.logits.reference import Reference, reference_config
-from gemma_convert.logits.sizes import check_sizes
-from gemma_convert.model.config import MAX_CONFIG_BYTES, read_architecture
-from gemma_convert.prompts.text import TokenSequence, token_sequences
-from gemma_convert.stores.remote.locations import local
+from gemma_convert.model.config import MAX_CONFIG_BYTES
+from gemma_convert.model.huggingface_files import CONFIG
+from gemma_convert.prompts.text import TokenSequence
 
 FORMAT = "gemma-convert/golden/1"
 SLICE_BYTES = 64 << 20
 
-_KEY = "gemma-convert"
+KEY = "gemma-convert"
+"""Where the facts stand in the file's metadata."""
+
 _FORMATS = "gemma-convert/golden/"
 _SAMPLES = 64
 _SAMPLE_BYTES = 64 << 10
@@ -92,9 +86,9 @@ class Golden:
 
         Its weights are compared where they are there. Raises SourceError else.
         """
-        found = _sha256(hf / "config.json")
+        found = config_sha256(hf)
         if found != self.config_sha256:
-            raise self._foreign(hf / "config.json", f"sha256 {self.config_sha256}", found)
+            raise self._foreign(hf / CONFIG, f"sha256 {self.config_sha256}", found)
         weights = weight_files(hf)
         if weights and weights != self.weights:
             wanted = {file.name: file for file in self.weights}
@@ -117,47 +111,13 @@ def weight_files(hf: Path) -> tuple[WeightFile, ...]:
     return tuple(_weight_file(path) for path in sorted(hf.glob("*.safetensors")) if path.is_file())
 
 
-def save_golden(
-    hf: str | Path,
-    path: str | Path,
-    *,
-    prompts: Sequence[str] = (),
-    tokens: int | None = None,
-    overwrite: bool = False,
-) -> Golden:
-    """The golden file `path` with transformers' float32 logits of the checkpoint in `hf`.
-
-    It appears under its name only when complete. Raises TargetError where `path` exists already or
-    cannot be written, and SourceError where the checkpoint cannot be run.
-    """
-    path = Path(path)
-    _check_target(path, overwrite)
-    with ExitStack() as stack:
-        folder = local(hf, stack, whole=True)
-        architecture = read_architecture(folder)
-        check_sizes(folder, architecture)
-        reference_config(folder, architecture)
-        sequences = token_sequences(folder, architecture, prompts, tokens)
-        facts = _facts(folder, sequences)
-        reference = Reference(folder)
+def config_sha256(hf: Path) -> str:
+    """The sha256 of the config.json in `hf`; SourceError where there is none."""
+    path = hf / CONFIG
     try:
-        _write(path, facts, sequences, reference, overwrite=overwrite)
-    except OSError as error:
-        raise TargetError(
-            "The golden file cannot be written.", where=path, found=error.strerror or error
-        ) from error
-    return load_golden(path)
-
-
-def _facts(hf: Path, sequences: Sequence[TokenSequence]) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "family": read_architecture(hf).family,
-        "config_sha256": _sha256(hf / "config.json"),
-        "weights": [asdict(file) for file in weight_files(hf)],
-        "versions": {name: version(name) for name in ("transformers", "torch")},
-        "sequences": [{"name": one.name, "pieces": one.pieces} for one in sequences],
-    }
+        return hashlib.sha256(read_regular(path, CONFIG, MAX_CONFIG_BYTES)).hexdigest()
+    except FileNotFoundError as error:
+        raise SourceError("A file cannot be read.", where=path, found=error.strerror) from None
 
 
 def load_golden(path: Path) -> Golden:
@@ -221,21 +181,7 @@ def _shape(file: Any, name: str, dtype: str) -> list[int]:
     return list(part.get_shape())
 
 
-def _check_target(path: Path, overwrite: bool) -> None:
-    if os.path.lexists(path):
-        if not overwrite:
-            raise TargetError("The golden file exists already.", where=path, do="add --overwrite")
-        if path.is_symlink() or not path.is_file() or not _is_golden(path):
-            raise TargetError(
-                "What stands there is no golden file, so it is not replaced.",
-                where=path,
-                do="choose another name, or remove it yourself",
-            )
-    if not path.parent.is_dir():
-        raise TargetError("The folder of the golden file does not exist.", where=path.parent)
-
-
-def _is_golden(path: Path) -> bool:
+def is_golden(path: Path) -> bool:
     """Whether a file is empty, or one of golden logits of whatever version."""
     from safetensors import SafetensorError, safe_open
 
@@ -250,55 +196,8 @@ def _is_golden(path: Path) -> bool:
 
 def _noted(file: Any) -> dict[str, Any]:
     """What the metadata of an open file says of golden logits; empty where that is nothing."""
-    facts = parse_json((file.metadata() or {}).get(_KEY, "null").encode())
+    facts = parse_json((file.metadata() or {}).get(KEY, "null").encode())
     return facts if isinstance(facts, dict) else {}
-
-
-def _write(
-    path: Path,
-    facts: dict[str, Any],
-    sequences: Sequence[TokenSequence],
-    reference: Reference,
-    *,
-    overwrite: bool,
-) -> None:
-    vocab = reference.architecture.text.vocab
-    rows = max(1, SLICE_BYTES // (4 * vocab))
-    descriptor, partial = new_sibling(path)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(_header(facts, sequences, vocab))
-            for sequence in sequences:
-                file.write(np.array(sequence.ids, "<i4").tobytes())
-            for sequence in sequences:
-                for logits in reference.logits(sequence.ids, rows):
-                    file.write(np.ascontiguousarray(logits, "<f4").data)
-            file.flush()
-            os.fsync(file.fileno())
-        _check_target(path, overwrite)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _header(facts: dict[str, Any], sequences: Sequence[TokenSequence], vocab: int) -> bytes:
-    """The safetensors header: its length in 8 bytes, then JSON padded with spaces to 8 bytes."""
-    lengths = [len(sequence.ids) for sequence in sequences]
-    entries: dict[str, Any] = {"__metadata__": {_KEY: json.dumps(facts)}}
-    offset = 0
-    for kind, dtype, row in (("ids", "I32", []), ("logits", "F32", [vocab])):
-        for index, length in enumerate(lengths):
-            end = offset + 4 * math.prod([length, *row])
-            shape = [length, *row]
-            entries[f"{kind}.{index}"] = {
-                "dtype": dtype,
-                "shape": shape,
-                "data_offsets": [offset, end],
-            }
-            offset = end
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
 
 
 def _weight_file(path: Path) -> WeightFile:
@@ -320,10 +219,3 @@ def _identify(path: Path) -> WeightFile:
             file.seek(size * number // _SAMPLES)
             samples.update(file.read(_SAMPLE_BYTES))
     return WeightFile(path.name, size, header, samples.hexdigest())
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return hashlib.sha256(read_regular(path, path.name, MAX_CONFIG_BYTES)).hexdigest()
-    except FileNotFoundError as error:
-        raise SourceError("A file cannot be read.", where=path, found=error.strerror) from None

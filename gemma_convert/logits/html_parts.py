@@ -77,7 +77,9 @@ def _cell(one: PartCheck, row: int, width: float) -> str:
 
 
 def _times(one: PartCheck) -> str:
-    return "NaN" if math.isinf(one.times) else f"{one.times:,.1f}"
+    if math.isinf(one.times):
+        return "NaN"
+    return f"{one.times:,.1f}" if one.times >= 0.05 else "< 0.1"
 
 
 def _level(one: PartCheck) -> int:

@@ -253,8 +253,6 @@ class LayerwiseReference:
         """Its weights in float32, those of the modules in it too if `deep`."""
         import torch
 
-        self._files.release()
-
         for path, part in module.named_modules() if deep else [("", module)]:
             for name, tensor in _own(part).items():
                 stored = f"{prefix}{path}.{name}" if path else f"{prefix}{name}"

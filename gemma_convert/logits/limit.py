@@ -12,12 +12,17 @@ from gemma_convert.checkpoint.sidecar import sidecar_root
 from gemma_convert.errors import SourceError, UsageError, some
 from gemma_convert.files.json_file import read_object
 from gemma_convert.forward.native_model import Dtype
+from gemma_convert.logits.divergence import Divergence
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.output import printable
 
 PROOF_LIMIT = 1e-5
 NOISE_FACTOR = 10.0
-"""How many times the noise floor a KL may be."""
+"""How many times the noise floor the KL of all but one token in a hundred may be."""
+
+SINGLE_NOISE_FACTOR = 100.0
+"""How many times that of any one may be: what a network amplifies in one direction alone differs by
+so much from one draw of noise to the next."""
 
 INDICATION_LIMIT = 0.03
 """The limit of MaxText's own conversion scripts, per token."""
@@ -28,23 +33,43 @@ _MANIFEST = "hf/gemma-convert/manifest.json"
 
 
 @dataclass(frozen=True)
+class NoiseFloor:
+    """KL, in nats, that noise of the size of the local errors gives the reference."""
+
+    kl_max: float
+    kl_p99: float
+
+
+@dataclass(frozen=True)
 class Limit:
-    """The largest KL a token may have, and whether a pass is then a proof."""
+    """The largest KL a token may have, and whether a pass is then a proof.
+
+    `kl_p99` is what all but one token in a hundred may have, None where that is `kl`.
+    """
 
     kl: float
     proof: bool
     reason: str
     warnings: tuple[str, ...]
+    kl_p99: float | None = None
 
-    def above(self, noise_floor: float | None) -> Limit:
-        """The limit where noise alone moves the reference by that KL; it is never less than it was.
+    def above(self, floor: NoiseFloor | None) -> Limit:
+        """The limit where noise alone moves the reference so far; it is never less than it was.
 
         Noise is then what binds, and no pass is a proof of more than each part by itself is.
         """
-        if noise_floor is None or not self.kl < NOISE_FACTOR * noise_floor:
+        if floor is None or not self.kl < SINGLE_NOISE_FACTOR * floor.kl_max:
             return self
-        reason = f"{NOISE_FACTOR:g} × what rounding alone does to this network"
-        return replace(self, kl=NOISE_FACTOR * noise_floor, reason=reason)
+        most = max(self.kl, NOISE_FACTOR * floor.kl_p99)
+        reason = (
+            f"{SINGLE_NOISE_FACTOR:g} × what rounding alone does to this network; {most:.0e} for "
+            "all but one token in a hundred"
+        )
+        return replace(self, kl=SINGLE_NOISE_FACTOR * floor.kl_max, kl_p99=most, reason=reason)
+
+    def allows(self, found: Divergence) -> bool:
+        """Whether the worst token, and all but one in a hundred, are within; NaN never is."""
+        return found.within(self.kl) and (self.kl_p99 is None or found.kl_p99 <= self.kl_p99)
 
 
 def choose_limit(max_kl: float | None, dtype: Dtype, lossy_rows: Sequence[str]) -> Limit:

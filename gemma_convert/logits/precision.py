@@ -30,6 +30,7 @@ def computed_in(dtype: torch.dtype) -> Any:
         torch.conv2d,
         torch.nn.functional.layer_norm,
     }
+    told = {torch.nn.functional.softmax, torch.softmax, torch.Tensor.softmax, torch.Tensor.to}
     wide = dtype is torch.float64
 
     def cast(value: Any) -> Any:
@@ -49,7 +50,7 @@ def computed_in(dtype: torch.dtype) -> Any:
             if function in products:
                 arguments = [cast(value) for value in arguments]
                 named = {key: cast(value) for key, value in named.items()}
-            elif wide:
+            elif wide and function in told:
                 arguments = [widened(value) for value in arguments]
                 named = {key: widened(value) for key, value in named.items()}
             return function(*arguments, **named)

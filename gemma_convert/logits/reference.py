@@ -102,12 +102,6 @@ class Reference:
         self._model.model = None
         gc.collect()
 
-    def logits(self, ids: Sequence[int], rows: int) -> Iterator[npt.NDArray[np.float32]]:
-        """Logits of `ids` in slices of at most `rows` positions, [positions vocab] each."""
-        hidden = self.hidden(TokenSequence("ids", tuple(ids)))
-        for start in range(0, len(ids), rows):
-            yield self.head(hidden[start : start + rows])
-
 
 class TransformersLogits:
     """Logits of the original checkpoint; only hidden states and the head are kept in memory."""

@@ -12,7 +12,7 @@ from gemma_convert.flops.report import human_flops
 from gemma_convert.logits.divergence import Divergence, WorstToken
 from gemma_convert.logits.drift import Drift
 from gemma_convert.logits.fingerprint import Fingerprint
-from gemma_convert.logits.limit import PROOF_LIMIT
+from gemma_convert.logits.limit import PROOF_LIMIT, NoiseFloor
 from gemma_convert.logits.local import FACTOR, LocalCheck, PartCheck
 from gemma_convert.logits.scale import figure, log_range
 from gemma_convert.logits.sparkline import Sparkline
@@ -59,11 +59,10 @@ class LogitReport:
     seconds: float
     local: LocalCheck | None = None
     """Each part on the reference's own states; None where `drift` is, and of several processes."""
-    noise_floor: float | None = None
-    """KL in nats that noise of the size of the local errors gives the reference.
-
-    None where `local` is, and where a part of it failed.
-    """
+    limit_p99: float | None = None
+    """The largest KL that all but one token in a hundred may have, None where that is `limit`."""
+    noise_floor: NoiseFloor | None = None
+    """None where `local` is, and where a part of it failed."""
     lossy_rows: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     native_devices: int = 1
@@ -112,25 +111,28 @@ class LogitReport:
             drift = Drift(**drift | {"layers": tuple(drift["layers"])})
         if (local := values.pop("local")) is not None:
             local = LocalCheck(tuple(PartCheck(**part) for part in local["parts"]), local["noise"])
+        if (floor := values.pop("noise_floor")) is not None:
+            floor = NoiseFloor(**floor)
         for name in ("lossy_rows", "warnings"):
             values[name] = tuple(values[name])
         values["checked"] = tuple(map(CheckedSequence.from_values, values["checked"]))
         values["worst"] = tuple(map(Prediction.from_values, values["worst"]))
         values["fingerprints"] = tuple(Fingerprint(**one) for one in values["fingerprints"])
         found = Divergence(worst=worst, **divergence)
-        return LogitReport(divergence=found, drift=drift, local=local, **values)
+        return LogitReport(divergence=found, drift=drift, local=local, noise_floor=floor, **values)
 
     def as_json(self) -> dict[str, Any]:
         """The report as strict JSON: figures that are NaN or infinite are null, listed in `nan`."""
         figures = asdict(self.divergence)
         tokens, worst = figures.pop("tokens"), figures.pop("worst")
-        drift = self.drift
+        drift, floor = self.drift, self.noise_floor
         return {
             "schema": SCHEMA,
             "passed": self.passed,
             "verdict": self.verdict,
             "proof": self.proof,
             "limit": _finite(self.limit),
+            "limit_p99": _finite(self.limit if self.limit_p99 is None else self.limit_p99),
             "limit_reason": self.limit_reason,
             **{name: _finite(value) for name, value in figures.items()},
             "nan": sorted(name for name, value in figures.items() if not math.isfinite(value)),
@@ -144,7 +146,8 @@ class LogitReport:
             "drift_tolerance": None if drift is None else drift.tolerance,
             "first_drift": None if drift is None else drift.first,
             "local": None if self.local is None else _local_json(self.local),
-            "noise_floor": None if self.noise_floor is None else _finite(self.noise_floor),
+            "noise_floor": None if floor is None else _finite(floor.kl_max),
+            "noise_floor_p99": None if floor is None else _finite(floor.kl_p99),
             "sequences": self.sequences,
             "tokens": tokens,
             "longest_sequence": self.longest_sequence,
@@ -302,7 +305,7 @@ def local_line(local: LocalCheck) -> str:
         )
     first = local.failed[0]
     return (
-        f"{first.name} is {first.error:.0e} off on the original's own states, {first.times:.0f} × "
+        f"{first.name} is {first.error:.1e} off on the original's own states, {first.times:,.0f} × "
         f"its {rounding} (limit {FACTOR:g}); {len(local.failed)} of {len(local.parts)} parts fail"
     )
 
@@ -312,13 +315,14 @@ def mistake_lines(local: LocalCheck) -> list[str]:
     known = [f"{one.name}: {one.mistake}" for one in local.failed if one.mistake is not None]
     if not known:
         return ["not known: no mistake that is tried gives what these parts give"]
-    more = [f"and {len(known) - _MOST_MISTAKES} more"] if len(known) > _MOST_MISTAKES else []
-    return known[:_MOST_MISTAKES] + more
+    left = len(local.failed) - min(len(known), _MOST_MISTAKES)
+    more = [f"{left} more parts fail; what is wrong is looked for in the first two layers"]
+    return known[:_MOST_MISTAKES] + (more if left else [])
 
 
 def noise_line(report: LogitReport) -> str:
     """What rounding alone amounts to in this network, as KL."""
-    floor = report.noise_floor or 0.0
+    floor = 0.0 if report.noise_floor is None else report.noise_floor.kl_max
     text = f"errors of that size move the original itself by KL {floor:.1e}"
     amplified = floor > PROOF_LIMIT
     return text + (": this network amplifies rounding" if amplified else "")

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 from gemma_convert.model.huggingface_files import INDEX, SINGLE
 
+MAPPED_BYTES = 256 << 20
+"""So much is read of files until they are mapped anew: their pages count as resident memory."""
+
 
 class TensorFiles:
     """The safetensors files of a checkpoint: shapes, and parts of tensors in float32.
@@ -28,9 +31,9 @@ class TensorFiles:
     """
 
     def __init__(self, hf: Path, model: Any) -> None:
-        self._hf = hf
-        self._opened: dict[str, Any] = {}
-        self._files: dict[str, tuple[str, str]] = {}
+        self._hf, self._mapped = hf, 0
+        self._open: dict[str, Any] = {}
+        self._places: dict[str, tuple[str, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         with told_by_library("The original checkpoint cannot be read.", hf):
             renamed = _renaming(model)
@@ -39,7 +42,7 @@ class TensorFiles:
                 stored |= dict.fromkeys(self._file(path).keys(), path)
             for name, key in find_naming(stored, hf).stored.items():
                 path, place = stored[key], renamed(name)
-                self._files[place] = path, key
+                self._places[place] = path, key
                 self.shapes[place] = tuple(self._file(path).get_slice(key).get_shape())
 
     def read(
@@ -48,21 +51,24 @@ class TensorFiles:
         """A tensor, or rows of it: the file is mapped into memory, so no other rows are read."""
         import torch
 
-        path, key = self._files[name]
-        tensor: torch.Tensor = self._file(path).get_tensor(key)
-        part = tensor if rows is None else tensor[rows]
-        return part.to(device=device, dtype=torch.float32, copy=True)
-
-    def release(self) -> None:
-        """Lets go of the memory that files are mapped into; they are opened when asked for."""
-        self._opened.clear()
+        path, key = self._places[name]
+        with told_by_library("The original checkpoint cannot be read.", self._hf):
+            tensor: torch.Tensor = self._file(path).get_tensor(key)
+            part = tensor if rows is None else tensor[rows]
+            value = part.to(device=device, dtype=torch.float32, copy=True)
+        self._mapped += part.nbytes
+        if self._mapped > MAPPED_BYTES:
+            self._open.clear()
+            self._mapped = 0
+        return value
 
     def _file(self, path: str) -> Any:
+        """A file, mapped into memory, where pages that were read stay until it is closed."""
         from safetensors import safe_open
 
-        if path not in self._opened:
-            self._opened[path] = safe_open(library_path(self._hf) / path, framework="pt")
-        return self._opened[path]
+        if path not in self._open:
+            self._open[path] = safe_open(library_path(self._hf) / path, framework="pt")
+        return self._open[path]
 
 
 def _renaming(model: Any) -> Callable[[str], str]:

@@ -19,7 +19,7 @@ from gemma_convert.errors import GemmaConvertError, SourceError
 from gemma_convert.layouts.maxtext import tree as maxtext_orbax
 from gemma_convert.layouts.registry import open_model
 from gemma_convert.logits.check import logit_check
-from gemma_convert.logits.golden import save_golden
+from gemma_convert.logits.golden_writing import save_golden
 from gemma_convert.model.config import read_architecture
 from gemma_convert.prompts.images import image_sequences
 from gemma_convert.prompts.sounds import sound_sequences

@@ -28,7 +28,7 @@ def caught() -> Callable[..., None]:
 @pytest.fixture(scope="session")
 def goldens(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
     """goldens(hf): transformers' logits of a checkpoint, made once."""
-    from gemma_convert.logits.golden import save_golden
+    from gemma_convert.logits.golden_writing import save_golden
 
     made: dict[Path, Path] = {}
 

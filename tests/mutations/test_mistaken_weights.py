@@ -1,16 +1,18 @@
-"""A mistake in a written checkpoint: `verify` finds every one, whatever the layout.
+"""A mistake in a written checkpoint: `verify` finds every one, and `logit-check` says where it is.
 
-An ordinary run plants every third, each in some layout; where GEMMA_CONVERT_MUTATIONS asks for the
-report (scripts/mutations.sh) all are planted, logit-check runs over each as well, and its KL is
-noted.
+An ordinary run plants every third, each in some layout, and checks the logits of Fast-LLM's, which
+need no compilation; where GEMMA_CONVERT_MUTATIONS asks for the report (scripts/mutations.sh) all
+are planted and checked, and the KL is noted.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 
 import pytest
+from names import WORDS, mistaken_parts
 from record import REPORT, TOKENS
 from trees import read_safetensors
 from weights import bounds, common, mixture, per_layer, vision
@@ -57,7 +59,7 @@ if not os.environ.get(REPORT):
         for layout, options, family, name, _ in CASES
     ],
 )
-def test_verify_finds_it(tiny, goldens, caught, tmp_path, layout, options, family, mistake, plant):
+def test_verify_finds_it(tiny, caught, tmp_path, layout, options, family, mistake, plant):
     source = tiny(family, layers=10) if family == "e2b" else tiny(family, layers=6)
     planted = tmp_path / "planted"
     planted.mkdir()
@@ -71,9 +73,15 @@ def test_verify_finds_it(tiny, goldens, caught, tmp_path, layout, options, famil
     report = verify(tmp_path / "out", against=source)
     assert not report.passed
     kl = None
-    if os.environ.get(REPORT) and not mistake.startswith(TOWERS):
-        checked = logit_check(source, tmp_path / "out", golden=goldens(source), max_kl=PROOF_LIMIT)
+    if (os.environ.get(REPORT) or layout == "fast-llm") and not mistake.startswith(TOWERS):
+        checked = logit_check(source, tmp_path / "out", tokens=TOKENS, max_kl=PROOF_LIMIT)
         kl = checked.divergence.kl_max
+        expected = mistaken_parts(read_safetensors(source), tensors)
+        assert {(one.layer, one.part) for one in checked.local.failed} == expected
+        said = [one.mistake for one in checked.local.failed if one.mistake is not None]
+        words = WORDS[mistake]
+        assert bool(said) == (words is not None) and not checked.passed
+        assert all(re.search(words, one) for one in said), said
     caught("written", layout, mistake, "verify", kl)
 
 

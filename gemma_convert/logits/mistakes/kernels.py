@@ -49,6 +49,9 @@ NAMES: Mapping[str, str] = {
 }
 """What a module's weight is called in a message."""
 
+REACH = 6
+"""How many layers away a kernel may be from, that of the next block of six at most."""
+
 _EPSILONS = (0.0, 1e-8, 1e-6, 1e-5, 1e-4)
 
 
@@ -62,7 +65,7 @@ def of_kernels(subject: Subject, part: Part) -> Iterator[Trial]:
             yield from of_norm(subject, path)
         else:
             yield from _of_matrix(subject, path)
-    for number in neighbours(subject, 1):
+    for number in neighbours(subject, REACH):
         found = {f"{path}.weight": subject.other(number, f"{path}.weight") for path in paths}
         if all(value is not None for value in found.values()):
             yield Trial(f"its weights are those of layer {number}", found)
@@ -70,6 +73,8 @@ def of_kernels(subject: Subject, part: Part) -> Iterator[Trial]:
         yield Trial("the norm of the values is lost", {"self_attn.v_norm.forward": identity})
         yield from _of_epsilon(subject, "self_attn.v_norm")
     if part == "dense MLP":
+        down = subject.layer.mlp.down_proj.weight
+        yield Trial("gate, up or down is zero", {"mlp.down_proj.weight": down * 0})
         yield from of_activation("mlp.act_fn.forward")
     if part == "per-layer gate":
         import torch
@@ -104,7 +109,7 @@ def _of_matrix(subject: Subject, path: str) -> Iterator[Trial]:
         return
     for words, edit in _edits(subject, path):
         yield Trial(f"{name}: {words}", {f"{path}.weight": edit(weight)})
-    for number in neighbours(subject, 1):
+    for number in neighbours(subject, REACH):
         other = subject.other(number, f"{path}.weight")
         if other is not None:
             yield Trial(f"{name} is that of layer {number}", {f"{path}.weight": other})
@@ -117,7 +122,8 @@ def _edits(subject: Subject, path: str) -> Iterator[tuple[str, Edit]]:
     yield "it is read in the shape of its transpose", lambda values: values.T.reshape(values.shape)
     yield "a square block of it is transposed", _square_transposed
     yield "its outputs are in reverse order", lambda values: values.flip(0)
-    yield "it is zero", lambda values: values * 0
+    if not path.startswith("mlp."):
+        yield "it is zero", lambda values: values * 0
     yield "its outputs are shifted by one", lambda values: values.roll(1, 0)
     yield "its outputs are shifted by one", lambda values: values.roll(-1, 0)
     yield "its inputs are shifted by one", lambda values: values.roll(1, 1)

@@ -9,7 +9,7 @@ import copy
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from gemma_convert.logits.mistakes.kernels import of_activation
+from gemma_convert.logits.mistakes.kernels import REACH, of_activation
 from gemma_convert.logits.mistakes.trial import (
     Subject,
     Trial,
@@ -52,14 +52,14 @@ def of_experts(subject: Subject) -> Iterator[Trial]:
             f"the experts' {name} kernels are read in the shape of their transpose",
             {path: weight.swapaxes(1, 2).reshape(weight.shape)},
         )
-        yield Trial(f"the experts' {name} kernels are zero", {path: weight * 0})
     yield Trial(
         "the experts are in reverse order", {path: _flipped(subject, path) for path in both}
     )
-    for number in neighbours(subject, 1):
+    for number in neighbours(subject, REACH):
         found = {path: subject.other(number, path) for path in both}
         if all(value is not None for value in found.values()):
             yield Trial(f"its weights are those of layer {number}", found)
+    yield Trial("gate, up or down is zero", {"experts.down_proj": down * 0})
     yield from of_activation("experts.act_fn.forward")
 
 
@@ -100,7 +100,7 @@ def of_router(subject: Subject) -> Iterator[Trial]:
         {"router.forward": lambda state: seen(router, type(normed).forward(normed, state))},
     )
     paths = ("router.scale", "router.per_expert_scale", "router.proj.weight")
-    for number in neighbours(subject, 1):
+    for number in neighbours(subject, REACH):
         found = {path: subject.other(number, path) for path in paths}
         if all(value is not None for value in found.values()):
             yield Trial(f"its weights are those of layer {number}", found)
