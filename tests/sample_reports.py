@@ -8,7 +8,6 @@ from dataclasses import replace
 from gemma_convert.logits.divergence import Divergence, WorstToken
 from gemma_convert.logits.drift import Drift
 from gemma_convert.logits.fingerprint import Fingerprint
-from gemma_convert.logits.limit import NoiseFloor
 from gemma_convert.logits.local import LocalCheck, PartCheck
 from gemma_convert.logits.report import LogitReport
 from gemma_convert.logits.tokens import Candidate, CheckedSequence, Prediction
@@ -100,7 +99,7 @@ def report(*checked: CheckedSequence, **changes: object) -> LogitReport:
         ),
         drift=Drift(1e-7, (2e-7, 3e-7, 5e-7, 8e-7), 9e-7, 2e-3),
         local=parts(),
-        noise_floor=NoiseFloor(3e-9, 1e-9),
+        noise_floor=3e-9,
         sequences=len(checked),
         longest_sequence=max(len(one.ids) for one in checked),
         sliding_window=512,

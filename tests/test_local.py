@@ -81,7 +81,7 @@ def test_a_right_conversion_is_within_its_rounding(shallow, converted, layout, m
     assert by_layer[0] == EVERY[model] and len(set(names)) == len(names)
     size = 2.0**-24 if dtype == "float32" else 2.0**-9
     assert all(size <= part.noise < 200 * size for part in report.local.parts)
-    assert report.divergence.kl_p99 < 10 * report.noise_floor.kl_p99
+    assert report.divergence.kl_p99 < 10 * report.noise_floor
 
 
 def mistaken(source, folder, edits):

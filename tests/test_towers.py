@@ -172,4 +172,4 @@ def test_a_tower_that_amplifies_rounding(amplifying, converted, picture, shifted
     assert failed == (["vision, the embedded soft tokens"] if shifted else [])
     if not shifted:
         assert report.divergence.kl_max > 1e-5
-        assert report.limit == SINGLE_NOISE_FACTOR * report.noise_floor.kl_max
+        assert report.limit == SINGLE_NOISE_FACTOR * report.noise_floor

@@ -34,7 +34,7 @@ from gemma_convert.logits.drift import TOLERANCE, Drift, drift_of
 from gemma_convert.logits.fingerprint import fingerprints
 from gemma_convert.logits.golden import SLICE_BYTES, Golden, load_golden
 from gemma_convert.logits.layerwise import LayerwiseReference
-from gemma_convert.logits.limit import NoiseFloor, choose_limit, find_lossy_rows
+from gemma_convert.logits.limit import choose_limit, find_lossy_rows
 from gemma_convert.logits.local import LocalCheck, LocalRun
 from gemma_convert.logits.reference import TransformersLogits, reference_config
 from gemma_convert.logits.report import LogitReport
@@ -229,7 +229,7 @@ class _Run:
     compared: Accumulator
     drift: Drift | None
     local: LocalCheck | None
-    noise_floor: NoiseFloor | None
+    noise_floor: float | None
     reference_device: str
     native_device: str
 

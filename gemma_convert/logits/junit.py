@@ -99,9 +99,7 @@ def _properties(report: LogitReport) -> dict[str, str]:
         "native": native_line(report),
         "whole_model": str(report.whole_model).lower(),
         "compared": compared_line(report),
-        **(
-            {} if report.noise_floor is None else {"noise_floor": figure(report.noise_floor.kl_max)}
-        ),
+        **({} if report.noise_floor is None else {"noise_floor": figure(report.noise_floor)}),
         **({} if drift is None else {"first_drift": drift.first or "none"}),
         **{f"version.{name}": value for name, value in report.versions.items()},
     }

@@ -33,14 +33,6 @@ _MANIFEST = "hf/gemma-convert/manifest.json"
 
 
 @dataclass(frozen=True)
-class NoiseFloor:
-    """KL, in nats, that noise of the size of the local errors gives the reference."""
-
-    kl_max: float
-    kl_p99: float
-
-
-@dataclass(frozen=True)
 class Limit:
     """The largest KL a token may have, and whether a pass is then a proof.
 
@@ -53,19 +45,19 @@ class Limit:
     warnings: tuple[str, ...]
     kl_p99: float | None = None
 
-    def above(self, floor: NoiseFloor | None) -> Limit:
+    def above(self, noise_floor: float | None) -> Limit:
         """The limit where noise alone moves the reference so far; it is never less than it was.
 
         Noise is then what binds, and no pass is a proof of more than each part by itself is.
         """
-        if floor is None or not self.kl < SINGLE_NOISE_FACTOR * floor.kl_max:
+        if noise_floor is None or not self.kl < SINGLE_NOISE_FACTOR * noise_floor:
             return self
-        most = max(self.kl, NOISE_FACTOR * floor.kl_p99)
+        most = max(self.kl, NOISE_FACTOR * noise_floor)
         reason = (
             f"{SINGLE_NOISE_FACTOR:g} × what rounding alone does to this network; {most:.0e} for "
             "all but one token in a hundred"
         )
-        return replace(self, kl=SINGLE_NOISE_FACTOR * floor.kl_max, kl_p99=most, reason=reason)
+        return replace(self, kl=SINGLE_NOISE_FACTOR * noise_floor, kl_p99=most, reason=reason)
 
     def allows(self, found: Divergence) -> bool:
         """Whether the worst token, and all but one in a hundred, are within; NaN never is."""

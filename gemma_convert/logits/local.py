@@ -20,7 +20,6 @@ from gemma_convert.forward.native_model import Dtype, Given, Logits, States, Str
 from gemma_convert.forward.parts import Part
 from gemma_convert.logits.drift import relative
 from gemma_convert.logits.explanation import Found
-from gemma_convert.logits.limit import NoiseFloor
 from gemma_convert.logits.sliced import SlicedComparison
 from gemma_convert.prompts.soft import SoftSequence
 from gemma_convert.prompts.text import TokenSequence
@@ -212,10 +211,9 @@ class LocalRun:
         return LocalCheck(evened(self._parts), self._probe.noise)
 
     @property
-    def noise_floor(self) -> NoiseFloor:
-        """The KL of the reference with noise from the reference without."""
-        kl = self._floor.result().kl
-        return NoiseFloor(float(kl.max()), float(np.percentile(kl, 99)))
+    def noise_floor(self) -> float:
+        """The largest KL, in nats, of the reference with noise from the reference without."""
+        return float(self._floor.result().kl.max())
 
     @property
     def tied(self) -> npt.NDArray[np.float64]:

@@ -12,7 +12,7 @@ from gemma_convert.flops.report import human_flops
 from gemma_convert.logits.divergence import Divergence, WorstToken
 from gemma_convert.logits.drift import Drift
 from gemma_convert.logits.fingerprint import Fingerprint
-from gemma_convert.logits.limit import PROOF_LIMIT, NoiseFloor
+from gemma_convert.logits.limit import PROOF_LIMIT
 from gemma_convert.logits.local import FACTOR, LocalCheck, PartCheck
 from gemma_convert.logits.scale import figure, log_range
 from gemma_convert.logits.sparkline import Sparkline
@@ -61,8 +61,11 @@ class LogitReport:
     """Each part on the reference's own states; None where `drift` is, and of several processes."""
     limit_p99: float | None = None
     """The largest KL that all but one token in a hundred may have, None where that is `limit`."""
-    noise_floor: NoiseFloor | None = None
-    """None where `local` is, and where a part of it failed."""
+    noise_floor: float | None = None
+    """KL in nats that noise of the size of the local errors gives the reference.
+
+    None where `local` is, and where a part of it failed.
+    """
     lossy_rows: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     native_devices: int = 1
@@ -111,21 +114,19 @@ class LogitReport:
             drift = Drift(**drift | {"layers": tuple(drift["layers"])})
         if (local := values.pop("local")) is not None:
             local = LocalCheck(tuple(PartCheck(**part) for part in local["parts"]), local["noise"])
-        if (floor := values.pop("noise_floor")) is not None:
-            floor = NoiseFloor(**floor)
         for name in ("lossy_rows", "warnings"):
             values[name] = tuple(values[name])
         values["checked"] = tuple(map(CheckedSequence.from_values, values["checked"]))
         values["worst"] = tuple(map(Prediction.from_values, values["worst"]))
         values["fingerprints"] = tuple(Fingerprint(**one) for one in values["fingerprints"])
         found = Divergence(worst=worst, **divergence)
-        return LogitReport(divergence=found, drift=drift, local=local, noise_floor=floor, **values)
+        return LogitReport(divergence=found, drift=drift, local=local, **values)
 
     def as_json(self) -> dict[str, Any]:
         """The report as strict JSON: figures that are NaN or infinite are null, listed in `nan`."""
         figures = asdict(self.divergence)
         tokens, worst = figures.pop("tokens"), figures.pop("worst")
-        drift, floor = self.drift, self.noise_floor
+        drift = self.drift
         return {
             "schema": SCHEMA,
             "passed": self.passed,
@@ -146,8 +147,7 @@ class LogitReport:
             "drift_tolerance": None if drift is None else drift.tolerance,
             "first_drift": None if drift is None else drift.first,
             "local": None if self.local is None else _local_json(self.local),
-            "noise_floor": None if floor is None else _finite(floor.kl_max),
-            "noise_floor_p99": None if floor is None else _finite(floor.kl_p99),
+            "noise_floor": None if self.noise_floor is None else _finite(self.noise_floor),
             "sequences": self.sequences,
             "tokens": tokens,
             "longest_sequence": self.longest_sequence,
@@ -322,7 +322,7 @@ def mistake_lines(local: LocalCheck) -> list[str]:
 
 def noise_line(report: LogitReport) -> str:
     """What rounding alone amounts to in this network, as KL."""
-    floor = 0.0 if report.noise_floor is None else report.noise_floor.kl_max
+    floor = report.noise_floor or 0.0
     text = f"errors of that size move the original itself by KL {floor:.1e}"
     amplified = floor > PROOF_LIMIT
     return text + (": this network amplifies rounding" if amplified else "")

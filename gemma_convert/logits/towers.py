@@ -13,7 +13,7 @@ from gemma_convert.forward.encoder import Encoder, Made
 from gemma_convert.forward.native_model import Dtype
 from gemma_convert.forward.parts import Part
 from gemma_convert.logits.drift import relative
-from gemma_convert.logits.explanation import Found, of_values
+from gemma_convert.logits.explanation import Found, closest
 from gemma_convert.logits.local import FACTOR, SMALLEST, PartCheck, evened, usual_length
 from gemma_convert.logits.tower_reference import TowerStep, WatchedTower
 from gemma_convert.prompts.soft import SoftSequence
@@ -80,7 +80,7 @@ def _compared(step: TowerStep, made: Made, tower: str, noise: Dtype) -> Iterator
         else:
             every = np.ones(len(found), np.bool_)
             seen = Found(part, found, one.error, FACTOR * rounding, every)
-            mistake = of_values(exact, seen)
+            mistake = closest(exact, (), seen)
             yield PartCheck(part, step.layer, one.error, rounding, mistake, tower)
 
 

@@ -23,6 +23,7 @@ _FRACTIONS = (0.125, 0.25, 0.5, 1.0)
 
 
 def of_attention(subject: Subject, exact: Mapping[Part, Any]) -> Iterator[Trial]:
+    """Between the projections, whose parts rightly make `exact`."""
     yield from _of_mask(subject)
     yield from _of_rotary(subject)
     head_dim = subject.layer.self_attn.head_dim

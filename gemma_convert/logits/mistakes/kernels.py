@@ -56,6 +56,7 @@ _EPSILONS = (0.0, 1e-8, 1e-6, 1e-5, 1e-4)
 
 
 def of_kernels(subject: Subject, part: Part) -> Iterator[Trial]:
+    """In a part of `WEIGHTS`: its kernels, its norm, its activation."""
     paths = [path for path in WEIGHTS[part] if subject.weight(f"{path}.weight") is not None]
     if part == "values" and not paths:
         paths = ["self_attn.k_proj"]
@@ -148,6 +149,7 @@ def _edits_of_heads(subject: Subject, path: str) -> Iterator[tuple[str, Edit]]:
 
 
 def of_norm(subject: Subject, path: str) -> Iterator[Trial]:
+    """In the norm at `path` of the layer."""
     import torch
 
     weight, place = subject.weight(f"{path}.weight"), f"{path}.weight"
@@ -177,6 +179,7 @@ def _of_epsilon(subject: Subject, path: str) -> Iterator[Trial]:
 
 
 def of_activation(path: str) -> Iterator[Trial]:
+    """In the activation whose `forward` is at `path` of the layer."""
     import torch
 
     yield Trial("its activation is lost", {path: identity})
@@ -185,6 +188,7 @@ def of_activation(path: str) -> Iterator[Trial]:
 
 
 def of_scalar(subject: Subject) -> Iterator[Trial]:
+    """In what the layer's output is multiplied with."""
     scalar = subject.layer.layer_scalar
     yield Trial("the layer's scalar is lost", {"layer_scalar": scalar * 0 + 1})
     yield Trial("the layer's scalar is applied twice", {"layer_scalar": scalar * scalar})

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from gemma_convert.logits.mistakes.kernels import REACH, of_activation
 from gemma_convert.logits.mistakes.trial import (
@@ -16,17 +15,14 @@ from gemma_convert.logits.mistakes.trial import (
     neighbours,
 )
 
-if TYPE_CHECKING:
-    import torch
-
 
 def of_experts(subject: Subject) -> Iterator[Trial]:
+    """In the kernels of the experts, and in which of them is which."""
     import torch
 
     both = {"experts.gate_up_proj": "gate and up", "experts.down_proj": "down"}
-    up, down = (subject.weight(path) for path in both)
-    if up is None or down is None:
-        return
+    up, down = subject.layer.experts.gate_up_proj, subject.layer.experts.down_proj
+    kernels = dict(zip(both, (up, down), strict=True))
     gate, linear = up.chunk(2, dim=1)
     yield Trial(
         "gate and up are exchanged", {"experts.gate_up_proj": torch.cat([linear, gate], dim=1)}
@@ -40,20 +36,19 @@ def of_experts(subject: Subject) -> Iterator[Trial]:
         {"experts.gate_up_proj": torch.cat([up[:, ::2], up[:, 1::2]], dim=1)},
     )
     for count in (1, -1):
-        rolled = {
-            path: subject.layer.experts.get_parameter(path[8:]).roll(count, 0) for path in both
-        }
+        rolled = {path: kernel.roll(count, 0) for path, kernel in kernels.items()}
         for path, name in both.items():
             yield Trial(f"the experts' {name} kernels are rolled by one", {path: rolled[path]})
         yield Trial("the experts are rolled by one", rolled)
     for path, name in both.items():
-        weight = subject.layer.experts.get_parameter(path[8:])
+        weight = kernels[path]
         yield Trial(
             f"the experts' {name} kernels are read in the shape of their transpose",
             {path: weight.swapaxes(1, 2).reshape(weight.shape)},
         )
     yield Trial(
-        "the experts are in reverse order", {path: _flipped(subject, path) for path in both}
+        "the experts are in reverse order",
+        {path: kernel.flip(0) for path, kernel in kernels.items()},
     )
     for number in neighbours(subject, REACH):
         found = {path: subject.other(number, path) for path in both}
@@ -63,12 +58,8 @@ def of_experts(subject: Subject) -> Iterator[Trial]:
     yield from of_activation("experts.act_fn.forward")
 
 
-def _flipped(subject: Subject, path: str) -> torch.Tensor:
-    weight: torch.Tensor = subject.layer.experts.get_parameter(path[8:])
-    return weight.flip(0)
-
-
 def of_router(subject: Subject) -> Iterator[Trial]:
+    """In the choice of experts, and in the share of each."""
     import torch
 
     router = subject.layer.router

@@ -103,6 +103,7 @@ def regrouped(values: torch.Tensor, outer: int, axis: int) -> torch.Tensor:
 
 
 def identity(value: Any) -> Any:
+    """What stands in for a norm or an activation that is lost."""
     return value
 
 
