@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gemma_convert import logit_check, to_native
+from gemma_convert.logits.divergence import Divergence, WorstToken
+from gemma_convert.logits.limit import choose_limit
 from gemma_convert.logits.local import FACTOR, LocalCheck, PartCheck, Probe, chosen_tokens
 from gemma_convert.logits.other_runs import Calls, OtherRuns, decided, moved
 from gemma_convert.logits.precision import computed_in
@@ -258,6 +260,22 @@ def test_a_mistake_in_it_is_found_all_the_same(wild, tmp_path, mistake):
     report = logit_check(wild, tmp_path / "out")
     assert not report.passed
     assert [one.name for one in report.local.failed] == [part]
+
+
+def test_noise_raises_the_limit_by_ten_and_of_single_tokens_by_a_hundred():
+    def divergence(kl_max, kl_p99):
+        worst = WorstToken("a", 0, 0, None, kl_max)
+        return Divergence(100, 0.0, kl_p99, kl_max, worst, 1.0, 1.0, 0.0)
+
+    base = choose_limit(None, "float32", ())
+    assert base.above(None) == base and base.above(1e-8) == base
+    raised = base.above(1e-3)
+    assert (raised.kl, raised.kl_p99) == pytest.approx((0.1, 0.01))
+    assert raised.allows(divergence(0.09, 0.009))
+    assert not raised.allows(divergence(0.11, 0.009))
+    assert not raised.allows(divergence(0.09, 0.011))
+    assert not raised.allows(divergence(np.nan, 0.009))
+    assert base.allows(divergence(9e-6, 9e-6)) and not base.allows(divergence(1.1e-5, 1e-9))
 
 
 def test_experts_are_undecided_near_a_tie_alone():

@@ -18,6 +18,7 @@ from gemma_convert.layouts.fast_llm import forward as fast_llm
 from gemma_convert.layouts.fast_llm import forward_config as fast_llm_config
 from gemma_convert.layouts.fast_llm.forward import FastLLM
 from gemma_convert.layouts.fast_llm.forward_config import MAX_BYTES, read_fast_llm_config
+from gemma_convert.layouts.fast_llm.stored import shapes
 from gemma_convert.logits.divergence import compare
 from gemma_convert.model.config import parse_architecture, read_architecture
 
@@ -229,7 +230,7 @@ def hf_tensors(folder):
 def test_published_models_have_the_parameters_that_fast_llm_counts(tmp_path, name, parameters):
     metadata = fast_llm_metadata(load_architecture(name))
     config = read_fast_llm_config(write_fast_llm(tmp_path, {"a/weights": np.ones(1)}, metadata))
-    assert len(dict(fast_llm.shapes(config))) == parameters
+    assert len(dict(shapes(config))) == parameters
 
 
 def test_batches_of_other_lengths_run_together(cases, monkeypatch):

@@ -20,7 +20,7 @@ from sample_reports import sequence, with_image
 from gemma_convert.logits.divergence import Likeliest, TokenDivergence
 from gemma_convert.logits.fingerprint import Fingerprint, fingerprints
 from gemma_convert.logits.golden import weight_files
-from gemma_convert.logits.report import render
+from gemma_convert.logits.report_table import render
 from gemma_convert.logits.scale import LogRange, figure, largest_of_bins, log_range
 from gemma_convert.logits.sparkline import Sparkline
 from gemma_convert.logits.tokens import checked_sequences, worst_first, worst_predictions

@@ -123,8 +123,8 @@ def command(
     from gemma_convert.cli.threads import let_threads_sleep
     from gemma_convert.engine.joined import is_leader, joined
     from gemma_convert.logits.check import logit_check
-    from gemma_convert.logits.report import render
     from gemma_convert.logits.report_file import ReportFiles
+    from gemma_convert.logits.report_table import render
     from gemma_convert.output import show, show_json
 
     return_large_blocks()

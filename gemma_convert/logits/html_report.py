@@ -10,8 +10,8 @@ from importlib.resources import files
 from gemma_convert.logits.html_parts import part_rows, parts_pictures
 from gemma_convert.logits.html_plots import drift_plot, kl_plot
 from gemma_convert.logits.html_tokens import legend, prediction, strip
-from gemma_convert.logits.report import (
-    LogitReport,
+from gemma_convert.logits.report import LogitReport
+from gemma_convert.logits.report_lines import (
     arithmetic_line,
     compared_line,
     local_line,

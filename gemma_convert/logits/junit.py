@@ -10,7 +10,8 @@ from datetime import datetime
 from xml.etree import ElementTree
 
 from gemma_convert.logits.local import LocalCheck
-from gemma_convert.logits.report import LogitReport, compared_line, local_line, native_line
+from gemma_convert.logits.report import LogitReport
+from gemma_convert.logits.report_lines import compared_line, local_line, native_line
 from gemma_convert.logits.scale import figure
 from gemma_convert.logits.tokens import CheckedSequence
 from gemma_convert.output import printable

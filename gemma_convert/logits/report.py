@@ -1,4 +1,4 @@
-"""What a logit check found: one dataclass, its JSON, and its table for a terminal."""
+"""What a logit check found: one dataclass, its text for another process, and its JSON."""
 
 from __future__ import annotations
 
@@ -8,24 +8,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from gemma_convert.flops.hardware import TERA
-from gemma_convert.flops.report import human_flops
 from gemma_convert.logits.divergence import Divergence, WorstToken
 from gemma_convert.logits.drift import Drift
 from gemma_convert.logits.fingerprint import Fingerprint
-from gemma_convert.logits.limit import PROOF_LIMIT
 from gemma_convert.logits.local import FACTOR, LocalCheck, PartCheck
-from gemma_convert.logits.scale import figure, log_range
-from gemma_convert.logits.sparkline import Sparkline
-from gemma_convert.logits.tokens import Candidate, CheckedSequence, Prediction, worst_first
-from gemma_convert.output import printable
+from gemma_convert.logits.tokens import Candidate, CheckedSequence, Prediction
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    pass
 
 SCHEMA = "gemma-convert/logit-check/3"
-
-_MOST_SPARKLINES = 12
-_MOST_MISTAKES = 6
 
 
 @dataclass(frozen=True)
@@ -218,148 +210,6 @@ def _prediction_json(one: Prediction) -> dict[str, Any]:
         "reference": side(one.reference),
         "native": side(one.native),
     }
-
-
-def render(report: LogitReport) -> RenderableType:
-    """A compact table of the report, for rich, with the KL of each sequence's tokens as a line."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    colour = "green" if report.passed and report.proof else "yellow" if report.passed else "red"
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim")
-    table.add_column()
-    for name, value in _lines(report):
-        table.add_row(name, Text(value))
-    lines = Table.grid(padding=(0, 2))
-    lines.add_column(style="dim", max_width=24, no_wrap=True, overflow="ellipsis")
-    lines.add_column(no_wrap=True)
-    lines.add_column()
-    lines.add_row()
-    for name, value, sparkline in _sparklines(report):
-        lines.add_row(Text(printable(name)), value, sparkline)
-    warnings = [Text(f"! {warning}", style="yellow") for warning in report.warnings]
-    return Group(Text(report.verdict, style=f"bold {colour}"), table, lines, *warnings)
-
-
-def _sparklines(report: LogitReport) -> list[tuple[str, str, Sparkline | str]]:
-    """Name, largest value and line of each sequence, of the worst where they are many."""
-    span = log_range([kl for one in report.checked for kl in one.compared], report.limit)
-    order = worst_first([one.kl_max for one in report.checked])
-    kept = sorted(order[:_MOST_SPARKLINES])
-    head = f"by position, from 1e{span.low} to 1e{span.high}"
-    rows: list[tuple[str, str, Sparkline | str]] = [("", "KL max", head)] if kept else []
-    rows += [
-        (one.name, figure(one.kl_max), Sparkline(one.kl, span, report.limit))
-        for one in (report.checked[number] for number in kept)
-    ]
-    if len(order) > len(kept):
-        rows.append((f"and {len(order) - len(kept)} more", "", "all of them better"))
-    if report.drift is not None:
-        drift, tolerance = report.drift, report.drift.tolerance
-        stages = drift.stages
-        span = log_range(list(stages.values()), tolerance)
-        worst = figure(stages[list(stages)[worst_first(list(stages.values()))[0]]])
-        rows.append(("drift by layer", worst, Sparkline(list(stages.values()), span, tolerance)))
-    return rows
-
-
-def _lines(report: LogitReport) -> list[tuple[str, str]]:
-    found, worst, local = report.divergence, report.divergence.worst, report.local
-    text = "" if worst.text is None else f" {worst.text!r}"
-    place = f"{printable(worst.sequence)}, position {worst.position}"
-    return [
-        ("KL max", f"{found.kl_max:.2e}   limit {report.limit:.0e} ({report.limit_reason})"),
-        ("worst token", f"{place}: id {worst.token}{text}"),
-        ("KL p99, mean", f"{found.kl_p99:.2e}, {found.kl_mean:.2e}"),
-        (
-            "agreement",
-            f"top-1 {found.top1_agreement:.2%}, top-10 {found.topk_overlap:.2%}, largest logit "
-            f"difference {found.max_logit_difference:.2e}",
-        ),
-        *([("drift", _drift(report.drift))] if report.drift is not None else []),
-        *([("each part", local_line(report.local))] if report.local is not None else []),
-        *([("what is wrong", "\n".join(mistake_lines(local)))] if local and local.failed else []),
-        *([("noise floor", noise_line(report))] if report.noise_floor is not None else []),
-        ("compared", compared_line(report)),
-        ("reference", f"{report.reference}, float32, {report.reference_device}"),
-        ("native", native_line(report)),
-        ("arithmetic", arithmetic_line(report)),
-        (
-            "time, memory",
-            f"{report.seconds:.1f} s, {report.peak_memory_bytes / 1e9:.1f} GB at most"
-            + (", both models whole" if report.whole_model else ", layer by layer"),
-        ),
-    ]
-
-
-def local_line(local: LocalCheck) -> str:
-    """What the parts are by themselves: within their rounding, or which is not."""
-    rounding = f"rounding in {local.noise}"
-    worst = local.worst
-    if local.passed:
-        return (
-            f"all {len(local.parts)} within {worst.times:.1f} × their own {rounding} "
-            f"(limit {FACTOR:g})"
-        )
-    first = local.failed[0]
-    return (
-        f"{first.name} is {first.error:.1e} off on the original's own states, {first.times:,.0f} × "
-        f"its {rounding} (limit {FACTOR:g}); {len(local.failed)} of {len(local.parts)} parts fail"
-    )
-
-
-def mistake_lines(local: LocalCheck) -> list[str]:
-    """What is wrong with the first parts that failed; that it is not known, where it is not."""
-    known = [f"{one.name}: {one.mistake}" for one in local.failed if one.mistake is not None]
-    if not known:
-        return ["not known: no mistake that is tried gives what these parts give"]
-    left = len(local.failed) - min(len(known), _MOST_MISTAKES)
-    more = [f"{left} more parts fail; what is wrong is looked for in the first two layers"]
-    return known[:_MOST_MISTAKES] + (more if left else [])
-
-
-def noise_line(report: LogitReport) -> str:
-    """What rounding alone amounts to in this network, as KL."""
-    floor = report.noise_floor or 0.0
-    text = f"errors of that size move the original itself by KL {floor:.1e}"
-    amplified = floor > PROOF_LIMIT
-    return text + (": this network amplifies rounding" if amplified else "")
-
-
-def compared_line(report: LogitReport) -> str:
-    """What was compared: tokens, sequences, images and sounds."""
-    return (
-        f"{report.divergence.tokens} tokens in {report.sequences} sequences, the longest "
-        f"{report.longest_sequence} (sliding window {report.sliding_window})"
-        + (f", {report.images} with an image" if report.images else "")
-        + (f", {report.sounds} with a sound" if report.sounds else "")
-    )
-
-
-def native_line(report: LogitReport) -> str:
-    """How the native side was run: layout, dtype, device and processes."""
-    return f"{report.layout}, {report.dtype}, {report.native_device}" + (
-        f", {report.processes} processes" if report.processes > 1 else ""
-    )
-
-
-def arithmetic_line(report: LogitReport) -> str:
-    """FLOPs, the time that they took, and the rate."""
-    return (
-        f"{human_flops(report.flops)} in {report.running_seconds:.1f} s, weights read in it: "
-        f"{report.flops_per_second / TERA:.3g} TFLOP/s"
-    )
-
-
-def _drift(drift: Drift) -> str:
-    last = f"{drift.final_norm:.0e} before the head"
-    if drift.tolerance is None:
-        return last
-    if drift.first is None:
-        return f"{last}, all layers within {drift.tolerance:.0e}"
-    return f"{last}; first beyond {drift.tolerance:.0e}: {drift.first}"
 
 
 def _finite(value: float) -> float | None:

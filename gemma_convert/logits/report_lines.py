@@ -1,0 +1,81 @@
+"""What a report says, a sentence a line, wherever it is shown: terminal, HTML, JUnit."""
+
+from __future__ import annotations
+
+from gemma_convert.flops.hardware import TERA
+from gemma_convert.flops.report import human_flops
+from gemma_convert.logits.drift import Drift
+from gemma_convert.logits.limit import PROOF_LIMIT
+from gemma_convert.logits.local import FACTOR, LocalCheck
+from gemma_convert.logits.report import LogitReport
+
+_MOST_MISTAKES = 6
+
+
+def local_line(local: LocalCheck) -> str:
+    """What the parts are by themselves: within their rounding, or which is not."""
+    rounding = f"rounding in {local.noise}"
+    worst = local.worst
+    if local.passed:
+        return (
+            f"all {len(local.parts)} within {worst.times:.1f} × their own {rounding} "
+            f"(limit {FACTOR:g})"
+        )
+    first = local.failed[0]
+    return (
+        f"{first.name} is {first.error:.1e} off on the original's own states, {first.times:,.0f} × "
+        f"its {rounding} (limit {FACTOR:g}); {len(local.failed)} of {len(local.parts)} parts fail"
+    )
+
+
+def mistake_lines(local: LocalCheck) -> list[str]:
+    """What is wrong with the first parts that failed; that it is not known, where it is not."""
+    known = [f"{one.name}: {one.mistake}" for one in local.failed if one.mistake is not None]
+    if not known:
+        return ["not known: no mistake that is tried gives what these parts give"]
+    left = len(local.failed) - min(len(known), _MOST_MISTAKES)
+    more = [f"{left} more parts fail; what is wrong is looked for in the first two layers"]
+    return known[:_MOST_MISTAKES] + (more if left else [])
+
+
+def noise_line(report: LogitReport) -> str:
+    """What rounding alone amounts to in this network, as KL."""
+    floor = report.noise_floor or 0.0
+    text = f"errors of that size move the original itself by KL {floor:.1e}"
+    amplified = floor > PROOF_LIMIT
+    return text + (": this network amplifies rounding" if amplified else "")
+
+
+def compared_line(report: LogitReport) -> str:
+    """What was compared: tokens, sequences, images and sounds."""
+    return (
+        f"{report.divergence.tokens} tokens in {report.sequences} sequences, the longest "
+        f"{report.longest_sequence} (sliding window {report.sliding_window})"
+        + (f", {report.images} with an image" if report.images else "")
+        + (f", {report.sounds} with a sound" if report.sounds else "")
+    )
+
+
+def native_line(report: LogitReport) -> str:
+    """How the native side was run: layout, dtype, device and processes."""
+    return f"{report.layout}, {report.dtype}, {report.native_device}" + (
+        f", {report.processes} processes" if report.processes > 1 else ""
+    )
+
+
+def arithmetic_line(report: LogitReport) -> str:
+    """FLOPs, the time that they took, and the rate."""
+    return (
+        f"{human_flops(report.flops)} in {report.running_seconds:.1f} s, weights read in it: "
+        f"{report.flops_per_second / TERA:.3g} TFLOP/s"
+    )
+
+
+def drift_line(drift: Drift) -> str:
+    """How far states are apart in the end, and the first stage beyond the tolerance."""
+    last = f"{drift.final_norm:.0e} before the head"
+    if drift.tolerance is None:
+        return last
+    if drift.first is None:
+        return f"{last}, all layers within {drift.tolerance:.0e}"
+    return f"{last}; first beyond {drift.tolerance:.0e}: {drift.first}"
