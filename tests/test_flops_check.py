@@ -15,7 +15,7 @@ from gemma_convert.flops.count import count
 from gemma_convert.flops.source import read_model
 from gemma_convert.flops.workload import prefill
 from gemma_convert.logits.achieved import forward_flops
-from gemma_convert.logits.report import render
+from gemma_convert.logits.report_table import render
 from gemma_convert.model.config import read_architecture
 from gemma_convert.prompts.images import ImageSequence
 from gemma_convert.prompts.sounds import SoundSequence

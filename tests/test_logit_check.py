@@ -30,7 +30,7 @@ from gemma_convert.logits import check as check_module
 from gemma_convert.logits.check import logit_check
 from gemma_convert.logits.golden_writing import save_golden
 from gemma_convert.logits.limit import choose_limit, find_lossy_rows
-from gemma_convert.logits.report import render
+from gemma_convert.logits.report_table import render
 from gemma_convert.model.config import read_architecture
 from gemma_convert.prompts.images import image_sequences
 

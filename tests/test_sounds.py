@@ -21,7 +21,7 @@ from gemma_convert.logits import check as check_module
 from gemma_convert.logits.check import logit_check
 from gemma_convert.logits.local import FACTOR
 from gemma_convert.logits.reference import Reference
-from gemma_convert.logits.report import render
+from gemma_convert.logits.report_table import render
 from gemma_convert.model.config import read_architecture
 from gemma_convert.prompts import soft as soft_module
 from gemma_convert.prompts.batches import batches

@@ -33,7 +33,7 @@ from gemma_convert.logits.drift import TOLERANCE, Drift, measure_drift
 from gemma_convert.logits.golden_writing import save_golden
 from gemma_convert.logits.layerwise import LayerwiseReference
 from gemma_convert.logits.reference import Reference
-from gemma_convert.logits.report import render
+from gemma_convert.logits.report_table import render
 from gemma_convert.logits.sliced import SlicedComparison
 from gemma_convert.model.config import read_architecture
 from gemma_convert.prompts.batches import batches, by_sequence
