@@ -15,6 +15,7 @@ from gemma_convert.arrays.dtypes import DTypePolicy, TensorSpec, numpy_dtype
 from gemma_convert.arrays.values import Array
 from gemma_convert.checkpoint.original import Original
 from gemma_convert.errors import SourceError
+from gemma_convert.mapping.adapted import table_of
 from gemma_convert.mapping.plan import Plan, SourceTensor, plan_to_native
 from gemma_convert.mapping.region import Box, Ranges
 from gemma_convert.mapping.table import load_table
@@ -97,7 +98,7 @@ def plan_native(native: NativeSource, original: Original) -> Plan:
     """
     plan = plan_to_native(
         original.architecture,
-        load_table(native.layout),
+        table_of(native.layout, original.architecture),
         original.specs,
         DTypePolicy(),
         scanned=native.scanned,

@@ -20,10 +20,10 @@ from gemma_convert.arrays.values import Array, convert, count_rounded
 from gemma_convert.checkpoint.native import NativeSource, StoredArray, plan_native
 from gemma_convert.checkpoint.original import Original
 from gemma_convert.engine.restoring import Restorer
+from gemma_convert.mapping.adapted import table_of
 from gemma_convert.mapping.cutting import cut_by_chunks
 from gemma_convert.mapping.plan import Plan, SourceTensor, block_limit, plan_to_native
 from gemma_convert.mapping.region import Ranges, RegionCopy, blocks, selection
-from gemma_convert.mapping.table import load_table
 
 OPEN_ARRAYS = 4
 """Only the last few stay open, since their decoded chunks are kept."""
@@ -155,7 +155,7 @@ def plan_relayout(
     def plan(specs: Mapping[str, TensorSpec], policy: DTypePolicy) -> Plan:
         return plan_to_native(
             original.architecture,
-            load_table(layout),
+            table_of(layout, original.architecture),
             specs,
             policy,
             scanned=scanned,

@@ -79,11 +79,12 @@ def _check_head(missing: Sequence[HFTensor], where: str) -> None:
 def _check_groups(
     expected: Mapping[str, HFTensor], source: Mapping[str, TensorSpec], where: str
 ) -> None:
-    """The optional tensors of one layer are all there or all absent."""
-    groups: dict[int, list[str]] = defaultdict(list)
+    """The optional tensors of one layer, or of one weight, are all there or all absent."""
+    groups: dict[tuple[object, ...], list[str]] = defaultdict(list)
     for name, tensor in expected.items():
         if tensor.row.optional is not None and not tensor.required:
-            groups[tensor.index.get("layers", -1)].append(name)
+            together = (tensor.row.together, *tensor.index.values()) if tensor.row.together else ()
+            groups[tensor.index.get("layers", -1), *together].append(name)
     for names in groups.values():
         present = [name for name in names if name in source]
         if present and len(present) < len(names):

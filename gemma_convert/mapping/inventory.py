@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from math import prod
 
 from gemma_convert.errors import MappingError
+from gemma_convert.mapping.adapted import inventory_of
 from gemma_convert.mapping.notation import Index, View
 from gemma_convert.mapping.rows import HFRow, Inventory
-from gemma_convert.mapping.table import load_inventory
 from gemma_convert.model.architecture import MODEL_FACTS, Architecture
 
 
@@ -28,7 +28,7 @@ class HFTensor:
 
 def hf_tensors(architecture: Architecture, inventory: Inventory | None = None) -> list[HFTensor]:
     """Every tensor of the model in the Hugging Face layout, optional ones included."""
-    inventory = inventory or load_inventory()
+    inventory = inventory or inventory_of(architecture)
     return [
         tensor for row in inventory.rows for tensor in _row_tensors(row, architecture, inventory)
     ]

@@ -10,6 +10,7 @@ from functools import cached_property
 
 from gemma_convert.arrays.dtypes import DTypePolicy, TensorSpec, rounds, widest
 from gemma_convert.errors import MappingError, UsageError
+from gemma_convert.mapping.adapted import no_place
 from gemma_convert.mapping.coverage import check_source, check_targets
 from gemma_convert.mapping.inventory import HFTensor, axis_size, hf_tensors, indices, shape_of
 from gemma_convert.mapping.notation import Index, View
@@ -248,6 +249,8 @@ def _find_row(
     for entry in table.carried:
         if entry.matches(tensor.row) and entry.when.holds(architecture, tensor.index):
             return None, entry.why
+    if architecture.adapter is not None:
+        raise no_place(table, tensor.name)
     raise MappingError(
         "No row converts this tensor, and nothing says why it would be carried.",
         where=f"{table.layout}.toml",

@@ -13,7 +13,9 @@ from gemma_convert.mapping.notation import Condition, Pattern, Spellings, View
 class HFRow:
     """One family of Hugging Face tensors; where `optional` holds, a tensor may be absent.
 
-    In a model whose output head is tied, it is absent or equals the one that `tied` names.
+    In a model whose output head is tied, it is absent or equals the one that `tied` names. The
+    optional tensors of one layer are all there or none, or those of one weight that is named as
+    being `together`.
     """
 
     view: View
@@ -22,6 +24,7 @@ class HFRow:
     tied: str | None
     text_only_name: Pattern
     where: str
+    together: str = ""
 
     def name(self, text_only: bool) -> Pattern:
         return self.text_only_name if text_only else self.view.pattern
@@ -93,6 +96,45 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class MatrixForm:
+    """How a layout has one matrix of an adapter.
+
+    `name` is its path, with `{array}` where that of the changed array stands; `shape` has a word
+    for each dimension: `rank`, `in` or `out` for one dimension an axis, `(in)` or `(out)` for one
+    dimension of all axes.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+
+    def dims(
+        self, *, inputs: tuple[str, ...], outputs: tuple[str, ...]
+    ) -> tuple[tuple[str, ...], ...]:
+        """The dimensions, for a weight with these axes."""
+        axes = {"in": inputs, "out": outputs, "rank": ("rank",)}
+        found: list[tuple[str, ...]] = []
+        for word in self.shape:
+            grouped = axes[word.strip("()")]
+            found += [grouped] if word.startswith("(") else [(axis,) for axis in grouped]
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class AdapterForm:
+    """How a layout has an adapter: its two matrices, and the weights that it may change.
+
+    `root` is what stands before the path of a changed array and not before that of a matrix;
+    `scanned` says why scanned layers take none.
+    """
+
+    root: str
+    a: MatrixForm
+    b: MatrixForm
+    targets: tuple[str, ...]
+    scanned: str | None
+
+
+@dataclass(frozen=True)
 class Files:
     """What a checkpoint consists of beside an Orbax tree, as patterns of names in its folder.
 
@@ -130,6 +172,7 @@ class Table:
     placements: Mapping[str, Placement]
     files: Files | None
     inventory: Inventory
+    adapter: AdapterForm | None = None
 
     @cached_property
     def _rows_by_hf(self) -> Mapping[str, tuple[NativeRow, ...]]:

@@ -17,10 +17,12 @@ from gemma_convert.mapping.declared import declaration, is_own, module_folder, p
 from gemma_convert.mapping.notation import Pattern, axis_of, parse_view
 from gemma_convert.mapping.record import Record
 from gemma_convert.mapping.rows import (
+    AdapterForm,
     CarriedRow,
     Files,
     HFRow,
     Inventory,
+    MatrixForm,
     NativeRow,
     Placement,
     Refusal,
@@ -134,6 +136,7 @@ def parse_table(data: Mapping[str, Any], file: str, inventory: Inventory) -> Tab
         "carried",
         "refused",
         "placement",
+        "adapter",
         "section",
         "fact",
         "models",
@@ -154,6 +157,7 @@ def parse_table(data: Mapping[str, Any], file: str, inventory: Inventory) -> Tab
         placements=placements,
         files=_files(top.table("files")) if top.has("files") else None,
         inventory=inventory,
+        adapter=_adapter(top.table("adapter"), rows) if top.has("adapter") else None,
     )
     for row in inventory.rows:
         mapped = row.view.pattern.text in without or any(native.hf is row for native in rows)
@@ -263,6 +267,45 @@ def _placement(name: str, record: Record) -> Placement:
         raise record.error("`after` is a number of dimensions.", found=after)
     axis = record.checked(axis_of, record.text("axis"), name)
     return Placement(name, axis, after, refused, tuple(stacks))
+
+
+def _adapter(record: Record, rows: list[NativeRow]) -> AdapterForm:
+    record.only("root", "a", "b", "targets", "scanned")
+    targets = record.texts("targets")
+    for name in targets:
+        found = [row for row in rows if row.hf.view.pattern.text == name]
+        if not found:
+            raise record.error("`targets` names no weight that a row converts.", found=name)
+        for row in found:
+            whole = {axis for dim in row.hf.view.dims for axis in dim}
+            if whole != {axis for dim in row.native.dims for axis in dim}:
+                raise record.error(
+                    "The array of an adapted weight has the axes of that weight, and no others.",
+                    expected=str(row.hf.view),
+                    found=str(row.native),
+                )
+    return AdapterForm(
+        root=record.text("root", ""),
+        a=_matrix_form(record, "a"),
+        b=_matrix_form(record, "b"),
+        targets=targets,
+        scanned=record.text("scanned") if record.has("scanned") else None,
+    )
+
+
+def _matrix_form(record: Record, key: str) -> MatrixForm:
+    text = record.text(key)
+    name, bracket, shape = text.partition(" [")
+    words = tuple(shape.removesuffix("]").split())
+    axes = "in" if key == "a" else "out"
+    wanted = {(axes, "rank"), ("rank", axes), (f"({axes})", "rank"), ("rank", f"({axes})")}
+    if "{array}" not in name or not bracket or words not in wanted:
+        raise record.error(
+            "A matrix of an adapter is a path with {array}, and its dimensions.",
+            expected=f"{{array}}_lora_{key} [({axes}) rank], with or without parentheses",
+            found=text,
+        )
+    return MatrixForm(name, words)
 
 
 def _files(record: Record) -> Files:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from gemma_convert.model.adapter import Adapter
+
 Family = Literal["e2b", "e4b", "12b", "26b-a4b", "31b"]
 
 
@@ -199,6 +201,8 @@ class Architecture:
     """True for 12B: embedders instead of towers, and classes of its own in transformers."""
     vision_embedder: VisionEmbedder | None = None
     audio_embedder: AudioEmbedder | None = None
+    adapter: Adapter | None = None
+    """Of an adapter of this model, whose tensors are those of the adapter alone."""
 
     @property
     def family(self) -> Family:
@@ -279,6 +283,8 @@ class Architecture:
             sizes |= {"ple": text.ple, "ple_vocab": text.ple_vocab}
         if text.moe:
             sizes |= {"experts": text.experts, "expert_mlp": text.expert_mlp}
+        if self.adapter is not None:
+            sizes["rank"] = self.adapter.rank
         parts = (self.vision, self.audio, self.vision_embedder, self.audio_embedder)
         for part in parts:
             sizes |= {} if part is None else part.sizes
@@ -310,7 +316,7 @@ _LAYER_SIZES = {"heads": "heads", "kv_heads": "kv_heads", "head_dim": "head_dim"
 
 _AXIS_WORDS = """
 vocab embed layers heads kv_heads head_dim mlp gate_up kv bound
-experts expert_mlp ple ple_vocab
+experts expert_mlp ple ple_vocab rank
 vit_embed vit_layers vit_heads vit_head_dim vit_mlp patch positions xy
 audio_embed audio_layers audio_heads audio_head_dim audio_mlp audio_glu audio_conv audio_kernel
 audio_output conv_stages conv_time conv_frequency conv_in conv_out conv_last frequencies

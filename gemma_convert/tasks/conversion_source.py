@@ -15,9 +15,9 @@ from gemma_convert.errors import UsageError
 from gemma_convert.files.identity import Unchanged
 from gemma_convert.layouts.opening import open_checkpoint
 from gemma_convert.layouts.registry import is_native, load_layout
+from gemma_convert.mapping.adapted import table_of
 from gemma_convert.mapping.config_keys import check_keys
 from gemma_convert.mapping.plan import plan_to_native
-from gemma_convert.mapping.table import load_table
 from gemma_convert.model.config import load_config, read_architecture
 from gemma_convert.model.huggingface_files import CONFIG
 from gemma_convert.output import shown
@@ -75,7 +75,7 @@ def _from_huggingface(
     reader = stack.enter_context(SafetensorsFolder(source))
     plan = plan_to_native(
         architecture,
-        load_table(options.layout),
+        table_of(options.layout, architecture),
         reader.specs,
         options.policy,
         scanned=options.scanned,

@@ -1,0 +1,150 @@
+"""adapter_config.json of PEFT → the facts of one low-rank adapter, or one clear message.
+
+An adapter changes weight [out in] by scaling · B [out rank] · A [rank in], and scaling is
+alpha / rank, or alpha / √rank for rsLoRA. Keys and their meaning: `LoraConfig` in
+`peft/tuners/lora/config.py`, PEFT 0.21.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma_convert.errors import SourceError, short
+from gemma_convert.files.json_file import read_object
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER = "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 16 << 20
+MAX_RANK = 1 << 16
+
+_OTHERS: Mapping[str, str] = {
+    "use_dora": "DoRA scales every row by a magnitude of its own, for which no layout has a place",
+    "use_qalora": "QA-LoRA pools the input of an adapter, which no framework here computes",
+    "lora_bias": "biases of an adapter have no place in a Gemma 4 checkpoint",
+    "fan_in_fan_out": "no weight of Gemma 4 is stored the other way around",
+    "modules_to_save": "the adapter holds whole modules beside its matrices",
+    "target_parameters": "adapters of the batched experts are not converted",
+    "trainable_token_indices": "the adapter holds rows of the embedding",
+    "layer_replication": "the adapter is for a model with copies of layers",
+    "rank_pattern": "a native adapter has one rank",
+    "alpha_pattern": "a native adapter has one alpha",
+    "megatron_config": "the adapter is for Megatron's layers",
+    "alora_invocation_tokens": "an activated adapter changes only tokens behind its invocation",
+}
+"""Key of adapter_config.json that says an adapter is more than two matrices a weight → why not."""
+
+_MOVING_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Values of `init_lora_weights` with which PEFT changes the base model's own weights."""
+
+_BESIDE_MATRICES: Mapping[str, str] = {
+    "lora_magnitude_vector": "the magnitudes of DoRA",
+    "lora_embedding_A": "an adapter of the embedding",
+    "lora_embedding_B": "an adapter of the embedding",
+    "modules_to_save": "a whole module",
+    "base_layer": "weights of the base model, or an adapter of the batched experts",
+    "bias": "a bias",
+}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter: the rank of its matrices, and alpha, so that it is scaled by alpha / rank."""
+
+    rank: int
+    alpha: float
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter of PEFT, in safetensors, and no weights of a model."""
+    return (folder / ADAPTER).is_file() and not (folder / "model.safetensors").exists()
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """The adapter in `folder`, by its adapter_config.json.
+
+    Raises SourceError where it is no LoRA of PEFT, or is more than two matrices a weight.
+    """
+    config, where = _read(folder), folder / ADAPTER_CONFIG
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise _unlike(where, "peft_type", "LORA: two matrices for each weight", kind)
+    for key, why in _OTHERS.items():
+        if config.get(key):
+            raise _unlike(where, key, f"no {key}: {why}", config[key])
+    if config.get("bias", "none") != "none":
+        raise _unlike(where, "bias", "none: biases have no place", config["bias"])
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(_MOVING_THE_BASE):
+        raise _unlike(where, "init_lora_weights", "an adapter of unchanged base weights", start)
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= MAX_RANK:
+        raise _unlike(where, "r", f"a rank from 1 to {MAX_RANK}", rank)
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+        raise _unlike(where, "lora_alpha", "a number", alpha)
+    scale = rank**0.5 if config.get("use_rslora") else 1.0
+    return Adapter(rank, alpha * scale)
+
+
+def named_base(folder: Path) -> str | None:
+    """What adapter_config.json says the base model is: a path, or a name on the hub."""
+    base = _read(folder).get("base_model_name_or_path")
+    return base if isinstance(base, str) and base else None
+
+
+def refuse_beside_matrices(names: Iterable[str], where: Path) -> None:
+    """Nothing where all tensors are matrices A and B; SourceError names the first other."""
+    for name in names:
+        found = next((why for part, why in _BESIDE_MATRICES.items() if part in name.split(".")), "")
+        if found or not name.endswith((".lora_A.weight", ".lora_B.weight")):
+            raise SourceError(
+                "The adapter holds more than the two matrices of each weight.",
+                where=where,
+                expected="names that end in lora_A.weight or lora_B.weight",
+                found=f"{short(name)}{', ' if found else ''}{found}",
+                do="merge it into its base model with merge_and_unload() of PEFT, and convert that",
+            )
+
+
+def adapter_config(adapter: Adapter, base: str, modules: Iterable[str]) -> dict[str, Any]:
+    """adapter_config.json for an adapter that no file describes; `modules` are the adapted ones."""
+    alpha = int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha
+    return {
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": adapter.rank,
+        "target_modules": sorted(modules),
+        "task_type": "CAUSAL_LM",
+    }
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        return read_object(folder / ADAPTER_CONFIG, ADAPTER_CONFIG, MAX_CONFIG_BYTES)
+    except FileNotFoundError:
+        raise SourceError(
+            "There is no adapter_config.json, so nothing says how the adapter is scaled.",
+            where=folder / ADAPTER_CONFIG,
+            do="give the whole folder that save_pretrained() of PEFT wrote",
+        ) from None
+
+
+def _unlike(where: Path, key: str, expected: str, found: object) -> SourceError:
+    return SourceError(
+        "This adapter is not one that is converted.",
+        where=f"{where}, key {key}",
+        expected=expected,
+        found=short(found),
+        do="merge it into its base model with merge_and_unload() of PEFT, and convert that",
+    )
