@@ -38,13 +38,22 @@ class OrbaxLayout(ABC):
         del arrays
         return False
 
+    def version(self, arrays: Iterable[str]) -> str | None:
+        """The version of the framework that a tree is for, by the names that `stored` has of it.
+
+        None where they fit the first one that the layout's table knows.
+        """
+        del arrays
+        return None
+
     def find(self, folder: NativeFolder) -> Path | None:
         return folder.items if self.stored(folder.arrays) else None
 
     def open(self, where: Path) -> NativeSource:
         tree = read_orbax_tree(where)
         stored = self.stored(tree.arrays)
-        return orbax_source(self.name, tree, stored, scanned=self.scanned(stored))
+        scanned, version = self.scanned(stored), self.version(stored)
+        return orbax_source(self.name, tree, stored, scanned=scanned, version=version)
 
     def settings_files(self, plan: Plan, target: Path) -> dict[str, str]:
         del plan, target
@@ -56,7 +65,12 @@ class OrbaxLayout(ABC):
 
 
 def orbax_source(
-    layout: str, tree: OrbaxTree, stored: Mapping[str, str], *, scanned: bool
+    layout: str,
+    tree: OrbaxTree,
+    stored: Mapping[str, str],
+    *,
+    scanned: bool,
+    version: str | None = None,
 ) -> NativeSource:
     """The arrays of `tree` that `stored` names: name in the table → name on disk."""
 
@@ -74,4 +88,5 @@ def orbax_source(
         array_metadata=lambda: array_metadata(tree),
         converted=is_converted(tree.folder),
         beside=(*(name for name in tree.arrays if name not in used), *tree.others),
+        version=version,
     )

@@ -144,7 +144,7 @@ def _native_coverage(architecture: Architecture, native: NativeSource) -> Covera
     try:
         plan = plan_to_native(
             architecture,
-            load_table(native.layout),
+            load_table(native.layout, native.version),
             source,
             DTypePolicy(),
             scanned=native.scanned,

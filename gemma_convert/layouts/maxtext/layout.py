@@ -29,6 +29,7 @@ STEP, ITEMS = "0", "items"
 
 PARAMETERS = "params/params/"
 _VISION = PARAMETERS + "vision_encoder/"
+_EMBEDDER, _WITH_EMBEDDER = _VISION + "Gemma4UnifiedVisionEmbedder_0/", "85b12b8"
 _SCANNED = "/scanned_blocks/"
 _VALUE = "/value"
 _RANDOM = "/rngs/"
@@ -46,6 +47,9 @@ class MaxText(OrbaxLayout):
 
     def scanned(self, arrays: Iterable[str]) -> bool:
         return any(_SCANNED in name for name in arrays)
+
+    def version(self, arrays: Iterable[str]) -> str | None:
+        return _WITH_EMBEDDER if any(name.startswith(_EMBEDDER) for name in arrays) else None
 
     def open_model(self, where: Path, architecture: Architecture) -> NativeModel:
         from gemma_convert.layouts.maxtext.model import open_model
