@@ -16,7 +16,10 @@ MANIFEST = "manifest.json"
 PLACE = "hf/gemma-convert/manifest.json"
 """Where the manifest lies below the folder of a checkpoint."""
 
-SCHEMA = "gemma-convert/manifest/2"
+SCHEMA = "gemma-convert/manifest/3"
+SEALED = (SCHEMA, "gemma-convert/manifest/2")
+"""The second knows no version of the framework: it is the first one of the layout's table."""
+
 OLDER = "gemma-convert/manifest/1"
 """It knows no digests of headers, exceptions, the framework's files and its own."""
 
@@ -44,15 +47,15 @@ def read_manifest(checkpoint: Path, *, damaged: bool = False) -> dict[str, Any] 
     except FileNotFoundError:
         return None
     manifest = parse_object(data, "The manifest", path)
-    if manifest.get("schema") not in (SCHEMA, OLDER):
+    if manifest.get("schema") not in (*SEALED, OLDER):
         raise SourceError(
             "The manifest is of another version.",
             where=path,
-            expected=f"{SCHEMA} or {OLDER}",
+            expected=", ".join((*SEALED, OLDER)),
             found=short(manifest.get("schema")),
         )
     check_manifest(manifest, path)
-    if not damaged and manifest["schema"] == SCHEMA and not is_sealed(data):
+    if not damaged and manifest["schema"] in SEALED and not is_sealed(data):
         raise SourceError(
             "The manifest is not what it was when the checkpoint was written.",
             where=path,
@@ -70,6 +73,9 @@ def is_sealed(data: bytes) -> bool:
 
 def check_manifest(manifest: Mapping[str, Any], where: Path) -> None:
     """Raises SourceError where an entry is not what we write, or names a file elsewhere."""
+    version = manifest.get("framework_version")
+    if not isinstance(version, str | None):
+        raise _malformed(where, "framework_version", version)
     for key, valid in {**_LISTS, **_MAPPINGS}.items():
         kind = dict if key in _MAPPINGS else list
         entries = manifest.get(key, None if key == "shards" else kind())

@@ -41,7 +41,8 @@ class NativeSource:
 
     `opener(name, cache_bytes)` opens one, parts of up to `block_bytes` are read at once,
     `fingerprint` is that of its folder when it was opened, and `beside` are arrays that are no
-    parameters. Use as a context manager.
+    parameters. `version` is that of the framework that it is for, None for the layout's first one.
+    Use as a context manager.
     """
 
     layout: str
@@ -57,6 +58,7 @@ class NativeSource:
     """Whether its own files say that it was converted, so that it had a sidecar."""
     block_bytes: int | None = None
     fingerprint: str = ""
+    version: str | None = None
     release: Callable[[], None] = lambda: None
 
     def __enter__(self) -> NativeSource:
@@ -77,11 +79,12 @@ class NativeSource:
     @property
     def towers(self) -> bool:
         """Whether the vision or audio tower is in the checkpoint."""
-        return any(load_table(self.layout).in_tower(name) for name in self.specs)
+        table = load_table(self.layout, self.version)
+        return any(table.in_tower(name) for name in self.specs)
 
     def without_towers(self) -> NativeSource:
         """The source without its vision and audio towers."""
-        table = load_table(self.layout)
+        table = load_table(self.layout, self.version)
         text = {name: spec for name, spec in self.specs.items() if not table.in_tower(name)}
         return replace(self, specs=text)
 
@@ -98,7 +101,7 @@ def plan_native(native: NativeSource, original: Original) -> Plan:
     """
     plan = plan_to_native(
         original.architecture,
-        table_of(native.layout, original.architecture),
+        table_of(native.layout, original.architecture, native.version),
         original.specs,
         DTypePolicy(),
         scanned=native.scanned,

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from gemma_convert.checkpoint.native import NativeSource
 from gemma_convert.checkpoint.native_folder import NativeFolder
+from gemma_convert.errors import SourceError, some
+from gemma_convert.mapping.notation import join_path, split_path
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.stores.orbax.reader import (
     OrbaxArray,
@@ -17,6 +19,7 @@ from gemma_convert.stores.orbax.reader import (
     open_array,
     read_orbax_tree,
 )
+from gemma_convert.stores.orbax.wrapped import unwrapped
 
 
 class OrbaxLayout(ABC):
@@ -38,13 +41,31 @@ class OrbaxLayout(ABC):
         del arrays
         return False
 
+    def version(self, arrays: Iterable[str]) -> str | None:
+        """The version of the framework that a tree is for, by the names that `stored` has of it.
+
+        None where they fit the first one that the layout's table knows.
+        """
+        del arrays
+        return None
+
     def find(self, folder: NativeFolder) -> Path | None:
-        return folder.items if self.stored(folder.arrays) else None
+        found = [tree for tree, arrays in folder.trees.items() if self.stored(arrays)]
+        if len(found) > 1:
+            raise SourceError(
+                "Several Orbax trees here may be the model.",
+                where=folder.path,
+                expected="one",
+                found=some([str(tree) for tree in found]),
+                do=f"give the path of the one that is meant, such as {found[0]}",
+            )
+        return found[0] if found else None
 
     def open(self, where: Path) -> NativeSource:
         tree = read_orbax_tree(where)
         stored = self.stored(tree.arrays)
-        return orbax_source(self.name, tree, stored, scanned=self.scanned(stored))
+        scanned, version = self.scanned(stored), self.version(stored)
+        return orbax_source(self.name, tree, stored, scanned=scanned, version=version)
 
     def settings_files(self, plan: Plan, target: Path) -> dict[str, str]:
         del plan, target
@@ -55,8 +76,23 @@ class OrbaxLayout(ABC):
         return {}
 
 
+def bare_names(arrays: Iterable[str], *roots: str) -> dict[str, str]:
+    """Name of an array in the model's own tree → its name in a tree that may wrap that.
+
+    `roots` are how names of the model begin, whole keys of them. Raises SourceError where there are
+    several such trees (`stores.orbax.wrapped`).
+    """
+    found = unwrapped(map(split_path, arrays), [split_path(root) for root in roots])
+    return {join_path(name): join_path(path) for name, path in found.items()}
+
+
 def orbax_source(
-    layout: str, tree: OrbaxTree, stored: Mapping[str, str], *, scanned: bool
+    layout: str,
+    tree: OrbaxTree,
+    stored: Mapping[str, str],
+    *,
+    scanned: bool,
+    version: str | None = None,
 ) -> NativeSource:
     """The arrays of `tree` that `stored` names: name in the table → name on disk."""
 
@@ -74,4 +110,5 @@ def orbax_source(
         array_metadata=lambda: array_metadata(tree),
         converted=is_converted(tree.folder),
         beside=(*(name for name in tree.arrays if name not in used), *tree.others),
+        version=version,
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemma_convert.cli.options import LAYOUTS, AsJson
+from gemma_convert.cli.options import LAYOUTS, AsJson, FrameworkVersion
 from gemma_convert.mapping.declared import layout_names
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def command(
             autocompletion=layout_names,
         ),
     ] = None,
+    framework_version: FrameworkVersion = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -66,7 +67,9 @@ def command(
     from gemma_convert.output import show, show_json
     from gemma_convert.tasks.mappings import list_mappings
 
-    report = list_mappings(layout, model, scan_layers=scan_layers, facts=facts)
+    report = list_mappings(
+        layout, model, framework_version=framework_version, scan_layers=scan_layers, facts=facts
+    )
     if as_json:
         show_json(report.as_json())
         return

@@ -34,6 +34,14 @@ class KVShared(StrEnum):
     OMIT = "omit"
 
 
+FrameworkVersion = Annotated[
+    str | None,
+    typer.Option(
+        "--framework-version",
+        help="Version of the framework that it is for, one that the layout's table lists; its "
+        "first by default.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 Overwrite = Annotated[
     bool,

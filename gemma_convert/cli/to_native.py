@@ -16,6 +16,7 @@ from gemma_convert.cli.options import (
     Coordinator,
     Distributed,
     DType,
+    FrameworkVersion,
     Memory,
     Overwrite,
     ProcessCount,
@@ -59,6 +60,7 @@ def command(
             "--format", metavar=LAYOUTS, help="Native layout.", autocompletion=layout_names
         ),
     ],
+    framework_version: FrameworkVersion = None,
     like: Annotated[
         str | None,
         typer.Option(help="For a native SRC without a sidecar: its Hugging Face original."),
@@ -143,6 +145,7 @@ def command(
             source,
             target,
             layout=layout,
+            framework_version=framework_version,
             like=like,
             scan_layers=scan_layers,
             dtype=dtype.value,

@@ -20,10 +20,10 @@ from gemma_convert.arrays.values import Array, convert, count_rounded
 from gemma_convert.checkpoint.native import NativeSource, StoredArray, plan_native
 from gemma_convert.checkpoint.original import Original
 from gemma_convert.engine.restoring import Restorer
-from gemma_convert.mapping.adapted import table_of
 from gemma_convert.mapping.cutting import cut_by_chunks
 from gemma_convert.mapping.plan import Plan, SourceTensor, block_limit, plan_to_native
 from gemma_convert.mapping.region import Ranges, RegionCopy, blocks, selection
+from gemma_convert.mapping.rows import Table
 
 OPEN_ARRAYS = 4
 """Only the last few stay open, since their decoded chunks are kept."""
@@ -137,25 +137,26 @@ def native_dtype(native: NativeSource, source: SourceTensor) -> str:
 def plan_relayout(
     native: NativeSource,
     original: Original,
-    layout: str,
+    table: Table,
     policy: DTypePolicy,
     *,
     scanned: bool,
     text_only: bool,
 ) -> tuple[Plan, HuggingFaceView]:
-    """The plan from one native checkpoint to another, and the view that it reads.
+    """The plan from one native checkpoint to another, by its `table`, and the view that it reads.
 
     Towers that the source carries in its sidecar go where the new layout has a place for them,
-    unless the layout stays the same. Raises SourceError where the tree is not that of the
+    unless layout and version stay the same. Raises SourceError where the tree is not that of the
     original's config.json.
     """
     before = plan_native(native, original)
-    text_only = text_only or (layout == native.layout and not native.towers)
+    same = (table.layout, table.version) == (native.layout, before.version)
+    text_only = text_only or (same and not native.towers)
 
     def plan(specs: Mapping[str, TensorSpec], policy: DTypePolicy) -> Plan:
         return plan_to_native(
             original.architecture,
-            table_of(layout, original.architecture),
+            table,
             specs,
             policy,
             scanned=scanned,

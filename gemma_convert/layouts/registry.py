@@ -13,20 +13,23 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from gemma_convert.checkpoint import sidecar
 from gemma_convert.checkpoint.layout import Layout
+from gemma_convert.checkpoint.manifest import read_manifest
 from gemma_convert.checkpoint.native import NativeSource, fingerprint
 from gemma_convert.checkpoint.native_folder import NativeFolder
-from gemma_convert.errors import SourceError, UsageError, short
+from gemma_convert.errors import SourceError, UsageError, short, some
 from gemma_convert.files.given_settings import GivenSettings
 from gemma_convert.forward.native_model import NativeModel
 from gemma_convert.mapping.declared import declaration, layout_names, package
 from gemma_convert.mapping.facts import FactTable, load_facts
 from gemma_convert.mapping.native_facts import NativeFacts, Settings, native_facts
+from gemma_convert.mapping.table import load_table
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import parse_architecture
 from gemma_convert.model.huggingface_files import INDEX, SINGLE
 from gemma_convert.output import note
-from gemma_convert.stores.orbax.reader import find_items
+from gemma_convert.stores.orbax.finding import find_trees
 
 _FACTS = {"name": str, "framework": str, "divisible": bool, "streams": bool}
 _METHODS = ("find", "open", "create", "settings", "settings_files", "check_metadata")
@@ -80,7 +83,10 @@ def open_native(path: Path, block_bytes: int | None = None) -> NativeSource:
     """
     layout, where = _recognised(path)
     found = fingerprint(where)
-    return replace(layout.open(where), block_bytes=block_bytes, fingerprint=found)
+    native = layout.open(where)
+    version = _recorded_version(where) or native.version
+    load_table(native.layout, version)  # one that is not known is refused before it is read
+    return replace(native, block_bytes=block_bytes, fingerprint=found, version=version)
 
 
 def open_model(path: Path, architecture: Architecture) -> NativeModel:
@@ -143,7 +149,7 @@ def is_native(path: Path) -> bool:
     if any((path / name).exists() for name in (SINGLE, INDEX)):
         return False
     folder = NativeFolder(path)
-    return folder.items is not None or next(_found(folder), None) is not None
+    return bool(folder.trees) or next(_found(folder), None) is not None
 
 
 def usable_layouts(unusable: list[UsageError] | None = None) -> Iterator[Layout]:
@@ -162,14 +168,22 @@ def _recognised(path: Path) -> tuple[Layout, Path]:
     folder, unusable = NativeFolder(path), list[UsageError]()
     for layout, where in _found(folder, unusable):
         return layout, where
-    items = find_items(path)
+    trees = find_trees(path)
+    names = {name.split("/")[0] for arrays in folder.trees.values() for name in arrays}
     raise SourceError(
         "The checkpoint holds no parameters in a layout that is known.",
-        where=items,
+        where=some(list(map(str, trees))),
         expected=f"a checkpoint of {', '.join(one.framework for one in usable_layouts())}",
-        found=", ".join(sorted({name.split("/")[0] for name in folder.arrays})[:8]) or "no arrays",
+        found=some(sorted(names)) or "no arrays",
         do=f"{unusable[0].do}: {unusable[0].what}" if unusable else None,
     )
+
+
+def _recorded_version(where: Path) -> str | None:
+    """The version of the framework that the manifest of a checkpoint names, where it has one."""
+    root = sidecar.sidecar_root(where)
+    manifest = None if root is None else read_manifest(root, damaged=True)
+    return None if manifest is None else manifest.get("framework_version")
 
 
 def _found(

@@ -33,12 +33,13 @@ _NO_LINEAR = ("embed_tokens", "embed_tokens_per_layer", "lm_head")
 """Two-dimensional weights that are looked up, not multiplied, and the head that is one of them."""
 
 
-def table_of(layout: str, architecture: Architecture) -> Table:
-    """The table of a layout for a model, or for an adapter of it.
+def table_of(layout: str, architecture: Architecture, version: str | None = None) -> Table:
+    """The table of a layout, for a version of its framework, for a model or for an adapter of it.
 
     Raises UsageError where the layout has no place for adapters.
     """
-    return load_table(layout) if architecture.adapter is None else adapter_table(layout)
+    table = load_table(layout, version)
+    return table if architecture.adapter is None else adapter_table(layout, version)
 
 
 def inventory_of(architecture: Architecture) -> Inventory:
@@ -55,12 +56,12 @@ def adapter_inventory() -> Inventory:
 
 
 @cache
-def adapter_table(layout: str) -> Table:
+def adapter_table(layout: str, version: str | None = None) -> Table:
     """The table of a layout for adapters.
 
     Raises UsageError where the layout has no place for them.
     """
-    table = load_table(layout)
+    table = load_table(layout, version)
     form = table.adapter
     if form is None:
         raise UsageError(

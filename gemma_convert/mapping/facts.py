@@ -19,6 +19,7 @@ from gemma_convert.mapping.config_keys import config_keys
 from gemma_convert.mapping.notation import Condition
 from gemma_convert.mapping.record import Record
 from gemma_convert.mapping.table import read_toml, table_file
+from gemma_convert.mapping.versions import versioned
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.facts import Fact, facts_of
 
@@ -137,19 +138,23 @@ def _not_told(row: FactRow, value: Fact, built_in: Fact, why: str) -> SourceErro
 
 
 @cache
-def load_facts(layout: str) -> FactTable | None:
-    """The facts in the table of a layout; None where it declares none.
+def load_facts(layout: str, version: str | None = None) -> FactTable | None:
+    """The facts in the table of a layout, for a version of its framework; None where it has none.
 
-    Raises MappingError where a row is wrong, or a fact of config.json has no row.
+    Raises MappingError where a row is wrong, or a fact of config.json has no row, and UsageError
+    where there is no such version.
     """
-    top = Record(*read_toml(table_file(layout)))
+    top, chosen = versioned(*read_toml(table_file(layout)), version)
     if not top.has("fact"):
         return None
-    rows = tuple(row for record in top.records("fact") for row in _rows(record))
+    rows = tuple(
+        row for record in top.records("fact") for row in _rows(record) if row.when.possible
+    )
     lacking = sorted(set(config_keys().facts) - {row.hf for row in rows})
     if lacking:
         raise MappingError("A fact of config.json has no row.", where=top.where, found=lacking[0])
-    return FactTable(rows, top.table("models").values, top.table("named").values)
+    models = {**top.table("models").values, **chosen.models}
+    return FactTable(rows, models, top.table("named").values)
 
 
 def _rows(record: Record) -> Iterator[FactRow]:

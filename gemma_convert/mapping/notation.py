@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 
 from gemma_convert.errors import MappingError
 from gemma_convert.model.architecture import AXES, FACTS, Architecture
@@ -22,6 +23,8 @@ UNIT = "1"
 _PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 _TOKEN = re.compile(r"[a-z_]+|1|[()]")
 _CONDITION = re.compile(r"!?[a-z_]+")
+
+NO_VERSION: Mapping[str, bool] = MappingProxyType({})
 
 Index = Mapping[str, int]
 Spellings = Mapping[str, tuple[str, ...]]
@@ -139,9 +142,13 @@ def _parse_dims(shape: str, text: str) -> tuple[tuple[str, ...], ...]:
 
 @dataclass(frozen=True)
 class Condition:
-    """A conjunction of facts, such as `owns_kv & !moe`; empty means always."""
+    """A conjunction of facts, such as `owns_kv & !moe`; empty means always.
+
+    One that is not `possible` holds nowhere: it asks for what a version of a framework has not.
+    """
 
     terms: tuple[tuple[str, bool], ...] = ()
+    possible: bool = True
 
     @property
     def facts(self) -> tuple[str, ...]:
@@ -149,24 +156,32 @@ class Condition:
 
     def holds(self, architecture: Architecture, index: Index) -> bool:
         """Whether all facts are as the condition wants them at that place."""
-        return all(architecture.holds(fact, index) is wanted for fact, wanted in self.terms)
+        return self.possible and all(
+            architecture.holds(fact, index) is wanted for fact, wanted in self.terms
+        )
 
     def __and__(self, other: Condition) -> Condition:
-        return Condition(self.terms + other.terms)
+        return Condition(self.terms + other.terms, self.possible and other.possible)
 
 
-def parse_condition(text: str) -> Condition:
-    """The condition that `a & !b` describes; raises MappingError for a word that is no fact."""
-    terms = []
+def parse_condition(text: str, version: Mapping[str, bool] = NO_VERSION) -> Condition:
+    """The condition that `a & !b` describes; raises MappingError for a word that is no fact.
+
+    `version` has the facts of the framework's version, which hold or do not whatever the model is.
+    """
+    terms, possible = [], True
     for term in text.split("&"):
         word = term.strip()
         if not _CONDITION.fullmatch(word):
             raise MappingError("A condition is facts joined by `&`, with `!` for not.", where=text)
-        fact = word.lstrip("!")
+        fact, wanted = word.lstrip("!"), not word.startswith("!")
+        if fact in version:
+            possible = possible and version[fact] is wanted
+            continue
         if fact not in FACTS:
             raise MappingError(f"`{fact}` is not a fact.", where=text)
-        terms.append((fact, not word.startswith("!")))
-    return Condition(tuple(terms))
+        terms.append((fact, wanted))
+    return Condition(tuple(terms), possible)
 
 
 def split_path(text: str) -> tuple[str, ...]:

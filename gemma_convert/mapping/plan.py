@@ -76,7 +76,8 @@ class Plan:
     """What a conversion will do, complete before the first byte is read.
 
     `tied` and `shared` name tensors that are not stored, and for each the one that it must equal
-    bit for bit. `ignored_facts` are keys of config.json that are left out on request.
+    bit for bit. `ignored_facts` are keys of config.json that are left out on request. `version` is
+    that of the framework, None where the layout knows no versions.
     """
 
     layout: str
@@ -89,6 +90,7 @@ class Plan:
     tied: Mapping[str, str]
     shared: Mapping[str, str]
     ignored_facts: tuple[str, ...] = ()
+    version: str | None = None
 
     @cached_property
     def equal(self) -> Mapping[str, str]:
@@ -182,6 +184,7 @@ def plan_to_native(
         carried=carried,
         tied=tied,
         shared=shared,
+        version=table.version,
     )
 
 

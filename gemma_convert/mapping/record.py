@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from gemma_convert.errors import MappingError
 from gemma_convert.mapping.notation import (
+    NO_VERSION,
     Condition,
     Pattern,
     Spellings,
@@ -22,10 +23,15 @@ _SINGULAR = {"rows": "row", "stacks": "stack"}
 
 
 class Record:
-    """One TOML table; `where` is the file, the section and the row."""
+    """One TOML table; `where` is the file, the section and the row.
 
-    def __init__(self, values: object, where: str) -> None:
-        self.where = where
+    `version` has the facts of the framework's version that a condition may ask for.
+    """
+
+    def __init__(
+        self, values: object, where: str, version: Mapping[str, bool] = NO_VERSION
+    ) -> None:
+        self.where, self.version = where, version
         if not isinstance(values, Mapping):
             raise self.error("A table is expected.", found=type(values).__name__)
         self.values: Mapping[str, Any] = values
@@ -60,7 +66,7 @@ class Record:
         """The condition under `key`; facts of a layer need `{layer}` in `name`."""
         if not self.has(key):
             return Condition()
-        condition = self.checked(parse_condition, self.text(key))
+        condition = self.checked(lambda text: parse_condition(text, self.version), self.text(key))
         if name is not None and "layers" not in name.axes and set(condition.facts) & LAYER_FACTS:
             raise self.error(f"`{key}` asks about a layer, but the name has no {{layer}}.")
         return condition
@@ -79,13 +85,13 @@ class Record:
         if not isinstance(values, list):
             raise self.error(f"`{key}` is a list.", found=type(values).__name__)
         return [
-            Record(value, f"{self.where}, {_SINGULAR.get(key, key)} {place}")
+            Record(value, f"{self.where}, {_SINGULAR.get(key, key)} {place}", self.version)
             for place, value in enumerate(values, 1)
         ]
 
     def table(self, key: str) -> Record:
         """The TOML table under `key`, empty where there is none."""
-        return Record(self.values.get(key, {}), f"{self.where}, {key}")
+        return Record(self.values.get(key, {}), f"{self.where}, {key}", self.version)
 
     def patterns(self, key: str) -> tuple[str, ...]:
         """The regular expressions under `key`, none where there is no such key."""

@@ -161,10 +161,12 @@ class Inventory:
 class Table:
     """One native layout: rows, what it carries and refuses, spellings of axes, placements.
 
-    `files` is None for a layout whose checkpoints are Orbax trees.
+    `version` is that of the framework, None where the table knows no versions. `files` is None for
+    a layout whose checkpoints are Orbax trees.
     """
 
     layout: str
+    version: str | None
     rows: tuple[NativeRow, ...]
     carried: tuple[CarriedRow, ...]
     refused: tuple[Refusal, ...]

@@ -7,10 +7,10 @@ axes, and names that stand twice are errors that name the file, the row and the 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gemma_convert.errors import MappingError, UsageError
 from gemma_convert.mapping.declared import declaration, is_own, module_folder, package
@@ -29,6 +29,9 @@ from gemma_convert.mapping.rows import (
     Stack,
     Table,
 )
+from gemma_convert.mapping.versions import versioned
+
+Conditional = TypeVar("Conditional", NativeRow, CarriedRow, Refusal)
 
 HUGGINGFACE = "huggingface"
 
@@ -49,14 +52,15 @@ def load_inventory() -> Inventory:
 
 
 @cache
-def load_table(layout: str) -> Table:
-    """The table of a native layout, read once.
+def load_table(layout: str, version: str | None = None) -> Table:
+    """The table of a native layout for a version of its framework, its first by default.
 
-    Raises UsageError where there is no such layout, or where another package's table is wrong.
+    It is read once. Raises UsageError where there is no such layout or version, or where another
+    package's table is wrong.
     """
     declared, file = declaration(layout), table_file(layout)
     try:
-        return _checked_table(layout, file)
+        return _checked_table(layout, file, version)
     except MappingError as error:
         if is_own(declared):
             raise
@@ -69,8 +73,8 @@ def load_table(layout: str) -> Table:
         ) from None
 
 
-def _checked_table(layout: str, file: Path) -> Table:
-    table = parse_table(*read_toml(file), load_inventory())
+def _checked_table(layout: str, file: Path, version: str | None) -> Table:
+    table = parse_table(*read_toml(file), load_inventory(), version)
     if table.layout != layout:
         raise MappingError(
             "The table is that of another layout.",
@@ -127,10 +131,17 @@ def parse_inventory(data: Mapping[str, Any], file: str) -> Inventory:
     return Inventory(tuple(rows), spellings)
 
 
-def parse_table(data: Mapping[str, Any], file: str, inventory: Inventory) -> Table:
-    """The table in the parsed TOML of a native layout; its rows are joined to the inventory's."""
-    top = Record(data, file).only(
+def parse_table(
+    data: Mapping[str, Any], file: str, inventory: Inventory, version: str | None = None
+) -> Table:
+    """The table in the parsed TOML of a native layout; its rows are joined to the inventory's.
+
+    Rows that the `version` has not are left out.
+    """
+    top, chosen = versioned(data, file, version)
+    top.only(
         "layout",
+        "versions",
         "files",
         "spellings",
         "carried",
@@ -143,16 +154,18 @@ def parse_table(data: Mapping[str, Any], file: str, inventory: Inventory) -> Tab
         "named",
     )
     rows = [row for section in top.records("section") for row in _native_rows(section, inventory)]
-    carried = tuple(_carried_row(record, inventory) for record in top.records("carried"))
-    refused = tuple(_refusal(record, inventory) for record in top.records("refused"))
+    carried = [_carried_row(record, inventory) for record in top.records("carried")]
+    refused = [_refusal(record, inventory) for record in top.records("refused")]
+    rows, carried, refused = _possible(rows), _possible(carried), _possible(refused)
     without = {name for refusal in refused for name in refusal.names}
     forms = top.table("placement")
     placements = {name: _placement(name, forms.table(name)) for name in forms.values}
     table = Table(
         layout=top.text("layout"),
+        version=chosen.name,
         rows=tuple(rows),
-        carried=carried,
-        refused=refused,
+        carried=tuple(carried),
+        refused=tuple(refused),
         spellings=top.spellings(),
         placements=placements,
         files=_files(top.table("files")) if top.has("files") else None,
@@ -169,6 +182,10 @@ def parse_table(data: Mapping[str, Any], file: str, inventory: Inventory) -> Tab
                 do="add a row, or an entry under `carried` that says why there is no place for it",
             )
     return table
+
+
+def _possible(rows: Iterable[Conditional]) -> list[Conditional]:
+    return [row for row in rows if row.when.possible]
 
 
 def _native_rows(section: Record, inventory: Inventory) -> Iterator[NativeRow]:

@@ -65,6 +65,8 @@ class TextArchitecture:
     double_wide_mlp: bool
     kv_shared_layers: int
     bidirectional_images: bool
+    whole_images: bool
+    """Whether tokens of an image do so in full layers too, and whatever the window: 12B."""
     tied: bool
     pad_token: int
 
@@ -162,6 +164,7 @@ class VisionEmbedder:
     patch_size: int
     pooling: int
     positions: int
+    norm_epsilon: float
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -214,6 +217,11 @@ class Architecture:
         if self.text.ple:
             return "e2b" if self.text.double_wide_mlp else "e4b"
         return "31b"
+
+    @property
+    def sight(self) -> VisionArchitecture | VisionEmbedder | None:
+        """What makes soft tokens of images; None of a model that sees none."""
+        return self.vision or self.vision_embedder
 
     @property
     def reference_class(self) -> str:
@@ -307,7 +315,7 @@ class Architecture:
             "audio_clipped": audio is not None and audio.clipped,
             "vision_embedder": self.vision_embedder is not None,
             "audio_embedder": self.audio_embedder is not None,
-            "images": vision is not None or self.vision_embedder is not None,
+            "images": self.sight is not None,
             "sounds": audio is not None or self.audio_embedder is not None,
         }
 

@@ -145,6 +145,7 @@ def _text(config: Section, unified: bool) -> TextArchitecture:
         double_wide_mlp=double_wide,
         kv_shared_layers=shared,
         bidirectional_images=_bidirectional(config, unified) == "vision",
+        whole_images=unified,
         tied=config.boolean("tie_word_embeddings", True),
         pad_token=config.optional_integer("pad_token_id") or 0,
     )

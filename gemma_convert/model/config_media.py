@@ -101,6 +101,7 @@ def vision_embedder(config: Section) -> VisionEmbedder:
         patch_size=patch_size,
         pooling=pooling,
         positions=config.integer("mm_posemb_size", 1120),
+        norm_epsilon=config.number("rms_norm_eps", 1e-6),
     )
 
 

@@ -31,7 +31,7 @@ def facts_of(architecture: Architecture) -> dict[str, Fact]:
 
     `text_config.layer_types` is told as a pattern (`layer_pattern`).
     """
-    return {**_text(architecture.text), **_vision(architecture)}
+    return {**_text(architecture.text), **_vision(architecture), **_embedder(architecture)}
 
 
 def _text(text: TextArchitecture) -> dict[str, Fact]:
@@ -68,14 +68,34 @@ def _text(text: TextArchitecture) -> dict[str, Fact]:
     }
 
 
+def _of_images(text: TextArchitecture) -> dict[str, Fact]:
+    return {
+        "text_config.pad_token_id": text.pad_token,
+        "text_config.use_bidirectional_attention": "vision"
+        if text.bidirectional_images
+        else "none",
+    }
+
+
+def _embedder(architecture: Architecture) -> dict[str, Fact]:
+    vision = architecture.vision_embedder
+    if vision is None:
+        return {}
+    return {
+        **_of_images(architecture.text),
+        "vision_config.mm_embed_dim": vision.embed,
+        "vision_config.model_patch_size": vision.patch_size * vision.pooling,
+        "vision_config.mm_posemb_size": vision.positions,
+        "vision_config.rms_norm_eps": vision.norm_epsilon,
+    }
+
+
 def _vision(architecture: Architecture) -> dict[str, Fact]:
     vision = architecture.vision
     if vision is None:
         return {}
-    bidirectional = "vision" if architecture.text.bidirectional_images else "none"
     return {
-        "text_config.pad_token_id": architecture.text.pad_token,
-        "text_config.use_bidirectional_attention": bidirectional,
+        **_of_images(architecture.text),
         "vision_config.hidden_size": vision.embed,
         "vision_config.num_hidden_layers": vision.layers,
         "vision_config.num_attention_heads": vision.heads,

@@ -85,6 +85,7 @@ def _same_native(job: Conversion) -> bool:
     plan = job.plan
     facts = {
         "layout": plan.layout,
+        "framework_version": plan.version,
         "scanned": plan.scanned,
         "dtype": plan.policy.dtype,
         "scaled_dtype": plan.policy.scaled,

@@ -116,7 +116,7 @@ class Conversion:
             exceptions=result.exceptions,
             files_carried=tuple(map(str, self.original.files)),
             not_carried=tuple(self.not_carried),
-            framework=self.layout.framework,
+            framework=" ".join(filter(None, (self.layout.framework, plan.version))),
             settings={
                 key: shown(value) for key, value in self.layout.settings(plan, self.target).items()
             },

@@ -93,6 +93,7 @@ def _manifest(
     return {
         "tool": f"gemma-convert {__version__}",
         "layout": plan.layout,
+        "framework_version": plan.version,
         "scanned": plan.scanned,
         "family": plan.architecture.family,
         "dtype": plan.policy.dtype,

@@ -29,9 +29,13 @@ from gemma_convert.tasks.conversion import Conversion
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    """What is asked of a conversion; `like`, `accept` and `settings` are for a native source."""
+    """What is asked of a conversion; `like`, `accept` and `settings` are for a native source.
+
+    `version` is that of the framework, None for the first one that the layout's table knows.
+    """
 
     layout: str
+    version: str | None
     like: str | Path | None
     policy: DTypePolicy
     form: OrbaxFormat
@@ -75,7 +79,7 @@ def _from_huggingface(
     reader = stack.enter_context(SafetensorsFolder(source))
     plan = plan_to_native(
         architecture,
-        table_of(options.layout, architecture),
+        table_of(options.layout, architecture, options.version),
         reader.specs,
         options.policy,
         scanned=options.scanned,
@@ -114,7 +118,7 @@ def _from_native(
     plan, view = plan_relayout(
         native,
         original,
-        options.layout,
+        table_of(options.layout, original.architecture, options.version),
         options.policy,
         scanned=options.scanned,
         text_only=options.text_only,

@@ -64,12 +64,14 @@ def list_mappings(
     layout: str | None = None,
     model: str | None = None,
     *,
+    framework_version: str | None = None,
     scan_layers: bool = False,
     facts: bool = False,
 ) -> MappingsReport:
     """A listing of the format `layout`, for `model`, a published name or a path; of all without.
 
-    With `facts` it is of config.json, key by key, instead of tensors.
+    With `facts` it is of config.json, key by key, instead of tensors. `framework_version` is one of
+    those that the format's table knows, its first by default.
     Raises UsageError for a format that there is none of, for a model that it has no place for and
     for scanned layers that it does not have; SourceError where there is no such model.
     """
@@ -83,13 +85,16 @@ def list_mappings(
             "Facts are those of one format, whether layers are scanned or not.",
             do="add --format, and drop --scan-layers",
         )
+    if framework_version is not None and layout is None:
+        raise UsageError("A version is that of one format's framework.", do="add --format")
     found = None if model is None else named_model(model)
     family = None if found is None else found[0].family
     if facts and layout is not None:
-        return MappingsReport(layout, model, family, False, facts=_facts(layout, found))
+        entries = _facts(layout, framework_version, found)
+        return MappingsReport(layout, model, family, False, facts=entries)
     if layout is None:
         return MappingsReport(None, model, family, False, formats=_summaries(found))
-    table = load_table(layout)
+    table = load_table(layout, framework_version)
     if model is None or found is None:
         return MappingsReport(layout, None, None, False, rows=list_table(table))
     architecture, source = found
@@ -102,9 +107,11 @@ def list_mappings(
 
 
 def _facts(
-    layout: str, found: tuple[Architecture, Mapping[str, TensorSpec]] | None
+    layout: str,
+    version: str | None,
+    found: tuple[Architecture, Mapping[str, TensorSpec]] | None,
 ) -> tuple[FactEntry, ...]:
-    table = load_facts(layout)
+    table = load_facts(layout, version)
     if table is None:
         raise UsageError(f"The format {layout} declares no facts.", do="leave out --facts")
     return list_facts(table, None if found is None else found[0])

@@ -35,6 +35,7 @@ def to_native(
     target: str | Path,
     *,
     layout: str = "maxtext",
+    framework_version: str | None = None,
     like: str | Path | None = None,
     scan_layers: bool = False,
     dtype: Choice = "keep",
@@ -56,7 +57,8 @@ def to_native(
 
     `source` is a Hugging Face checkpoint, or a native one of any layout: a folder, `owner/name` on
     the hub, or a URL of an object store (`gemma_convert.stores.remote.locations`); `like` names the
-    Hugging Face original of one that has no sidecar, and `settings` (files, or KEY=VALUE) what its
+    Hugging Face original of one that has no sidecar, `framework_version` is one of those that the
+    layout's table knows, its first by default, and `settings` (files, or KEY=VALUE) what its
     framework was told, if not what lies beside it. `target`, a folder or such a URL, appears, or
     is no longer marked as unfinished, when everything is in it. About `memory` bytes of anonymous
     memory are taken, 512 MiB by default. Several `processes` that share file systems,
@@ -65,9 +67,10 @@ def to_native(
     nothing is left behind.
     """
     started = time.monotonic()
-    load_table(layout)
+    load_table(layout, framework_version)
     options = ConversionOptions(
         layout=layout,
+        version=framework_version,
         like=like,
         policy=DTypePolicy(dtype, scaled_dtype),
         form=OrbaxFormat(ocdbt, compression),
@@ -120,7 +123,7 @@ def _convert(job: Conversion, publication: Publication) -> TransferResult:
         job.tensors,
         Casting(job.plan.rounded),
         lambda folder, part: job.layout.create(folder, job.plan, job.form, part),
-        {"form": asdict(job.form), **job.identity},
+        {"form": asdict(job.form), "version": job.plan.version, **job.identity},
         publication.processes,
     )
 

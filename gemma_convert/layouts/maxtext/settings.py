@@ -25,9 +25,9 @@ FILE = "maxtext.yml"
 """Its name in the folder of a checkpoint; `train.py` takes it as its config."""
 
 
-def maxtext_facts() -> FactTable:
-    """The facts in the table of the layout."""
-    table = load_facts("maxtext")
+def maxtext_facts(version: str | None = None) -> FactTable:
+    """The facts in the table of the layout, for a version of MaxText."""
+    table = load_facts("maxtext", version)
     assert table is not None
     return table
 
@@ -37,7 +37,7 @@ def maxtext_settings(plan: Plan, items: Path, *, multimodal: bool) -> dict[str, 
 
     Raises SourceError for a fact that MaxText cannot be told.
     """
-    table = maxtext_facts()
+    table = maxtext_facts(plan.version)
     told = table.told(plan.architecture, vision=multimodal, ignore=plan.ignored_facts)
     settings = {
         "model_name": table.model(plan.architecture),
@@ -56,7 +56,7 @@ def settings_files(plan: Plan, items: Path, *, multimodal: bool) -> dict[str, st
     MaxText reads `models/MODEL.yml` beside a config before its own, so that these facts hold
     without `override_model_config` on the command line.
     """
-    table = maxtext_facts()
+    table = maxtext_facts(plan.version)
     model = table.model(plan.architecture)
     settings = {
         "base_config": "base.yml",
