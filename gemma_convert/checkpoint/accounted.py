@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from gemma_convert.checkpoint import sidecar
+from gemma_convert.checkpoint.adapter_base import KEPT_BASE
 from gemma_convert.checkpoint.manifest import MANIFEST, read_manifest
 from gemma_convert.errors import GemmaConvertError, SourceError, TargetError, some
 from gemma_convert.files.json_file import read_object
@@ -40,6 +41,7 @@ _OWN = "|".join(
             rf"{sidecar.FOLDER}/{sidecar.OWN}/{re.escape(name)}"
             for name in (MANIFEST, sidecar.CARRIED, sidecar.EXCEPTIONS)
         ),
+        rf"{sidecar.FOLDER}/{sidecar.OWN}/{KEPT_BASE}(/config\.json)?",
     )
 )
 _HUGGING_FACE = (

@@ -19,6 +19,7 @@ from gemma_convert.mapping.adapted import table_of
 from gemma_convert.mapping.plan import Plan, SourceTensor, plan_to_native
 from gemma_convert.mapping.region import Box, Ranges
 from gemma_convert.mapping.table import load_table
+from gemma_convert.model.adapter import StoredAdapter
 from gemma_convert.stores.remote.mirror import remote_fingerprint
 
 
@@ -59,6 +60,8 @@ class NativeSource:
     block_bytes: int | None = None
     fingerprint: str = ""
     version: str | None = None
+    adapter: StoredAdapter | None = None
+    """Of an adapter, whose arrays are its matrices: its rank, and alpha if it says that."""
     release: Callable[[], None] = lambda: None
 
     def __enter__(self) -> NativeSource:

@@ -18,13 +18,14 @@ import numpy as np
 from gemma_convert.arrays.dtypes import TensorSpec, numpy_dtype
 from gemma_convert.arrays.values import Array
 from gemma_convert.checkpoint import sidecar
+from gemma_convert.checkpoint.adapter_base import KEPT_BASE, architecture_of
 from gemma_convert.checkpoint.manifest import MANIFEST, read_manifest
 from gemma_convert.errors import SourceError
 from gemma_convert.files.json_file import read_object, read_regular
 from gemma_convert.mapping.region import Box
+from gemma_convert.model.adapter import is_adapter
 from gemma_convert.model.architecture import Architecture
-from gemma_convert.model.config import read_architecture
-from gemma_convert.model.huggingface_files import INDEX, SINGLE
+from gemma_convert.model.huggingface_files import INDEX, has_weights
 from gemma_convert.stores.safetensors.header import MAX_HEADER_BYTES, parse_header
 from gemma_convert.stores.safetensors.naming import Naming, find_naming
 from gemma_convert.stores.safetensors.reader import (
@@ -99,19 +100,14 @@ class Original:
         return shaped[within] if spec.shape else shaped
 
 
-def is_huggingface(folder: Path) -> bool:
-    """Whether a folder holds the weights of a Hugging Face checkpoint."""
-    return any((folder / name).exists() for name in (SINGLE, INDEX))
-
-
 def open_original(native: Path, like: Path | None) -> Original:
     """The original of the native checkpoint `native`: what `like` names, or else its own sidecar.
 
     `like` is a Hugging Face folder or a converted checkpoint with a sidecar. Raises SourceError
     where there is neither.
     """
-    if like is not None and is_huggingface(like):
-        return _from_folder(like)
+    if like is not None and has_weights(like):
+        return _from_folder(like, _kept_base(sidecar.sidecar_root(native)))
     if like is not None and not like.is_dir():
         raise SourceError("There is no such checkpoint.", where=like)
     root = sidecar.sidecar_root(native if like is None else like)
@@ -126,11 +122,12 @@ def open_original(native: Path, like: Path | None) -> Original:
     return _from_sidecar(root)
 
 
-def _from_folder(folder: Path) -> Original:
+def _from_folder(folder: Path, base: Path | None) -> Original:
     reader = SafetensorsFolder(folder)
     try:
         files, _ = sidecar.other_files(folder, [shard.file for shard in reader.shards])
-        architecture = read_architecture(folder)
+        base = base if is_adapter(folder) else None
+        architecture = architecture_of(folder, reader.specs, base)
     except BaseException:
         reader.close()
         raise
@@ -157,13 +154,21 @@ def _from_sidecar(root: Path) -> Original:
     if (own / sidecar.CARRIED).exists():
         stored = SafetensorsFolder(own, [sidecar.CARRIED])
     try:
-        original = Original(folder, read_architecture(folder), shards, naming, files, stored)
+        names = [tensor.name for shard in shards for tensor in shard.tensors]
+        architecture = architecture_of(folder, names, _kept_base(root))
+        original = Original(folder, architecture, shards, naming, files, stored)
         exceptions = read_exceptions(own, original.specs)
     except BaseException:
         if stored is not None:
             stored.close()
         raise
     return replace(original, exceptions=exceptions, checksums=checksums, manifest=manifest)
+
+
+def _kept_base(root: Path | None) -> Path | None:
+    """The folder with config.json of an adapter's base model; None where no adapter was kept."""
+    base = None if root is None else root / sidecar.FOLDER / sidecar.OWN / KEPT_BASE
+    return base if base is not None and base.is_dir() else None
 
 
 def _shard(own: Path, entry: Mapping[str, Any]) -> Shard:

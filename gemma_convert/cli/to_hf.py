@@ -37,6 +37,14 @@ def command(
         str | None,
         typer.Option(help="The Hugging Face original, or a converted checkpoint of it."),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="For an adapter without a sidecar: the Hugging Face model it is for."),
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="The alpha of such an adapter, if its metadata do not say it."),
+    ] = None,
     dtype: Annotated[
         DType, typer.Option(help="Dtype of the weights; keep is the original's.")
     ] = DType.KEEP,
@@ -78,6 +86,8 @@ def command(
         source,
         target,
         like=like,
+        base=base,
+        alpha=alpha,
         dtype=dtype.value,
         max_shard_size=parse_size("--max-shard-size", max_shard_size),
         kv_shared=kv_shared.value,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import ExitStack
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
@@ -50,7 +51,7 @@ def command(
         str,
         typer.Argument(
             metavar="SRC",
-            help="A Hugging Face checkpoint or a native one: folder, owner/name, or URL.",
+            help="A Hugging Face checkpoint or adapter, or a native one: folder, owner/name, URL.",
         ),
     ],
     target: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL to create.")],
@@ -65,6 +66,13 @@ def command(
         str | None,
         typer.Option(help="For a native SRC without a sidecar: its Hugging Face original."),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="For a SRC that is an adapter: its base model, if not where it says."),
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge an adapter into its base model.")
+    ] = False,
     scan_layers: Annotated[
         bool, typer.Option("--scan-layers/--no-scan-layers", help="Stack the layers of each block.")
     ] = False,
@@ -147,6 +155,8 @@ def command(
             layout=layout,
             framework_version=framework_version,
             like=like,
+            base=base,
+            merge=merge,
             scan_layers=scan_layers,
             dtype=dtype.value,
             scaled_dtype=scaled_dtype.value,
@@ -184,7 +194,7 @@ def command(
         show(f"verified {proof.checked} tensors against {proof.against}")
     show(f"{report.framework} loads it with:")
     for key, value in report.settings.items():
-        show(f"  {key}={value}")
+        show(f"  {shlex.quote(f'{key}={value}')}")
 
 
 def _verified(source: str, target: str) -> VerifyReport:
@@ -223,6 +233,11 @@ def _summary(report: ToNativeReport) -> Facts:
         f"{report.tensors_converted} ({human_bytes(report.bytes_read)}) into "
         f"{report.arrays_written} arrays ({human_bytes(report.bytes_written)})",
     )
+    if report.adapter is not None:
+        words = "merged, rank {rank}, alpha {alpha:g}: {weights} weights changed"
+        if not report.adapter["merged"]:
+            words = "rank {rank}, alpha {alpha:g}, for {weights} weights"
+        table.add_row("adapter", words.format(**report.adapter))
     table.add_row("carried", f"{report.tensors_carried} ({human_bytes(report.bytes_carried)})")
     for why, count in report.carried_why.items():
         table.add_row("", f"{count}: {why}")

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from gemma_convert.checkpoint import sidecar
+from gemma_convert.checkpoint.adapter_original import AdapterBase, adapter_original
 from gemma_convert.checkpoint.manifest import PLACE, read_manifest
 from gemma_convert.checkpoint.native import NativeSource
-from gemma_convert.checkpoint.original import Original, is_huggingface, open_original
+from gemma_convert.checkpoint.original import Original, open_original
 from gemma_convert.checkpoint.seal import refuse_carried, refuse_damage
 from gemma_convert.checkpoint.sealed_arrays import SealedArrays
 from gemma_convert.checkpoint.text_original import dtype_of, text_original
+from gemma_convert.errors import UsageError
 from gemma_convert.files.given_settings import GivenSettings, given_settings
 from gemma_convert.layouts.registry import open_native, read_facts, read_settings
 from gemma_convert.mapping.config_from_settings import config_from_settings
@@ -24,7 +26,7 @@ from gemma_convert.mapping.declared import layout_names
 from gemma_convert.mapping.native_facts import NativeFacts
 from gemma_convert.mapping.table import load_table
 from gemma_convert.model.config import load_config
-from gemma_convert.model.huggingface_files import CONFIG
+from gemma_convert.model.huggingface_files import CONFIG, has_weights
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Checkpoint:
         Raises SourceError for settings that cannot be read, or are those of another model.
         """
         where = self.original.folder / CONFIG
+        if self.native.adapter is not None:
+            return None
         facts = read_facts(self.native.folder, load_config(where), where, self.settings)
         if facts is None or not facts.settings.written:
             return None
@@ -105,6 +109,7 @@ def open_checkpoint(
     block_bytes: int | None = None,
     accept: Sequence[str] = (),
     settings: Sequence[str] = (),
+    base: AdapterBase | None = None,
 ) -> Checkpoint:
     """The checkpoint at `path` of whatever layout, open until `stack` is closed.
 
@@ -112,7 +117,7 @@ def open_checkpoint(
     framework was told (files, or KEY=VALUE), if not what lies beside it. Raises SourceError where
     a file of the checkpoint or of its original is not what was sealed, unless `accept` names it;
     settings may be edited, not lost. Where there is no original, `settings` say what the text
-    model is.
+    model is, or `base` what the model of an adapter is.
     """
     added: dict[str, str] = {}
     root = sidecar.sidecar_root(path)
@@ -120,14 +125,20 @@ def open_checkpoint(
     if root is not None and manifest is not None:
         added = refuse_damage(root, manifest, (*accept, *_settings(root, manifest)))
     native = stack.enter_context(open_native(path, block_bytes))
-    if like is not None and not is_huggingface(like):
+    if like is not None and not has_weights(like):
         other = sidecar.sidecar_root(like)
         if other is not None and other != root:
             theirs = read_manifest(other, damaged=PLACE in accept)
             added |= refuse_damage(other, theirs or {}, accept, sidecar.FOLDER + "/")
     given = given_settings(settings)
     made = None
-    if like is None and root is None and given:
+    if like is None and root is None and native.adapter is not None:
+        made = adapter_original(native, base, stack)
+    elif base is not None:
+        raise UsageError(
+            "--base is for an adapter that has no sidecar.", where=path, do="leave out --base"
+        )
+    elif like is None and root is None and given:
         made = _text_original(native, given, stack)
     original = made or stack.enter_context(open_original(native.folder, like))
     arrays = None

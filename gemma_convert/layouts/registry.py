@@ -27,7 +27,7 @@ from gemma_convert.mapping.native_facts import NativeFacts, Settings, native_fac
 from gemma_convert.mapping.table import load_table
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import parse_architecture
-from gemma_convert.model.huggingface_files import INDEX, SINGLE
+from gemma_convert.model.huggingface_files import has_weights
 from gemma_convert.output import note
 from gemma_convert.stores.orbax.finding import find_trees
 
@@ -146,7 +146,7 @@ def read_settings(
 
 def is_native(path: Path) -> bool:
     """Whether a folder holds a native checkpoint rather than Hugging Face files."""
-    if any((path / name).exists() for name in (SINGLE, INDEX)):
+    if has_weights(path):
         return False
     folder = NativeFolder(path)
     return bool(folder.trees) or next(_found(folder), None) is not None

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
-from gemma_convert.errors import UsageError
+from gemma_convert.errors import UsageError, some
 from gemma_convert.mapping.notation import Condition, Pattern, View
 from gemma_convert.mapping.rows import (
     AdapterForm,
@@ -90,11 +90,10 @@ def adapter_table(layout: str, version: str | None = None) -> Table:
 def no_place(table: Table, tensor: str) -> UsageError:
     """What is said of a matrix that the layout of an adapter's table has no place for."""
     assert table.adapter is not None
-    modules = {name.removesuffix(_WEIGHT).rpartition(".")[2] for name in table.adapter.targets}
     return UsageError(
         f"The layout {table.layout} has no place for a part of this adapter.",
         where=f"tensor {tensor}",
-        expected=f"matrices of {', '.join(sorted(modules))} in the layers of the text model",
+        expected=f"matrices of {some(list(table.adapter.targets), 3)}",
         do="merge the adapter into its base model with --merge, or train one of these alone",
     )
 

@@ -21,9 +21,9 @@ def check_source(
     expected: Mapping[str, HFTensor], source: Mapping[str, TensorSpec], where: str
 ) -> None:
     """Raises SourceError where a source has not the tensors that its config.json asks for."""
-    refuse_foreign_tensors(source, where)
     missing = [name for name, tensor in expected.items() if tensor.required and name not in source]
     unexpected = [name for name in source if name not in expected]
+    refuse_foreign_tensors(unexpected, where)
     absent = [name for name in expected if name not in source]
     named = difference(unexpected, absent, len(source)) if missing and unexpected else None
     if named is not None:

@@ -224,6 +224,8 @@ def _filled(
     for name, tensor in expected.items():
         if name in source or tensor.required or tensor.tied is not None:
             continue
+        if all(row.fill is None for row in table.rows_of(tensor.row)):
+            continue
         row, _ = _find_row(tensor, architecture, table, text_only=False)
         if row is not None and row.fill is not None:
             shape = shape_of(row.native, architecture, tensor.index)

@@ -14,9 +14,9 @@ from typing import Any
 
 from gemma_convert.errors import SourceError, short
 from gemma_convert.files.json_file import read_object
+from gemma_convert.model.huggingface_files import ADAPTER, INDEX, SINGLE
 
 ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 16 << 20
 MAX_RANK = 1 << 16
 
@@ -61,9 +61,18 @@ class Adapter:
         return self.alpha / self.rank
 
 
+@dataclass(frozen=True)
+class StoredAdapter:
+    """What a native adapter says of itself; alpha is None where nobody has written it down."""
+
+    rank: int
+    alpha: float | None
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter of PEFT, in safetensors, and no weights of a model."""
-    return (folder / ADAPTER).is_file() and not (folder / "model.safetensors").exists()
+    whole = any((folder / name).exists() for name in (SINGLE, INDEX))
+    return (folder / ADAPTER).is_file() and not whole
 
 
 def read_adapter(folder: Path) -> Adapter:

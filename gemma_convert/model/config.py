@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_convert.errors import SourceError
-from gemma_convert.files.json_file import read_object
+from gemma_convert.files.json_file import read_object, read_regular
 from gemma_convert.model.architecture import Architecture, Layer, Rope, TextArchitecture
 from gemma_convert.model.config_media import (
     audio_embedder,
@@ -101,6 +101,12 @@ def _whole(reader: Section, unified: bool) -> Architecture:
         vision=None if vision is None else vision_tower(vision),
         audio=None if audio is None else audio_tower(audio),
     )
+
+
+def read_config(folder: Path) -> bytes:
+    """The bytes of config.json in `folder`, or at that path, as they stand there."""
+    path = folder / "config.json" if folder.is_dir() else folder
+    return read_regular(path, "config.json", MAX_CONFIG_BYTES)
 
 
 def load_config(folder: Path) -> Mapping[str, Any]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from gemma_convert.arrays.values import Array
 from gemma_convert.checkpoint.layout import Layout
 from gemma_convert.checkpoint.original import Original
 from gemma_convert.engine.casting import Losses
+from gemma_convert.engine.merged import MergedTensors
 from gemma_convert.engine.process_results import TransferResult
 from gemma_convert.engine.resumable import SPARE_BYTES
 from gemma_convert.engine.transfer import HuggingFaceTensors
@@ -33,7 +34,8 @@ class Conversion:
 
     Of a native source that is `checkpoint`, `native_arrays` are those that are read, `exceptions`
     those that stay true, and `rounded` counts, while it is read, values whose root cannot be
-    divided away exactly.
+    divided away exactly. Of an adapter `base_config` is config.json of its base model; `merged` are
+    the tensors of a model into which one is merged.
     """
 
     source: Path
@@ -50,6 +52,8 @@ class Conversion:
     native_arrays: Sequence[str] = ()
     exceptions: Mapping[str, tuple[Array, Array]] = field(default_factory=dict)
     rounded: Mapping[str, int] = field(default_factory=dict)
+    base_config: bytes | None = None
+    merged: MergedTensors | None = None
 
     def needed_bytes(self) -> int:
         """Bytes that the target may take; tensors that may have to be carried count twice.
@@ -73,6 +77,15 @@ class Conversion:
         why = "its values do not come back from the stored dtype"
         lost = {name: why for name, losses in result.losses.items() if losses.whole}
         return {**self.plan.carried, **lost}
+
+    def adapter(self) -> dict[str, object] | None:
+        """Of a conversion with an adapter: its rank and alpha, and how many weights it changes."""
+        adapter, merged = self.plan.architecture.adapter, self.merged
+        if merged is not None:
+            return {**asdict(merged.adapter), "merged": True, "weights": len(merged.merged)}
+        if adapter is None:
+            return None
+        return {**asdict(adapter), "merged": False, "weights": len(self.original.specs) // 2}
 
     def lossy_rows(self, result: TransferResult) -> tuple[LossyRow, ...]:
         """Rows that the dtype policy rounds, or that lose a root that they were multiplied by."""
@@ -124,6 +137,7 @@ class Conversion:
             bytes_per_second=0.0 if dry_run else plan.source_bytes / seconds,
             peak_memory_bytes=peak_memory(),
             sealed=checkpoint is not None and checkpoint.arrays is not None,
+            adapter=self.adapter(),
             changed_arrays=() if checkpoint is None else checkpoint.changed_arrays,
             plan=plan,
         )

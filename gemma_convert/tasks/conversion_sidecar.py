@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gemma_convert.arrays.dtypes import TensorSpec
 from gemma_convert.checkpoint import sidecar
+from gemma_convert.checkpoint.adapter_base import KEPT_BASE
 from gemma_convert.checkpoint.manifest import PLACE, write_manifest
 from gemma_convert.checkpoint.seal import seal_files
 from gemma_convert.engine.casting import listed_values
@@ -16,6 +17,7 @@ from gemma_convert.engine.process_results import TransferResult
 from gemma_convert.engine.resumable import ResumableTransfer
 from gemma_convert.files.value_file import ValuesFrom
 from gemma_convert.mapping.table import HUGGINGFACE, table_file
+from gemma_convert.model.huggingface_files import CONFIG
 from gemma_convert.output import Progress
 from gemma_convert.stores.safetensors.header import safetensors_header
 from gemma_convert.tasks.conversion import Conversion
@@ -39,6 +41,9 @@ def write_sidecar(
     _carry_other_dtypes(job, result)
     digests = sidecar.copy_files(job.original.folder, folder, job.original.files)
     sidecar.write_headers(own, job.original.shards)
+    if job.base_config is not None:
+        (own / KEPT_BASE).mkdir()
+        (own / KEPT_BASE / CONFIG).write_bytes(job.base_config)
     names = job.carried(result)
     specs = {name: spec for name, spec in job.tensors.specs.items() if name in names}
     carried = sidecar.write_carried(own, specs, job.tensors.pieces, progress)
@@ -100,6 +105,7 @@ def _manifest(
         "scaled_dtype": plan.policy.scaled,
         "compression": job.form.compression,
         "settings": _settings(job),
+        "adapter": job.adapter(),
         "ignored_facts": list(plan.ignored_facts),
         "names": list(job.original.naming.wrappers),
         "mapping_sha256": _mapping_digests(plan.layout),

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from gemma_convert.arrays.dtypes import DTypePolicy
 from gemma_convert.checkpoint import sidecar
+from gemma_convert.checkpoint.adapter_base import architecture_of, named_folder
 from gemma_convert.checkpoint.original import Original
 from gemma_convert.engine.huggingface_view import plan_relayout
+from gemma_convert.engine.merged import MergedTensors
 from gemma_convert.errors import UsageError
 from gemma_convert.files.identity import Unchanged
 from gemma_convert.layouts.opening import open_checkpoint
@@ -18,7 +20,9 @@ from gemma_convert.layouts.registry import is_native, load_layout
 from gemma_convert.mapping.adapted import table_of
 from gemma_convert.mapping.config_keys import check_keys
 from gemma_convert.mapping.plan import plan_to_native
-from gemma_convert.model.config import load_config, read_architecture
+from gemma_convert.model.adapter import is_adapter, read_adapter
+from gemma_convert.model.architecture import Architecture
+from gemma_convert.model.config import load_config, read_config
 from gemma_convert.model.huggingface_files import CONFIG
 from gemma_convert.output import shown
 from gemma_convert.stores.orbax.writer import OrbaxFormat
@@ -32,11 +36,14 @@ class ConversionOptions:
     """What is asked of a conversion; `like`, `accept` and `settings` are for a native source.
 
     `version` is that of the framework, None for the first one that the layout's table knows.
+    `base` is the model of a source that is an adapter, into which it is put with `merge`.
     """
 
     layout: str
     version: str | None
     like: str | Path | None
+    base: str | Path | None
+    merge: bool
     policy: DTypePolicy
     form: OrbaxFormat
     scanned: bool
@@ -55,12 +62,17 @@ def plan_conversion(
     Raises SourceError for a source that cannot be converted, UsageError for options that it or the
     layout does not take.
     """
+    adapted = is_adapter(source)
+    if (options.base is not None or options.merge) and not adapted:
+        raise UsageError("--base and --merge are for a SRC that is an adapter.", found=source)
     if is_native(source):
         job = _from_native(source, target, options, stack)
     elif options.like is not None:
         raise UsageError("--like is for a native SRC; this one is its own original.")
     elif options.settings:
         raise UsageError("--settings are for a native SRC; this one has its config.json.")
+    elif adapted and options.merge:
+        job = _merged(source, target, options, stack)
     else:
         job = _from_huggingface(source, target, options, stack)
     job.plan = replace(job.plan, ignored_facts=tuple(options.ignored_facts))
@@ -71,12 +83,59 @@ def plan_conversion(
 def _from_huggingface(
     source: Path, target: Path, options: ConversionOptions, stack: ExitStack
 ) -> Conversion:
+    """The conversion of a model, or of an adapter by itself."""
+    unchanged = _unchanged(source)
+    reader = stack.enter_context(SafetensorsFolder(source))
+    base = _base(source, options, stack, config_only=True) if is_adapter(source) else None
+    architecture = architecture_of(source, reader.specs, base)
+    described = base or source
+    config = load_config(described)
+    tied_inside = architecture.text_only and base is None
+    check_keys(config, tied_inside, options.ignored_facts, described / CONFIG)
+    job = _conversion(source, target, options, architecture, reader, unchanged)
+    job.base_config = None if base is None else read_config(base)
+    return job
+
+
+def _merged(
+    adapter: Path, target: Path, options: ConversionOptions, stack: ExitStack
+) -> Conversion:
+    """The conversion of an adapter's base model, the adapter merged into it on the way."""
+    base = _base(adapter, options, stack, config_only=False)
+    job = _from_huggingface(base, target, replace(options, base=None, merge=False), stack)
+    facts = read_adapter(adapter)
+    matrices = stack.enter_context(SafetensorsFolder(adapter))
+    assert isinstance(job.tensors, SafetensorsFolder)
+    merged = MergedTensors(job.tensors, matrices, facts)
+    job.tensors, job.merged = merged, merged
+    sizes = [(shard.file, shard.size, shard.modified) for shard in matrices.shards]
+    job.identity = {**job.identity, "adapter": sizes, "scaling": facts.scaling}
+    return job
+
+
+def _base(
+    adapter: Path, options: ConversionOptions, stack: ExitStack, *, config_only: bool
+) -> Path:
+    """The folder of an adapter's base model, which the options name or else the adapter."""
+    if options.base is None:
+        return named_folder(adapter)
+    return local(options.base, stack, config_only=config_only)
+
+
+def _unchanged(source: Path) -> Unchanged:
     found, others = sidecar.other_files(source, [])
     weights = (name for name in others if name.endswith(".safetensors") and "/" not in name)
-    unchanged = Unchanged(source, [*found, *weights])
-    architecture = read_architecture(source)
-    check_keys(load_config(source), architecture.text_only, options.ignored_facts, source / CONFIG)
-    reader = stack.enter_context(SafetensorsFolder(source))
+    return Unchanged(source, [*found, *weights])
+
+
+def _conversion(
+    source: Path,
+    target: Path,
+    options: ConversionOptions,
+    architecture: Architecture,
+    reader: SafetensorsFolder,
+    unchanged: Unchanged,
+) -> Conversion:
     plan = plan_to_native(
         architecture,
         table_of(options.layout, architecture, options.version),

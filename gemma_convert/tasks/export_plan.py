@@ -68,6 +68,8 @@ def plan_export(
     Raises SourceError where a tensor is neither on the native side nor at hand in the original, and
     UsageError for options that leave nothing to do.
     """
+    if plan.architecture.adapter is not None and options.text_only:
+        raise UsageError("An adapter has no towers to leave out.", do="drop --text-only")
     if options.max_shard_size is not None and options.max_shard_size < 1:
         raise UsageError("--max-shard-size is a size.", found=options.max_shard_size)
     cut = options.text_only and not plan.architecture.text_only
@@ -86,7 +88,8 @@ def plan_export(
         if len(shards) > 1:
             edited[INDEX] = _index(original, shards, renamed)
     files = [file for file in original.files if whole or str(file) != INDEX]
-    config = _config(original, options.dtype, options.text_only, facts)
+    adapter = plan.architecture.adapter is not None
+    config = None if adapter else _config(original, options.dtype, options.text_only, facts)
     if config is not None:
         files = [file for file in files if str(file) != CONFIG]
         edited[CONFIG] = config

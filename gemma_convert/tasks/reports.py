@@ -53,6 +53,8 @@ class ToNativeReport:
     """Whether the source is a native checkpoint whose arrays were compared with its seal."""
     changed_arrays: tuple[str, ...] = ()
     """Arrays of such a source that are not what was sealed: trained since, or damaged."""
+    adapter: dict[str, object] | None = None
+    """Of an adapter: `rank`, `alpha`, whether it was `merged`, and the number of `weights`."""
     already_complete: bool = False
     """With `resume`: the target was there, and is what this run would have written."""
     plan: Plan | None = None
@@ -70,7 +72,7 @@ class ToNativeReport:
                 }
                 for name, target in self.plan.targets.items()
             }
-        return {"schema": "gemma-convert/to-native/2", **values}
+        return {"schema": "gemma-convert/to-native/3", **values}
 
 
 def peak_memory() -> int:

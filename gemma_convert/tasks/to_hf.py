@@ -11,13 +11,14 @@ from pathlib import Path
 
 from gemma_convert.arrays.dtypes import Choice
 from gemma_convert.checkpoint import sidecar
+from gemma_convert.checkpoint.adapter_original import AdapterBase
 from gemma_convert.checkpoint.native import NativeReader, plan_native
 from gemma_convert.engine.memory import block_bytes
 from gemma_convert.engine.publishing import ProgressFactory, Publication
 from gemma_convert.engine.restoring import Restoring
 from gemma_convert.engine.resumable import SPARE_BYTES, ResumableTransfer
 from gemma_convert.engine.target import check_apart, check_space, check_target
-from gemma_convert.errors import SourceError
+from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.files.identity import Unchanged
 from gemma_convert.layouts.opening import Checkpoint, open_checkpoint
 from gemma_convert.output import Progress, shown
@@ -81,6 +82,8 @@ def to_hf(
     target: str | Path,
     *,
     like: str | Path | None = None,
+    base: str | Path | None = None,
+    alpha: float | None = None,
     dtype: Choice = "keep",
     max_shard_size: int | None = None,
     kv_shared: KVShared = "keep",
@@ -100,6 +103,7 @@ def to_hf(
     on the hub (`gemma_convert.stores.remote.locations`). Files that are not what was sealed are
     refused, unless `accept_damage` names them. Facts that the framework was told otherwise than
     config.json says, by `settings` (files, or KEY=VALUE) or the file beside `source`, go into it.
+    An adapter without a sidecar becomes one of PEFT for the model `base`, scaled by `alpha` / rank.
     Raises SourceError, TargetError or UsageError with one clear message; then nothing is left.
     """
     started = time.monotonic()
@@ -115,6 +119,7 @@ def to_hf(
             block_bytes=block_bytes(memory),
             accept=accept_damage,
             settings=settings,
+            base=_adapter_base(base, alpha, stack),
         )
         job = _Job(folder, output, checkpoint, options)
         if dry_run:
@@ -132,6 +137,18 @@ def to_hf(
         total = job.transfer.share_bytes
         publication.publish(job.transfer.key, "to huggingface", total, job.write)
         return job.report(started, dry_run=False)
+
+
+def _adapter_base(
+    base: str | Path | None, alpha: float | None, stack: ExitStack
+) -> AdapterBase | None:
+    if base is None:
+        if alpha is not None:
+            raise UsageError("--alpha is for an adapter whose model is named with --base.")
+        return None
+    if alpha is not None and not 0 < alpha < float("inf"):
+        raise UsageError("--alpha is a positive number.", found=alpha)
+    return AdapterBase(local(base, stack, config_only=True), str(base), alpha)
 
 
 class _Job:

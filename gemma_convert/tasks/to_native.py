@@ -37,6 +37,8 @@ def to_native(
     layout: str = "maxtext",
     framework_version: str | None = None,
     like: str | Path | None = None,
+    base: str | Path | None = None,
+    merge: bool = False,
     scan_layers: bool = False,
     dtype: Choice = "keep",
     scaled_dtype: ScaledChoice = "float32",
@@ -59,10 +61,11 @@ def to_native(
     the hub, or a URL of an object store (`gemma_convert.stores.remote.locations`); `like` names the
     Hugging Face original of one that has no sidecar, `framework_version` is one of those that the
     layout's table knows, its first by default, and `settings` (files, or KEY=VALUE) what its
-    framework was told, if not what lies beside it. `target`, a folder or such a URL, appears, or
-    is no longer marked as unfinished, when everything is in it. About `memory` bytes of anonymous
-    memory are taken, 512 MiB by default. Several `processes` that share file systems,
-    each of which makes the same call, divide the work. Raises SourceError, TargetError or
+    framework was told, if not what lies beside it. A source may be an adapter of PEFT: `base` is
+    its model, if not the one that it names, into which it is put with `merge`. `target`, a folder
+    or such a URL, appears, or is no longer marked as unfinished, when everything is in it. About
+    `memory` bytes of anonymous memory are taken, 512 MiB by default. Several `processes` that share
+    file systems,
     UsageError with one clear message, and GemmaConvertError for what another process met; then
     nothing is left behind.
     """
@@ -72,6 +75,8 @@ def to_native(
         layout=layout,
         version=framework_version,
         like=like,
+        base=base,
+        merge=merge,
         policy=DTypePolicy(dtype, scaled_dtype),
         form=OrbaxFormat(ocdbt, compression),
         scanned=scan_layers,

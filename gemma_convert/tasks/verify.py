@@ -8,10 +8,10 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gemma_convert.checkpoint.original import is_huggingface
 from gemma_convert.engine.comparing import Comparison
 from gemma_convert.engine.publishing import ProgressFactory
 from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.model.huggingface_files import has_weights
 from gemma_convert.output import shown
 from gemma_convert.stores.remote.locations import local
 from gemma_convert.tasks.verify_export import verify_export
@@ -94,12 +94,12 @@ def _compare(
     found: Comparison,
     progress: ProgressFactory | None,
 ) -> None:
-    if settings and (other is None or not is_huggingface(folder)):
+    if settings and (other is None or not has_weights(folder)):
         raise UsageError(
             "--settings are what an export was made by.",
             do="name the export, and its native checkpoint with --against",
         )
-    if not is_huggingface(folder):
+    if not has_weights(folder):
         verify_seal(folder, other, found, progress)
         if other is not None:
             verify_original(folder, other, found, progress)

@@ -8,14 +8,17 @@ the root, or below `base`, with `value` leaves.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gemma_convert.arrays.dtypes import TensorSpec
+from gemma_convert.checkpoint.native import NativeSource
 from gemma_convert.checkpoint.orbax_layout import OrbaxLayout, bare_names
 from gemma_convert.files.given_settings import GivenSettings
+from gemma_convert.layouts.maxtext.adapter import VALUE, matrices, stored_adapter, told_adapter
 from gemma_convert.layouts.maxtext.names import MODULES
 from gemma_convert.layouts.maxtext.settings import maxtext_settings, read_settings, settings_files
 from gemma_convert.mapping.native_facts import Settings
@@ -36,16 +39,29 @@ _SCANNED = "/scanned_blocks/"
 _HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
 
 
+_BESIDE_PARAMETERS = {
+    "step": {"value_type": "scalar", "skip_deserialize": False},
+    "opt_state": {"value_type": "Dict", "skip_deserialize": True},
+}
+
+
 class MaxText(OrbaxLayout):
     name = "maxtext"
     framework = "MaxText"
 
     def stored(self, arrays: Iterable[str]) -> Mapping[str, str]:
-        return {
+        names = bare_names(arrays, *MODULES)
+        return matrices(names) or {
             PARAMETERS + name: path
-            for name, path in bare_names(arrays, *MODULES).items()
+            for name, path in names.items()
             if path.startswith(PARAMETERS) or name.split("/")[0] in MODULES
         }
+
+    def open(self, where: Path) -> NativeSource:
+        native = super().open(where)
+        if not matrices({name.removesuffix(VALUE): name for name in native.specs}):
+            return native
+        return replace(native, adapter=stored_adapter(where, native.specs))
 
     def scanned(self, arrays: Iterable[str]) -> bool:
         return any(_SCANNED in name for name in arrays)
@@ -65,6 +81,8 @@ class MaxText(OrbaxLayout):
         return maxtext_settings(plan, _items(target), multimodal=_sees(plan))
 
     def settings_files(self, plan: Plan, target: Path) -> dict[str, str]:
+        if plan.architecture.adapter is not None:
+            return {}
         return settings_files(plan, _items(target), multimodal=_sees(plan))
 
     def read_settings(
@@ -82,26 +100,28 @@ def _sees(plan: Plan) -> bool:
 
 
 class MaxTextWriter(OrbaxWriter):
-    """The item folder of a step, with the step's number and an empty optimizer state beside it."""
+    """The item folder of a step, with the step's number and an empty optimizer state beside it.
+
+    An adapter stands there alone, as MaxText's fine-tuning saves it.
+    """
 
     def __init__(self, step: Path, plan: Plan, form: OrbaxFormat, part: int) -> None:
         super().__init__(step / ITEMS, form, part)
-        self._step, self._scanned = step, plan.scanned
-        self.declare(
-            {name: (target.spec, target.chunk) for name, target in plan.targets.items()}
-            | {"step": (TensorSpec("int32", ()), ())}
-        )
+        self._step, self._adapter = step, plan.architecture.adapter
+        self._custom: dict[str, object] = {"scan_layers": plan.scanned}
+        arrays = {name: (target.spec, target.chunk) for name, target in plan.targets.items()}
+        if self._adapter is None:
+            arrays["step"] = TensorSpec("int32", ()), ()
+        else:
+            self._custom |= told_adapter(self._adapter)
+        self.declare(arrays)
 
     def complete(self, started_ns: int, parts: int = 1) -> None:
         self.merge(parts)
-        self.write("step", (), np.zeros((), np.int32)).result()
-        self.write_tree(
-            {
-                "step": {"value_type": "scalar", "skip_deserialize": False},
-                "opt_state": {"value_type": "Dict", "skip_deserialize": True},
-            }
-        )
-        custom = {"scan_layers": self._scanned}
+        if self._adapter is None:
+            self.write("step", (), np.zeros((), np.int32)).result()
+        self.write_tree({} if self._adapter is not None else _BESIDE_PARAMETERS)
+        custom = self._custom
         write_checkpoint_metadata(self._step, {ITEMS: _HANDLER}, custom, started_ns)
 
 

@@ -15,6 +15,7 @@ import yaml
 from gemma_convert.errors import SourceError, short
 from gemma_convert.files.confined import check_confined
 from gemma_convert.files.given_settings import GivenSettings, read_settings_file
+from gemma_convert.layouts.maxtext.adapter import adapter_settings
 from gemma_convert.mapping.facts import FactTable, load_facts
 from gemma_convert.mapping.native_facts import Settings
 from gemma_convert.mapping.plan import Plan
@@ -45,6 +46,10 @@ def maxtext_settings(plan: Plan, items: Path, *, multimodal: bool) -> dict[str, 
         "use_multimodal": str(multimodal).lower(),
         "load_parameters_path": str(items),
     }
+    adapter = plan.architecture.adapter
+    if adapter is not None:
+        del settings["load_parameters_path"]  # the base model's, which is elsewhere
+        settings |= adapter_settings(adapter, plan.targets, items)
     if told:
         settings["override_model_config"] = "true"
     return settings | {key: _spelled(value) for key, value in told.items()}

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from gemma_convert.mapping.plan import SourceTensor
     from gemma_convert.mapping.region import Ranges
 
-from gemma_convert.model.huggingface_files import INDEX, SINGLE
+from gemma_convert.model.huggingface_files import ADAPTER, INDEX, SINGLE
 
 MAX_INDEX_BYTES = 16 << 20
 
@@ -258,6 +258,8 @@ def _weight_files(folder: Path) -> tuple[list[str], Mapping[str, str] | None]:
     if index.exists() or index.is_symlink():
         weight_map = read_index(index)
         return sorted(set(weight_map.values())), weight_map
+    if (folder / ADAPTER).is_file():
+        return [ADAPTER], None
     others = sorted(
         p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".gguf"}
     )
