@@ -143,7 +143,7 @@ def test_relative_paths_work(source, tmp_path):
 def test_json_report(tiny, out):
     done = run("to-native", tiny("31b"), out, "--format", "maxtext", "--scan-layers", "--json")
     report = json.loads(done.stdout)
-    assert report["schema"] == "gemma-convert/to-native/2"
+    assert report["schema"] == "gemma-convert/to-native/3"
     assert report["scanned"] is True
     assert report["settings"]["model_name"] == "gemma4-31b"
     assert report["settings"]["use_multimodal"] == "true"

@@ -174,7 +174,7 @@ def command(
             processes=together,
         )
         checked = verify and not dry_run and together.leads
-        proof = _verified(source, target) if checked else None
+        proof = _verified(source, target, merge) if checked else None
         together.step()
     if not together.leads:
         return
@@ -197,7 +197,7 @@ def command(
         show(f"  {shlex.quote(f'{key}={value}')}")
 
 
-def _verified(source: str, target: str) -> VerifyReport:
+def _verified(source: str, target: str, merged: bool) -> VerifyReport:
     """A report on what was written; raises CheckFailedError where it is not what was read."""
     from gemma_convert.errors import CheckFailedError
     from gemma_convert.layouts.registry import is_native
@@ -206,7 +206,8 @@ def _verified(source: str, target: str) -> VerifyReport:
     from gemma_convert.tasks.verify import verify
 
     with ExitStack() as stack:
-        against = None if is_native(local(source, stack)) else source
+        sealed = merged or is_native(local(source, stack))
+        against = None if sealed else source
     report = verify(target, against=against, progress=ProgressBar)
     if not report.passed:
         name, how = next(iter(report.different.items()))

@@ -13,10 +13,10 @@ from typing import Any
 
 from gemma_convert.errors import SourceError, short
 from gemma_convert.files.json_file import read_object
-from gemma_convert.model.huggingface_files import INDEX, SINGLE
+from gemma_convert.model.adapter import ADAPTER_CONFIG
+from gemma_convert.model.huggingface_files import ADAPTER, INDEX, SINGLE
 
-ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_ADAPTER_WEIGHTS = (ADAPTER, "adapter_model.bin")
 _MAX_ADAPTER_BYTES = 16 << 20
 
 _ADAPTED = (
@@ -33,6 +33,10 @@ _ORIGINAL = "convert the original bfloat16 checkpoint"
 _MERGE = (
     "merge it into its base model first, with merge_and_unload() and save_pretrained() of PEFT, "
     "and convert what that saved"
+)
+_ADAPTER = (
+    "convert it with to-native, or with to-native --merge put it into its base model; this command "
+    "takes models"
 )
 _GIVE = "give a folder with a Gemma 4 E2B, E4B, 12B, 26B-A4B or 31B checkpoint"
 
@@ -77,7 +81,7 @@ def refuse_foreign_folder(folder: Path) -> None:
             where=folder,
             expected=f"{SINGLE} or {INDEX}",
             found=", ".join([adapter or ADAPTER_CONFIG, *_adapter_facts(folder)]),
-            do=_MERGE,
+            do=_ADAPTER if adapter == ADAPTER else _MERGE,
         )
     files = sorted(entry.name for entry in folder.iterdir() if entry.suffix == ".gguf")
     if files:

@@ -6,12 +6,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gemma_convert.arrays.dtypes import DTypePolicy, TensorSpec
 from gemma_convert.checkpoint import sidecar
+from gemma_convert.checkpoint.adapter_base import KEPT_BASE
 from gemma_convert.checkpoint.manifest import read_manifest
 from gemma_convert.checkpoint.native import NativeSource
 from gemma_convert.errors import SourceError, UsageError
@@ -19,6 +20,12 @@ from gemma_convert.layouts.registry import is_native, open_native, usable_layout
 from gemma_convert.mapping.inventory import hf_tensors, huggingface_tensors
 from gemma_convert.mapping.plan import plan_to_native
 from gemma_convert.mapping.table import HUGGINGFACE, load_table
+from gemma_convert.model.adapter import (
+    StoredAdapter,
+    is_adapter,
+    read_adapter,
+    refuse_beside_matrices,
+)
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import read_architecture
 from gemma_convert.model.foreign import refuse_foreign_folder, refuse_foreign_tensors
@@ -64,11 +71,13 @@ class InspectReport:
     coverage: Coverage | None
     converted_by: str | None
     lossy_rows: tuple[str, ...]
+    adapter: StoredAdapter | None = None
+    """Of an adapter: its rank, and alpha if it says that."""
 
     def as_json(self) -> dict[str, object]:
         """The report for `--json`."""
         complete = None if self.coverage is None else self.coverage.complete
-        return {"schema": "gemma-convert/inspect/1", **asdict(self), "complete": complete}
+        return {"schema": "gemma-convert/inspect/2", **asdict(self), "complete": complete}
 
 
 def inspect(path: str | Path) -> InspectReport:
@@ -82,6 +91,8 @@ def inspect(path: str | Path) -> InspectReport:
 
 
 def _inspect(path: Path) -> InspectReport:
+    if is_adapter(path):
+        return _adapter(path)
     refuse_foreign_folder(path)
     if not path.is_dir():
         raise SourceError("There is no such folder.", where=path)
@@ -115,24 +126,36 @@ def _huggingface(path: Path) -> InspectReport:
     return _report(path, HUGGINGFACE, specs, architecture, coverage, config=path / CONFIG)
 
 
+def _adapter(path: Path) -> InspectReport:
+    adapter = read_adapter(path)
+    with SafetensorsFolder(path) as reader:
+        refuse_beside_matrices(reader.specs, path)
+        report = _report(path, HUGGINGFACE, reader.specs)
+    return replace(report, adapter=StoredAdapter(adapter.rank, adapter.alpha))
+
+
 def _native(path: Path, native: NativeSource) -> InspectReport:
     extras = tuple(sorted({name.partition("/")[0] for name in native.beside}))
     root = sidecar.sidecar_root(native.folder)
     if root is None:
-        return _report(path, native.layout, native.specs, scanned=native.scanned, extras=extras)
-    config = root / sidecar.FOLDER / CONFIG
+        found = _report(path, native.layout, native.specs, scanned=native.scanned, extras=extras)
+        return replace(found, adapter=native.adapter)
+    adapter = native.adapter is not None
+    kept = Path(sidecar.FOLDER, sidecar.OWN, KEPT_BASE) if adapter else Path(sidecar.FOLDER)
+    config = root / kept / CONFIG
     architecture = read_architecture(config)
-    return _report(
+    report = _report(
         path,
         native.layout,
         native.specs,
         architecture,
-        _native_coverage(architecture, native),
+        None if adapter else _native_coverage(architecture, native),
         scanned=native.scanned,
         extras=extras,
         config=config,
         manifest=read_manifest(root, damaged=True),
     )
+    return replace(report, adapter=native.adapter)
 
 
 def _native_coverage(architecture: Architecture, native: NativeSource) -> Coverage | None:

@@ -1,0 +1,50 @@
+"""Adapters of PEFT in tests: random matrices for the linear weights of a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from trees import read_safetensors
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+RANK, ALPHA = 3, 6
+
+
+def weights(model: Path, targets=TARGETS) -> dict[str, tuple[int, ...]]:
+    """Name without `.weight` → shape, of the text model's linear weights of these modules."""
+    return {
+        name.removesuffix(".weight"): array.shape
+        for name, array in read_safetensors(model).items()
+        if ".layers." in name and "tower" not in name and name.split(".")[-2] in targets
+    }
+
+
+def matrices(model: Path, targets=TARGETS, seed: int = 0) -> dict[str, np.ndarray]:
+    """Name, as the model has it, → matrix A [rank in] or B [out rank], float32."""
+    random = np.random.default_rng(seed)
+    found = {}
+    for name, (outputs, inputs) in weights(model, targets).items():
+        found[f"{name}.lora_A.weight"] = random.normal(size=(RANK, inputs)).astype(np.float32)
+        found[f"{name}.lora_B.weight"] = random.normal(size=(outputs, RANK)).astype(np.float32)
+    return found
+
+
+def save(folder: Path, model: Path, found: dict[str, np.ndarray], **config) -> Path:
+    """The folder as save_pretrained() of PEFT leaves it."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True)
+    named = {f"base_model.model.{name}": matrix for name, matrix in found.items()}
+    save_file(named, folder / "adapter_model.safetensors", {"format": "pt"})
+    facts = {
+        "base_model_name_or_path": str(model),
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "target_modules": list(TARGETS),
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(facts | config))
+    (folder / "README.md").write_text("An adapter.\n")
+    return folder
