@@ -47,9 +47,9 @@ def save(path: Path, *names: str) -> None:
 # Adapters.
 
 
-@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin", None])
+@pytest.mark.parametrize("weights", ["adapter_model.bin", None])
 @pytest.mark.parametrize("with_config", [False, True])
-def test_an_adapter_of_peft(folder, tiny, weights, with_config):
+def test_an_adapter_that_is_pickled_or_has_no_weights(folder, tiny, weights, with_config):
     write(folder / "adapter_config.json", ADAPTER)
     if weights is not None:
         (folder / weights).write_bytes(b"")
@@ -68,8 +68,13 @@ def test_an_adapter_of_peft(folder, tiny, weights, with_config):
 @pytest.mark.parametrize("content", ["{", "[]", {"peft_type": None}])
 def test_an_adapter_whose_config_says_nothing(folder, content):
     write(folder / "adapter_config.json", content)
-    (folder / "adapter_model.safetensors").write_bytes(b"")
-    assert "found: adapter_model.safetensors\n" in refused(folder)
+    save(folder / "adapter_model.safetensors", "base_model.model.model.layers.0.q.lora_A.weight")
+    for more in ((), ("--merge",)):
+        message = fails(3, "to-native", folder, folder.parent / "o", "--format", "maxtext", *more)
+        assert "adapter_config.json" in message
+    assert "adapter_config.json" in fails(3, "inspect", folder)
+    assert "to-native --merge" in fails(3, "golden", folder, folder.parent / "out")
+    assert not (folder.parent / "o").exists()
 
 
 def test_an_adapter_config_beside_whole_weights_is_passed_over(tiny, tmp_path):

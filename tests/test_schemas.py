@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from adapters import matrices, save
 from cases import LAYOUTS
 from jsonschema import Draft202012Validator
 from models import DENSE, FOLDER
@@ -91,6 +92,8 @@ def to_native_reports(source, edited, folder, shallow, converted):
     yield printed("to-native", source, folder / "d", "--format", "fast-llm", "--text-only")
     changed = trained(converted(source, "maxtext"), folder / "trained")
     yield printed("to-native", changed, folder / "e", "--format", "gemma-jax")
+    adapter = save(folder / "adapter", source, matrices(source))
+    yield printed("to-native", adapter, folder / "f", "--format", "maxtext")
 
 
 def to_hf_reports(source, edited, folder, shallow, converted):
@@ -122,6 +125,7 @@ def inspect_reports(source, edited, folder, shallow, converted):
     (folder / "bare").mkdir()
     shutil.copy(source / "model.safetensors", folder / "bare")
     yield printed("inspect", folder / "bare")
+    yield printed("inspect", save(folder / "adapter", source, matrices(source)))
     yield from damaged(folder / "bare", edited)
 
 
@@ -192,7 +196,15 @@ NEVER_HERE = {
     "inspect": {"/extras"},  # of a training run
     "manifest": set(),
 }
-VERSIONS = {"to-native": 2, "to-hf": 2, "verify": 2, "manifest": 2, "mappings": 2, "logit-check": 3}
+VERSIONS = {
+    "to-native": 3,
+    "inspect": 2,
+    "to-hf": 2,
+    "verify": 2,
+    "manifest": 2,
+    "mappings": 2,
+    "logit-check": 3,
+}
 """Of the schemas that have had others before."""
 
 REPORTS = {

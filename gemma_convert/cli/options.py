@@ -11,7 +11,7 @@ import typer
 from gemma_convert.errors import UsageError
 from gemma_convert.mapping.declared import layout_names
 
-RUNNING, INPUTS, TOGETHER = "Running", "Inputs", "Several processes"
+ADAPTERS, RUNNING, INPUTS, TOGETHER = "Adapters", "Running", "Inputs", "Several processes"
 """Panels of options in `--help`."""
 
 LAYOUTS = f"[{'|'.join(layout_names())}]"

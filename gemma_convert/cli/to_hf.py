@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemma_convert.cli.options import (
+    ADAPTERS,
     RUNNING,
     AcceptDamage,
     AsJson,
@@ -39,11 +40,17 @@ def command(
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="For an adapter without a sidecar: the Hugging Face model it is for."),
+        typer.Option(
+            help="For an adapter without a sidecar: the Hugging Face model it is for.",
+            rich_help_panel=ADAPTERS,
+        ),
     ] = None,
     alpha: Annotated[
         float | None,
-        typer.Option(help="The alpha of such an adapter, if its metadata do not say it."),
+        typer.Option(
+            help="The alpha of such an adapter, if its metadata do not say it.",
+            rich_help_panel=ADAPTERS,
+        ),
     ] = None,
     dtype: Annotated[
         DType, typer.Option(help="Dtype of the weights; keep is the original's.")

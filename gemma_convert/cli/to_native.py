@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemma_convert.cli.options import (
+    ADAPTERS,
     LAYOUTS,
     RUNNING,
     AcceptDamage,
@@ -68,10 +69,16 @@ def command(
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="For a SRC that is an adapter: its base model, if not where it says."),
+        typer.Option(
+            help="For a SRC that is an adapter: its base model, if not where it says.",
+            rich_help_panel=ADAPTERS,
+        ),
     ] = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Merge an adapter into its base model.")
+        bool,
+        typer.Option(
+            "--merge", help="Merge an adapter into its base model.", rich_help_panel=ADAPTERS
+        ),
     ] = False,
     scan_layers: Annotated[
         bool, typer.Option("--scan-layers/--no-scan-layers", help="Stack the layers of each block.")

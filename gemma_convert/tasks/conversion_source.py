@@ -23,6 +23,7 @@ from gemma_convert.mapping.plan import plan_to_native
 from gemma_convert.model.adapter import is_adapter, read_adapter
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import load_config, read_config
+from gemma_convert.model.foreign import refuse_foreign_folder
 from gemma_convert.model.huggingface_files import CONFIG
 from gemma_convert.output import shown
 from gemma_convert.stores.orbax.writer import OrbaxFormat
@@ -84,6 +85,8 @@ def _from_huggingface(
     source: Path, target: Path, options: ConversionOptions, stack: ExitStack
 ) -> Conversion:
     """The conversion of a model, or of an adapter by itself."""
+    if not is_adapter(source):
+        refuse_foreign_folder(source)
     unchanged = _unchanged(source)
     reader = stack.enter_context(SafetensorsFolder(source))
     base = _base(source, options, stack, config_only=True) if is_adapter(source) else None
