@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from adapters import matrices, save
 from cases import SHALLOW
 from documents import PAGES, ROOT, SHELLS, Block, Command, blocks, code_spans, command, excuses
 from filelock import FileLock
@@ -76,10 +77,12 @@ every_page = pytest.mark.parametrize("document", PAGES, ids=lambda one: str(one.
 
 @pytest.fixture
 def work(shallow, tmp_path, monkeypatch) -> Path:
-    """A folder with what the pages take for granted: checkpoints, a picture, a sound."""
+    """A folder with what the pages take for granted: checkpoints, an adapter, a picture, a sound."""
     for name, family in FOLDERS.items():
         for folder in (tmp_path / name, tmp_path / "google" / name):
             shutil.copytree(shallow(family), folder)
+    model = tmp_path / "gemma-4-31B-it"
+    save(tmp_path / "adapter", model, matrices(model))
     generator = np.random.default_rng(0)
     from PIL import Image
 
@@ -146,10 +149,15 @@ def test_every_block_runs(document, work):
 
 
 def _prepare(line: str, block: Block) -> None:
-    """A hidden line: a command, `remove OUT`, or `trained OUT FOLDER`, what a framework saves."""
+    """A hidden line: a command, `remove OUT`, or `trained OUT FOLDER`, what a framework saves.
+
+    `adapter-run OUT FOLDER` is that of an adapter, whose step does not say how it is scaled.
+    """
     words = line.split()
     if words[0] == "remove":
         shutil.rmtree(words[1])
+    elif words[0] == "adapter-run":
+        shutil.copytree(Path(words[1], "0", "items"), Path(words[2], "model_params"))
     elif words[0] == "trained":
         step = Path(words[1]) / "0"
         source = step if step.is_dir() else Path(words[1])

@@ -119,7 +119,11 @@ def _merged(
 def _base(
     adapter: Path, options: ConversionOptions, stack: ExitStack, *, config_only: bool
 ) -> Path:
-    """The folder of an adapter's base model, which the options name or else the adapter."""
+    """The folder of an adapter's base model, which the options name or else the adapter.
+
+    Raises SourceError for an adapter that is not converted, whatever its model is.
+    """
+    read_adapter(adapter)
     if options.base is None:
         return named_folder(adapter)
     return local(options.base, stack, config_only=config_only)
