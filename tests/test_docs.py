@@ -77,7 +77,7 @@ every_page = pytest.mark.parametrize("document", PAGES, ids=lambda one: str(one.
 
 @pytest.fixture
 def work(shallow, tmp_path, monkeypatch) -> Path:
-    """A folder with what the pages take for granted: checkpoints, an adapter, a picture, a sound."""
+    """A folder with what the pages take for granted: checkpoints, an adapter, media."""
     for name, family in FOLDERS.items():
         for folder in (tmp_path / name, tmp_path / "google" / name):
             shutil.copytree(shallow(family), folder)
