@@ -213,7 +213,7 @@ def test_images_and_sounds_are_refused_before_anything_runs(native, option):
 def published() -> SimpleNamespace:
     """What settings ask a plan of the published 12B, scanned, for."""
     architecture = load_architecture(UNIFIED)
-    return SimpleNamespace(architecture=architecture, scanned=True, ignored_facts=())
+    return SimpleNamespace(architecture=architecture, scanned=True, ignored_facts=(), version=None)
 
 
 def test_maxtext_is_told_31b_with_the_sizes_of_12b():

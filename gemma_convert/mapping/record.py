@@ -66,9 +66,7 @@ class Record:
         """The condition under `key`; facts of a layer need `{layer}` in `name`."""
         if not self.has(key):
             return Condition()
-        condition = self.checked(
-            lambda text: parse_condition(text, self.version), self.text(key)
-        )
+        condition = self.checked(lambda text: parse_condition(text, self.version), self.text(key))
         if name is not None and "layers" not in name.axes and set(condition.facts) & LAYER_FACTS:
             raise self.error(f"`{key}` asks about a layer, but the name has no {{layer}}.")
         return condition

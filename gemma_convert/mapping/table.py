@@ -7,10 +7,10 @@ axes, and names that stand twice are errors that name the file, the row and the 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from gemma_convert.errors import MappingError, UsageError
 from gemma_convert.mapping.declared import declaration, is_own, module_folder, package
@@ -26,14 +26,27 @@ from gemma_convert.mapping.rows import (
     Refusal,
     Stack,
     Table,
+    possible,
 )
 from gemma_convert.mapping.versions import versioned
-
-Conditional = TypeVar("Conditional", NativeRow, CarriedRow, Refusal)
 
 HUGGINGFACE = "huggingface"
 
 TOWERS = ("vision", "audio")
+
+_KEYS = [
+    "layout",
+    "versions",
+    "files",
+    "spellings",
+    "carried",
+    "refused",
+    "placement",
+    "section",
+    "fact",
+    "models",
+    "named",
+]
 
 
 def mappings_folder() -> Path:
@@ -53,8 +66,7 @@ def load_inventory() -> Inventory:
 def load_table(layout: str, version: str | None = None) -> Table:
     """The table of a native layout for a version of its framework, its first by default.
 
-    It is read once. Raises UsageError where there is no such layout or version, or where another
-    package's table is wrong.
+    Raises UsageError where there is no such layout or version, or another package's table is wrong.
     """
     declared, file = declaration(layout), table_file(layout)
     try:
@@ -137,32 +149,21 @@ def parse_table(
     Rows that the `version` has not are left out.
     """
     top, chosen = versioned(data, file, version)
-    top.only(
-        "layout",
-        "versions",
-        "files",
-        "spellings",
-        "carried",
-        "refused",
-        "placement",
-        "section",
-        "fact",
-        "models",
-        "named",
+    top.only(*_KEYS)
+    rows = possible(
+        row for section in top.records("section") for row in _native_rows(section, inventory)
     )
-    rows = [row for section in top.records("section") for row in _native_rows(section, inventory)]
-    carried = [_carried_row(record, inventory) for record in top.records("carried")]
-    refused = [_refusal(record, inventory) for record in top.records("refused")]
-    rows, carried, refused = _possible(rows), _possible(carried), _possible(refused)
+    carried = possible(_carried_row(record, inventory) for record in top.records("carried"))
+    refused = possible(_refusal(record, inventory) for record in top.records("refused"))
     without = {name for refusal in refused for name in refusal.names}
     forms = top.table("placement")
     placements = {name: _placement(name, forms.table(name)) for name in forms.values}
     table = Table(
         layout=top.text("layout"),
         version=chosen.name,
-        rows=tuple(rows),
-        carried=tuple(carried),
-        refused=tuple(refused),
+        rows=rows,
+        carried=carried,
+        refused=refused,
         spellings=top.spellings(),
         placements=placements,
         files=_files(top.table("files")) if top.has("files") else None,
@@ -178,10 +179,6 @@ def parse_table(
                 do="add a row, or an entry under `carried` that says why there is no place for it",
             )
     return table
-
-
-def _possible(rows: Iterable[Conditional]) -> list[Conditional]:
-    return [row for row in rows if row.when.possible]
 
 
 def _native_rows(section: Record, inventory: Inventory) -> Iterator[NativeRow]:
