@@ -282,7 +282,7 @@ def test_without_the_other_epsilon_nothing_is_left(native, pictures, monkeypatch
     assert not any("epsilon" in one for one in report.warnings)
 
 
-def test_the_whole_model_and_a_golden_file_see_too(native, pictures):
+def test_the_whole_model_sees_too(native, pictures):
     source, out = native()
     report = logit_check(source, out, tokens=3, images=[pictures["noise"]], whole_model=True)
     assert report.passed and report.divergence.kl_max < KL_LIMIT

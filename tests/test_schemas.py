@@ -192,7 +192,7 @@ NEVER_HERE = {
     "inspect": {"/extras"},  # of a training run
     "manifest": set(),
 }
-VERSIONS = {"to-native": 2, "to-hf": 2, "verify": 2, "manifest": 2, "mappings": 2, "logit-check": 3}
+VERSIONS = {"to-native": 2, "to-hf": 2, "verify": 2, "manifest": 3, "mappings": 2, "logit-check": 3}
 """Of the schemas that have had others before."""
 
 REPORTS = {
