@@ -444,7 +444,7 @@ def test_facts_of_the_embedders_of_12b():
     model = load_architecture(UNIFIED)
     assert model.unified and (model.vision, model.audio) == (None, None)
     assert model.vision_embedder == VisionEmbedder(
-        embed=3840, patch=6912, patch_size=16, pooling=3, positions=1120
+        embed=3840, patch=6912, patch_size=16, pooling=3, positions=1120, norm_epsilon=1e-6
     )
     assert model.audio_embedder == AudioEmbedder(frame=640)
     facts = ("images", "sounds", "vision", "audio", "vision_embedder", "audio_embedder")

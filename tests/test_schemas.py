@@ -201,7 +201,7 @@ VERSIONS = {
     "inspect": 2,
     "to-hf": 2,
     "verify": 2,
-    "manifest": 2,
+    "manifest": 3,
     "mappings": 2,
     "logit-check": 3,
 }

@@ -15,6 +15,7 @@ from gemma_jax_by_hand import gemma_jax_tree
 from maxtext_by_hand import maxtext_tree
 from models import UNIFIED, load_architecture, load_config, load_tensors
 from native_checkpoints import CARRIED, arrays_of, differing, edited, passes, sums
+from PIL import Image
 from test_cli import fails, run
 from trees import read_safetensors
 
@@ -201,10 +202,11 @@ def test_a_tensor_that_transformers_would_make_up_is_missed(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("option", ["--image", "--audio"])
-def test_images_and_sounds_are_refused_before_anything_runs(native, option):
+def test_images_and_sounds_are_refused_before_anything_runs(native, tmp_path, option):
+    Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
     source, out = native("gemma-jax", False)
-    message = fails(2, "logit-check", source, out, option, "x")
-    assert "without a" in message and "tower" in message
+    message = fails(2, "logit-check", source, out, option, tmp_path / "x.png")
+    assert "without" in message and "tower" in message
 
 
 # Settings.
@@ -213,7 +215,7 @@ def test_images_and_sounds_are_refused_before_anything_runs(native, option):
 def published() -> SimpleNamespace:
     """What settings ask a plan of the published 12B, scanned, for."""
     architecture = load_architecture(UNIFIED)
-    return SimpleNamespace(architecture=architecture, scanned=True, ignored_facts=())
+    return SimpleNamespace(architecture=architecture, scanned=True, ignored_facts=(), version=None)
 
 
 def test_maxtext_is_told_31b_with_the_sizes_of_12b():

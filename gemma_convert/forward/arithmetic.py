@@ -42,6 +42,20 @@ def rms_norm(
     return normed.astype(x.dtype)
 
 
+def layer_norm(
+    x: Float[Array, "*places size"],
+    scale: Float[Array, " size"],
+    bias: Float[Array, " size"],
+    epsilon: float,
+) -> Float[Array, "*places size"]:
+    """`x` less its mean, over its standard deviation, times `scale` and plus `bias`, in float32."""
+    precise = x.astype(jnp.float32)
+    precise = precise - jnp.mean(precise, -1, keepdims=True)
+    normed = precise * jax.lax.rsqrt(jnp.mean(jnp.square(precise), -1, keepdims=True) + epsilon)
+    normed = normed * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+    return normed.astype(x.dtype)
+
+
 def gelu(x: jax.Array) -> jax.Array:
     """GELU in its tanh approximation, `gelu_pytorch_tanh`."""
     return jax.nn.gelu(x, approximate=True)
@@ -87,20 +101,25 @@ def attend(
 
 
 def visible(
-    length: int, window: int | None, images: Int[Array, "batch length"] | None = None
+    length: int,
+    window: int | None,
+    images: Int[Array, "batch length"] | None = None,
+    whole: bool = False,
 ) -> Bool[Array, "rows length length"]:
     """Which keys a query sees [rows query key]: itself, and `window` - 1 or all of those before it.
 
     Tokens of one image (equal numbers other than 0) see each other both ways; the window bounds how
-    far back, never how far forward: `create_masks_for_vision_model` of transformers. One row serves
-    the whole batch where there are no images.
+    far back, never how far forward (`create_masks_for_vision_model` of transformers), or neither
+    where images are `whole` (`create_masks_for_generate`). One row serves the whole batch where
+    there are no images.
     """
     query, key = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
     seen = (key <= query)[None]
-    if images is not None:
-        same = (images[:, :, None] == images[:, None, :]) & (images != 0)[:, :, None]
-        seen = seen | same
-    return seen if window is None else seen & (key > query - window)
+    near = jnp.ones_like(seen) if window is None else (key > query - window)[None]
+    if images is None:
+        return seen & near
+    same = (images[:, :, None] == images[:, None, :]) & (images != 0)[:, :, None]
+    return seen & near | same if whole else (seen | same) & near
 
 
 def routing(

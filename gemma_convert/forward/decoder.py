@@ -151,10 +151,12 @@ def at(params: Params, *keys: str) -> jax.Array:
 class Kind:
     """What a layer is compiled for: its facts without its number, so that few kinds are compiled.
 
-    `window` is None where attention reaches back to the first token.
+    `window` is None where attention reaches back to the first token, and does not bound what
+    tokens of one image see of it where images are `whole`.
     """
 
     window: int | None
+    whole_images: bool
     rope: Rope
     owns_value: bool
     norm_epsilon: float
@@ -282,7 +284,7 @@ def _run_layer(
             state,
             None if ple is None else ple[:, :, facts.index],
             None if facts.owns_kv else kept[number, facts.kv_source],
-            images[number] if facts.sliding else None,
+            images[number] if facts.sliding or kind.whole_images else None,
             given[number],
             instead,
             kind,
@@ -298,6 +300,7 @@ def kind_of(text: TextArchitecture, facts: Layer) -> Kind:
     """The static facts that one compiled `layer` serves."""
     return Kind(
         window=text.window if facts.sliding else None,
+        whole_images=text.whole_images,
         rope=text.rope_sliding if facts.sliding else text.rope_full,
         owns_value=facts.owns_value,
         norm_epsilon=text.norm_epsilon,
@@ -401,7 +404,7 @@ def attention(
         key = tap("keys", _norm(weights, kind, "key", key))
         value = tap("values", rms_norm(value, None, kind.norm_epsilon))
         shared = rotary(key, kind.rope), value
-    seen = visible(hidden.shape[1], kind.window, images)
+    seen = visible(hidden.shape[1], kind.window, images, kind.whole_images)
     mixed = tap("attention", attend(rotary(query, kind.rope), *shared, seen))
     return tap("output projection", weights.attended(mixed)), shared
 

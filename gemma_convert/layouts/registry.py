@@ -84,8 +84,7 @@ def open_native(path: Path, block_bytes: int | None = None) -> NativeSource:
     layout, where = _recognised(path)
     found = fingerprint(where)
     native = layout.open(where)
-    version = _recorded_version(where) or native.version
-    load_table(native.layout, version)  # one that is not known is refused before it is read
+    version = _recorded_version(where, native.layout) or native.version
     return replace(native, block_bytes=block_bytes, fingerprint=found, version=version)
 
 
@@ -179,11 +178,26 @@ def _recognised(path: Path) -> tuple[Layout, Path]:
     )
 
 
-def _recorded_version(where: Path) -> str | None:
-    """The version of the framework that the manifest of a checkpoint names, where it has one."""
+def _recorded_version(where: Path, layout: str) -> str | None:
+    """The version of the framework that the manifest of a checkpoint names, where it has one.
+
+    Raises SourceError for one that the table of `layout` does not know.
+    """
     root = sidecar.sidecar_root(where)
     manifest = None if root is None else read_manifest(root, damaged=True)
-    return None if manifest is None else manifest.get("framework_version")
+    version = None if manifest is None else manifest.get("framework_version")
+    if version is None:
+        return None
+    try:
+        return load_table(layout, version).version
+    except UsageError as error:
+        raise SourceError(
+            "The checkpoint was converted for a version of its framework that is not known here.",
+            where=root,
+            expected=error.expected,
+            found=short(version),
+            do="read it with the version of gemma-convert that wrote it, or a later one",
+        ) from None
 
 
 def _found(

@@ -209,6 +209,7 @@ def _logit_check(
             *limit.warnings,
             *_fact_warnings(facts),
             *_window_warning(longest, window),
+            *found.known,
         ),
         flops=forward_flops(architecture, sequences) * (1 if stored else 2),
         running_seconds=time.monotonic() - running,
@@ -232,6 +233,8 @@ class _Run:
     noise_floor: float | None
     reference_device: str
     native_device: str
+    known: tuple[str, ...] = ()
+    """What the framework is known to compute otherwise, in words."""
 
 
 def _run_streamed(
@@ -271,7 +274,7 @@ def _run_streamed(
     floor = run.noise_floor if local.passed else None  # of a mistake it would be no noise
     if local.passed:
         compared.count_tied(run.tied)
-    return _Run(compared, drift, local, floor, reference.device, ours.device)
+    return _Run(compared, drift, local, floor, reference.device, ours.device, towers.known)
 
 
 def _run_whole(

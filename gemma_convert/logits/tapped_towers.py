@@ -1,7 +1,8 @@
 """Which parts of transformers' towers are which modules, seen while they run and put there instead.
 
 Modules: `Gemma4VisionModel`, `Gemma4AudioModel` and `Gemma4MultimodalEmbedder` in
-`transformers/models/gemma4/modeling_gemma4.py` (5.23). A vision layer's are those of a decoder's.
+`transformers/models/gemma4/modeling_gemma4.py` (5.23), `Gemma4UnifiedVisionEmbedder` in
+`models/gemma4_unified/modeling_gemma4_unified.py`. A vision layer's are those of a decoder's.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
 class TowerModules:
     """Where a tower's parts are made or given to: around its layers, and in each of them.
 
-    `first` is the part that the layers begin with, `layers` the path of what holds them; those of
-    `made_by` and `given_to` are below the model, the others' below a layer.
+    `first` is the part that the layers begin with, `holder` the path of what holds them, None where
+    there are none; those of `made_by` and `given_to` are below the model, the others' below a
+    layer.
     """
 
     first: Part
-    holder: str
+    holder: str | None
     made_by: Mapping[Part, str]
     given_to: Mapping[Part, str]
     layer_made_by: Mapping[Part, str]
@@ -75,12 +77,32 @@ TOWERS: Mapping[str, TowerModules] = {
 }
 """Of a model that does not standardise, what is pooled is given to the norm, and no part."""
 
+EMBEDDER = TowerModules(
+    first="patch embedding",
+    holder=None,
+    made_by={
+        "patch embedding": "embed_vision.pos_norm",
+        "norm before the projection": "embed_vision.multimodal_embedder."
+        "embedding_pre_projection_norm",
+        "soft tokens": "embed_vision.multimodal_embedder.embedding_projection",
+    },
+    given_to={},
+    layer_made_by={},
+    layer_given_to={},
+)
+"""What 12B has in the place of a vision tower."""
+
+
+def modules_of(model: Any, tower: str) -> TowerModules:
+    """The modules of a tower of transformers' `model`, or of what it has in its place."""
+    embeds = tower == "vision" and not hasattr(model, "vision_tower")
+    return EMBEDDER if embeds else TOWERS[tower]
+
 
 def around(
-    model: Any, tower: str, standardize: bool, use: Callable[[Part, Any], Any]
+    model: Any, modules: TowerModules, standardize: bool, use: Callable[[Part, Any], Any]
 ) -> AbstractContextManager[None]:
     """`tapped` of what stands around the layers of a tower; a tuple's first value is the part's."""
-    modules = TOWERS[tower]
     given_to = modules.given_to if standardize else {}
 
     def first(part: Part, value: Any) -> Any:
@@ -92,9 +114,10 @@ def around(
     return seen_at(model, modules.made_by, given_to, first)
 
 
-def within(layer: Any, tower: str, use: Callable[[Part, Any], Any]) -> AbstractContextManager[None]:
+def within(
+    layer: Any, modules: TowerModules, use: Callable[[Part, Any], Any]
+) -> AbstractContextManager[None]:
     """`tapped` of a layer of a tower."""
-    modules = TOWERS[tower]
     return seen_at(layer, modules.layer_made_by, modules.layer_given_to, use)
 
 

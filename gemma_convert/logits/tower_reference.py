@@ -23,7 +23,7 @@ from gemma_convert.logits.other_runs import Calls, aside, disturbed
 from gemma_convert.logits.precision import computed_in
 from gemma_convert.logits.reference import arguments, cannot_run
 from gemma_convert.logits.tapped import Values
-from gemma_convert.logits.tapped_towers import TOWERS, around, rows, within
+from gemma_convert.logits.tapped_towers import around, modules_of, rows, within
 from gemma_convert.prompts.soft import SoftSequence
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ class TowerStep:
     `state` [rows embed] leads to it, None to the first; `parts` is what its parts make of it
     [rows features], and `other` the same in another precision, each on what the one before made.
     Rows that are not `real` [rows] are padding. `errors` [rows], by part, are to be filled in
-    before the next step is asked for, and are the size of its noise.
+    before the next step is asked for, and are the size of its noise. `known` has what a part makes
+    where its norms with biases have the epsilon of the text model's, as some frameworks have it.
     """
 
     layer: int | None
@@ -46,6 +47,7 @@ class TowerStep:
     other: Mapping[Part, npt.NDArray[Any]]
     real: npt.NDArray[np.bool_]
     errors: dict[Part, npt.NDArray[np.float64]] = field(default_factory=dict)
+    known: Mapping[Part, npt.NDArray[Any]] = field(default_factory=dict)
 
 
 class WatchedTower:
@@ -64,8 +66,10 @@ class WatchedTower:
         import torch
 
         self._model, self._tower, self._hf = model, sequence.medium.tower, hf
-        self._first, self._standardize = TOWERS[self._tower].first, standardize
-        self._holder = model.get_submodule(TOWERS[self._tower].holder)
+        self._modules = modules_of(model, self._tower)
+        self._first, self._standardize = self._modules.first, standardize
+        holder = self._modules.holder
+        self._holder = None if holder is None else model.get_submodule(holder)
         self._given = arguments(sequence, device)
         self._dtype = torch.float64 if noise == "float32" else torch.bfloat16
         self._random = torch.Generator().manual_seed(0)
@@ -79,15 +83,17 @@ class WatchedTower:
             precise, other = self._around(None, made)
         state: torch.Tensor = made[self._first]
         step = self._step(None, None, {self._first: state}, other)
+        if self._holder is None:
+            step.known = {self._first: _on_host(self._with_epsilon_of_text()[self._first])}
         yield step
         noisy = self._noise(step)(self._first, state)
-        for index, layer in enumerate(self._holder.layers):
+        for index, layer in enumerate(() if self._holder is None else self._holder.layers):
             with self._running():
                 made = self._layer(layer, index, calls, state, None)
                 other = self._layer(layer, index, precise, state, made)
             step = self._step(index, state, made, other)
             yield step
-            with self._running(), within(layer, self._tower, self._noise(step)):
+            with self._running(), within(layer, self._modules, self._noise(step)):
                 noisy = calls.run(layer, index, noisy)
             state = made["output"]
         with self._running():
@@ -98,7 +104,8 @@ class WatchedTower:
         yield step
         with self._running():
             _, moved = self._call(noisy, self._noise(step))
-        self.soft_errors = relative(_on_host(made["soft tokens"]), _on_host(moved))
+        exact = _on_host(made["soft tokens"])[: len(moved)]
+        self.soft_errors = relative(exact, _on_host(moved))
 
     def _around(
         self, state: torch.Tensor | None, exact: Values | None
@@ -118,7 +125,7 @@ class WatchedTower:
         """What the parts of a layer make, as in `_around`."""
         made: Values = {}
         given = state if exact is None else state.to(self._dtype)
-        with self._precision(exact), within(layer, self._tower, self._noted(made, exact)):
+        with self._precision(exact), within(layer, self._modules, self._noted(made, exact)):
             calls.run(layer, index, given)
         return made
 
@@ -128,20 +135,55 @@ class WatchedTower:
         """What the layers are called with, and the soft tokens, where the layers make `state`."""
         import torch
 
+        if self._holder is None:
+            return Calls(), self._soft_tokens(self._led_by(state, use))
         calls, layers = Calls(), self._holder.layers
         self._holder.layers = torch.nn.ModuleList(aside(calls, state) for _ in layers)
-        model, given = self._model, self._given
         try:
-            with around(model, self._tower, self._standardize, use):
-                if self._tower == "vision":
-                    pixels, positions = given["pixel_values"], given["image_position_ids"]
-                    found = model.get_image_features(pixels, positions, return_dict=True)
-                    return calls, found.pooler_output[0]
-                frames, mask = given["input_features"], given["input_features_mask"]
-                found = model.get_audio_features(frames, mask, return_dict=True)
-                return calls, found.pooler_output
+            return calls, self._soft_tokens(use)
         finally:
             self._holder.layers = layers
+
+    def _soft_tokens(self, use: Callable[[Part, Any], Any]) -> torch.Tensor:
+        """The soft tokens [tokens embed] of all of the tower, whose parts `use` sees."""
+        model, given = self._model, self._given
+        with around(model, self._modules, self._standardize, use):
+            if self._tower == "vision":
+                pixels, positions = given["pixel_values"], given["image_position_ids"]
+                seen = model.get_image_features(pixels, positions, return_dict=True)
+                found: torch.Tensor = seen.pooler_output[0]
+                return found
+            frames, mask = given["input_features"], given["input_features_mask"]
+            heard: torch.Tensor = model.get_audio_features(
+                frames, mask, return_dict=True
+            ).pooler_output
+            return heard
+
+    def _led_by(
+        self, state: torch.Tensor | None, use: Callable[[Part, Any], Any]
+    ) -> Callable[[Part, Any], Any]:
+        """`use` where the part that layers would begin with makes `state`, if there is one."""
+
+        def led(part: Part, value: torch.Tensor) -> Any:
+            instead = use(part, value)
+            return state if part == self._first and state is not None else instead
+
+        return led
+
+    def _with_epsilon_of_text(self) -> Values:
+        """What parts make where norms with biases have the epsilon of the text model's."""
+        import torch
+
+        norms = [one for one in self._model.modules() if isinstance(one, torch.nn.LayerNorm)]
+        own = [norm.eps for norm in norms]
+        try:
+            for norm in norms:
+                norm.eps = self._model.config.get_text_config().rms_norm_eps
+            with self._running():
+                return self._around(None, None)[1]
+        finally:
+            for norm, epsilon in zip(norms, own, strict=True):
+                norm.eps = epsilon
 
     def _noted(self, made: Values, exact: Values | None) -> Callable[[Part, Any], Any]:
         def use(part: Part, value: torch.Tensor) -> torch.Tensor | None:
@@ -163,7 +205,7 @@ class WatchedTower:
     ) -> TowerStep:
         length = max(len(rows(value)) for value in made.values())
         real = np.ones(length, np.bool_)
-        if "soft tokens" in made:
+        if "soft tokens" in made and self._holder is not None:
             real[len(rows(made["soft tokens"])) :] = False
         elif self._tower == "vision":
             positions = self._given["image_position_ids"][0]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 from gemma_convert.mapping.notation import Condition, Pattern, Spellings, View
 
@@ -72,6 +73,14 @@ class Refusal:
     when: Condition
     why: str
     names: tuple[str, ...]
+
+
+Conditional = TypeVar("Conditional", NativeRow, CarriedRow, Refusal)
+
+
+def possible(rows: Iterable[Conditional]) -> tuple[Conditional, ...]:
+    """The rows that the version of the framework has, for which a table was read."""
+    return tuple(row for row in rows if row.when.possible)
 
 
 @dataclass(frozen=True)

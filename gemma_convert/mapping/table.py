@@ -7,35 +7,48 @@ axes, and names that stand twice are errors that name the file, the row and the 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from gemma_convert.errors import MappingError, UsageError
+from gemma_convert.mapping.adapter_form import adapter_form
 from gemma_convert.mapping.declared import declaration, is_own, module_folder, package
 from gemma_convert.mapping.notation import Pattern, axis_of, parse_view
 from gemma_convert.mapping.record import Record
 from gemma_convert.mapping.rows import (
-    AdapterForm,
     CarriedRow,
     Files,
     HFRow,
     Inventory,
-    MatrixForm,
     NativeRow,
     Placement,
     Refusal,
     Stack,
     Table,
+    possible,
 )
 from gemma_convert.mapping.versions import versioned
-
-Conditional = TypeVar("Conditional", NativeRow, CarriedRow, Refusal)
 
 HUGGINGFACE = "huggingface"
 
 TOWERS = ("vision", "audio")
+
+_KEYS = [
+    "layout",
+    "versions",
+    "files",
+    "spellings",
+    "carried",
+    "refused",
+    "placement",
+    "adapter",
+    "section",
+    "fact",
+    "models",
+    "named",
+]
 
 
 def mappings_folder() -> Path:
@@ -55,8 +68,7 @@ def load_inventory() -> Inventory:
 def load_table(layout: str, version: str | None = None) -> Table:
     """The table of a native layout for a version of its framework, its first by default.
 
-    It is read once. Raises UsageError where there is no such layout or version, or where another
-    package's table is wrong.
+    Raises UsageError where there is no such layout or version, or another package's table is wrong.
     """
     declared, file = declaration(layout), table_file(layout)
     try:
@@ -139,38 +151,26 @@ def parse_table(
     Rows that the `version` has not are left out.
     """
     top, chosen = versioned(data, file, version)
-    top.only(
-        "layout",
-        "versions",
-        "files",
-        "spellings",
-        "carried",
-        "refused",
-        "placement",
-        "adapter",
-        "section",
-        "fact",
-        "models",
-        "named",
+    top.only(*_KEYS)
+    rows = possible(
+        row for section in top.records("section") for row in _native_rows(section, inventory)
     )
-    rows = [row for section in top.records("section") for row in _native_rows(section, inventory)]
-    carried = [_carried_row(record, inventory) for record in top.records("carried")]
-    refused = [_refusal(record, inventory) for record in top.records("refused")]
-    rows, carried, refused = _possible(rows), _possible(carried), _possible(refused)
+    carried = possible(_carried_row(record, inventory) for record in top.records("carried"))
+    refused = possible(_refusal(record, inventory) for record in top.records("refused"))
     without = {name for refusal in refused for name in refusal.names}
     forms = top.table("placement")
     placements = {name: _placement(name, forms.table(name)) for name in forms.values}
     table = Table(
         layout=top.text("layout"),
         version=chosen.name,
-        rows=tuple(rows),
-        carried=tuple(carried),
-        refused=tuple(refused),
+        rows=rows,
+        carried=carried,
+        refused=refused,
         spellings=top.spellings(),
         placements=placements,
         files=_files(top.table("files")) if top.has("files") else None,
         inventory=inventory,
-        adapter=_adapter(top.table("adapter"), rows) if top.has("adapter") else None,
+        adapter=adapter_form(top.table("adapter"), rows) if top.has("adapter") else None,
     )
     for row in inventory.rows:
         mapped = row.view.pattern.text in without or any(native.hf is row for native in rows)
@@ -182,10 +182,6 @@ def parse_table(
                 do="add a row, or an entry under `carried` that says why there is no place for it",
             )
     return table
-
-
-def _possible(rows: Iterable[Conditional]) -> list[Conditional]:
-    return [row for row in rows if row.when.possible]
 
 
 def _native_rows(section: Record, inventory: Inventory) -> Iterator[NativeRow]:
@@ -284,45 +280,6 @@ def _placement(name: str, record: Record) -> Placement:
         raise record.error("`after` is a number of dimensions.", found=after)
     axis = record.checked(axis_of, record.text("axis"), name)
     return Placement(name, axis, after, refused, tuple(stacks))
-
-
-def _adapter(record: Record, rows: list[NativeRow]) -> AdapterForm:
-    record.only("root", "a", "b", "targets", "scanned")
-    targets = record.texts("targets")
-    for name in targets:
-        found = [row for row in rows if row.hf.view.pattern.text == name]
-        if not found:
-            raise record.error("`targets` names no weight that a row converts.", found=name)
-        for row in found:
-            whole = {axis for dim in row.hf.view.dims for axis in dim}
-            if whole != {axis for dim in row.native.dims for axis in dim}:
-                raise record.error(
-                    "The array of an adapted weight has the axes of that weight, and no others.",
-                    expected=str(row.hf.view),
-                    found=str(row.native),
-                )
-    return AdapterForm(
-        root=record.text("root", ""),
-        a=_matrix_form(record, "a"),
-        b=_matrix_form(record, "b"),
-        targets=targets,
-        scanned=record.text("scanned") if record.has("scanned") else None,
-    )
-
-
-def _matrix_form(record: Record, key: str) -> MatrixForm:
-    text = record.text(key)
-    name, bracket, shape = text.partition(" [")
-    words = tuple(shape.removesuffix("]").split())
-    axes = "in" if key == "a" else "out"
-    wanted = {(axes, "rank"), ("rank", axes), (f"({axes})", "rank"), ("rank", f"({axes})")}
-    if "{array}" not in name or not bracket or words not in wanted:
-        raise record.error(
-            "A matrix of an adapter is a path with {array}, and its dimensions.",
-            expected=f"{{array}}_lora_{key} [({axes}) rank], with or without parentheses",
-            found=text,
-        )
-    return MatrixForm(name, words)
 
 
 def _files(record: Record) -> Files:

@@ -69,11 +69,10 @@ def _text(text: TextArchitecture) -> dict[str, Fact]:
 
 
 def _of_images(text: TextArchitecture) -> dict[str, Fact]:
+    bidirectional = "vision" if text.bidirectional_images else "none"
     return {
         "text_config.pad_token_id": text.pad_token,
-        "text_config.use_bidirectional_attention": "vision"
-        if text.bidirectional_images
-        else "none",
+        "text_config.use_bidirectional_attention": bidirectional,
     }
 
 

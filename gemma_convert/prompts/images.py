@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.files.libraries import told_by_library
-from gemma_convert.model.architecture import Architecture, VisionArchitecture
+from gemma_convert.model.architecture import Architecture, VisionArchitecture, VisionEmbedder
 from gemma_convert.prompts.soft import Medium, SoftPrompts, SoftSequence, load_processor, no_tower
 
 IMAGE = Medium(
@@ -40,7 +40,8 @@ class ImageSequence(SoftSequence):
     """Token ids of one prompt with one image, and the image.
 
     `pixels` [patches patch] are the flattened patches in rows, `positions` [patches 2] the column
-    and row of each, and -1 for patches that only fill up.
+    and row of each, and -1 for patches that only fill up. Where there is an embedder in the place
+    of a tower, patches are the squares that it takes.
     """
 
     medium: ClassVar[Medium] = IMAGE
@@ -66,16 +67,19 @@ def image_sequences(
     the model sees no images, or a file or a prompt cannot be used, and SourceError where the
     checkpoint's tokenizer or processor is missing or does not fit its model.
     """
-    if architecture.vision is None or architecture.text_only:
+    sight = architecture.sight
+    if sight is None or architecture.text_only:
         raise no_tower(IMAGE, hf)
     _require_pillow()
     processor = load_processor(hf, IMAGE, "Gemma4ImageProcessorPil")
-    _check_fits(processor, architecture.vision, hf)
+    _check_fits(processor, sight, hf)
     texts = SoftPrompts(hf, architecture, IMAGE, architecture.image_token, prompts)
     sequences = []
     for number, path in enumerate(images):
         patches = _patches(processor, path, hf)
-        _check_positions(patches, architecture.vision, hf)
+        if isinstance(sight, VisionEmbedder):
+            patches = _squares(patches, sight.pooling)
+        _check_positions(patches, sight, hf)
         for text, places in texts.around(f"image-{number} ({path.name})", patches.soft_tokens):
             sequences.append(
                 ImageSequence(
@@ -120,6 +124,23 @@ def _patches(processor: Any, path: Path, hf: Path) -> _Patches:
         )
 
 
+def _squares(patches: _Patches, side: int) -> _Patches:
+    """Squares of `side` × `side` patches as patches, row by row, padding behind them.
+
+    As `Gemma4UnifiedImageProcessor` has them, which itself cannot be made without torchvision.
+    """
+    count, real = len(patches.pixels) // side**2, patches.soft_tokens * side**2
+    columns, rows = patches.positions[:real].max(axis=0) // side + 1
+    size = round((patches.pixels.shape[1] / 3) ** 0.5)
+    image = patches.pixels[:real].reshape(rows, side, columns, side, size, size, 3)
+    pixels = np.zeros((count, side**2 * patches.pixels.shape[1]), np.float32)
+    pixels[: rows * columns] = image.transpose(0, 2, 1, 4, 3, 5, 6).reshape(rows * columns, -1)
+    positions = np.full((count, 2), -1, np.int64)
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    positions[: rows * columns] = np.stack([column, row], axis=1)
+    return _Patches(pixels, positions, patches.soft_tokens)
+
+
 def _open(path: Path) -> Any:
     """The image as transformers opens a file: turned as its EXIF says, in RGB without alpha."""
     import PIL.Image
@@ -143,7 +164,7 @@ def _open(path: Path) -> Any:
         ) from error
 
 
-def _check_fits(processor: Any, vision: VisionArchitecture, hf: Path) -> None:
+def _check_fits(processor: Any, vision: VisionArchitecture | VisionEmbedder, hf: Path) -> None:
     """Raises SourceError for other sizes than the tower's, which might ask for any memory."""
     expected = {"patch_size": vision.patch_size, "pooling_kernel_size": vision.pooling}
     for key, size in expected.items():
@@ -152,7 +173,9 @@ def _check_fits(processor: Any, vision: VisionArchitecture, hf: Path) -> None:
             raise _unfit(hf, f"{key} {size}", f"{key} {reprlib.repr(found)}")
 
 
-def _check_positions(patches: _Patches, vision: VisionArchitecture, hf: Path) -> None:
+def _check_positions(
+    patches: _Patches, vision: VisionArchitecture | VisionEmbedder, hf: Path
+) -> None:
     width, highest = patches.pixels.shape[-1], int(patches.positions.max(initial=-1))
     if width != vision.patch or not 0 <= highest < vision.positions:
         raise _unfit(

@@ -235,7 +235,7 @@ def _report(
 
 def _family(specs: Mapping[str, TensorSpec]) -> str | None:
     """The model that the names of the tensors speak of."""
-    if any("vision_embedder" in name for name in specs):
+    if any("vision_embedder" in name or "VisionEmbedder" in name for name in specs):
         return "12b"
     if any("MoeBlock_0" in n or ".experts." in n or "mlp2" in n or ".routed." in n for n in specs):
         return "26b-a4b"

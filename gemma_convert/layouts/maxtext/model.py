@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from gemma_convert.forward.encoder import Encoder
 from gemma_convert.forward.jax_layout import JaxLayout, Tower
 from gemma_convert.forward.jax_model import JaxModel
 from gemma_convert.forward.orbax_tree import LIBRARIES
+from gemma_convert.forward.sharding import Axes
 from gemma_convert.forward.tree import Tree
-from gemma_convert.layouts.maxtext import forward, vision
+from gemma_convert.layouts.maxtext import embedder, forward, vision
 from gemma_convert.layouts.maxtext.shapes import check_shapes, text_axes
 from gemma_convert.layouts.maxtext.tree import open_tree, restore_tree, tree_facts
 from gemma_convert.model.architecture import Architecture
@@ -17,7 +19,12 @@ from gemma_convert.prompts.images import ImageSequence
 
 
 def _see(tree: Tree, architecture: Architecture, image: ImageSequence) -> Encoder:
-    return vision.image_encoder(tree, architecture, image.pixels, image.positions)
+    see = vision.image_encoder if architecture.vision_embedder is None else embedder.image_encoder
+    return see(tree, architecture, image.pixels, image.positions)
+
+
+def _axes(architecture: Architecture) -> Mapping[str, Axes]:
+    return vision.axes(architecture) if architecture.vision_embedder is None else embedder.axes()
 
 
 LAYOUT = JaxLayout(
@@ -32,7 +39,7 @@ LAYOUT = JaxLayout(
     check_shapes=check_shapes,
     axes=text_axes,
     towers={
-        "vision": Tower(_see, vision.axes, (("vision_encoder",),)),
+        "vision": Tower(_see, _axes, (("vision_encoder",),)),
     },
 )
 
