@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import yaml
 from cases import SHALLOW
+from distcp_folders import halves, save_distcp, state_of
 from documents import PAGES, ROOT, SHELLS, Block, Command, blocks, code_spans, command, excuses
 from filelock import FileLock
 from test_cli import run, run_apart
@@ -146,7 +147,10 @@ def test_every_block_runs(document, work):
 
 
 def _prepare(line: str, block: Block) -> None:
-    """A hidden line: a command, `remove OUT`, or `trained OUT FOLDER`, what a framework saves."""
+    """A hidden line: a command, `remove OUT`, or what a framework saves.
+
+    That is `trained OUT FOLDER` of a native layout, and `sharded HF FOLDER` of torch.
+    """
     words = line.split()
     if words[0] == "remove":
         shutil.rmtree(words[1])
@@ -154,6 +158,8 @@ def _prepare(line: str, block: Block) -> None:
         step = Path(words[1]) / "0"
         source = step if step.is_dir() else Path(words[1])
         shutil.copytree(source, words[2], ignore=shutil.ignore_patterns("hf"))
+    elif words[0] == "sharded":
+        save_distcp(Path(words[2]), {"model": state_of(Path(words[1]))}, halves(0))
     else:
         _run(command(line), block)
 

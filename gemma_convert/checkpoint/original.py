@@ -24,15 +24,16 @@ from gemma_convert.files.json_file import read_object, read_regular
 from gemma_convert.mapping.region import Box
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import read_architecture
-from gemma_convert.model.huggingface_files import INDEX, SINGLE
+from gemma_convert.model.huggingface_files import INDEX
 from gemma_convert.stores.safetensors.header import MAX_HEADER_BYTES, parse_header
 from gemma_convert.stores.safetensors.naming import Naming, find_naming
 from gemma_convert.stores.safetensors.reader import (
     MAX_INDEX_BYTES,
     SafetensorsFolder,
-    Shard,
     named_shards,
 )
+from gemma_convert.stores.tensor_folder import Shard, TensorFolder
+from gemma_convert.stores.weights import is_huggingface, open_weights
 
 MAX_EXCEPTIONS_BYTES = 1 << 30
 """One per cent of the largest tensor of a published model has a sixth of this."""
@@ -47,7 +48,7 @@ class Original:
     shards: tuple[Shard, ...]
     naming: Naming
     files: list[Path]
-    stored: SafetensorsFolder | None
+    stored: TensorFolder | None
     exceptions: Mapping[str, tuple[Array, Array]] = field(default_factory=dict)
     checksums: Mapping[str, str] = field(default_factory=dict)
     manifest: Mapping[str, Any] = field(default_factory=dict)
@@ -76,7 +77,7 @@ class Original:
         stored = self.at_hand(name)
         stored.read_into(stored.tensors[name], offset, data.data)
 
-    def at_hand(self, name: str) -> SafetensorsFolder:
+    def at_hand(self, name: str) -> TensorFolder:
         """The reader of a tensor's values; raises SourceError where they are not at hand."""
         if self.stored is None or name not in self.stored.tensors:
             raise SourceError(
@@ -97,11 +98,6 @@ class Original:
         shaped = rows.reshape(count, *spec.shape[1:]) if spec.shape else rows.reshape(())
         within = (slice(None), *(slice(first, first + length) for first, length in inner))
         return shaped[within] if spec.shape else shaped
-
-
-def is_huggingface(folder: Path) -> bool:
-    """Whether a folder holds the weights of a Hugging Face checkpoint."""
-    return any((folder / name).exists() for name in (SINGLE, INDEX))
 
 
 def open_original(native: Path, like: Path | None) -> Original:
@@ -127,9 +123,9 @@ def open_original(native: Path, like: Path | None) -> Original:
 
 
 def _from_folder(folder: Path) -> Original:
-    reader = SafetensorsFolder(folder)
+    reader = open_weights(folder)
     try:
-        files, _ = sidecar.other_files(folder, [shard.file for shard in reader.shards])
+        files, _ = sidecar.other_files(folder, reader.own_files)
         architecture = read_architecture(folder)
     except BaseException:
         reader.close()

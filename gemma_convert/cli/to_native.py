@@ -49,7 +49,8 @@ def command(
         str,
         typer.Argument(
             metavar="SRC",
-            help="A Hugging Face checkpoint or a native one: folder, owner/name, or URL.",
+            help="A Hugging Face checkpoint (safetensors or .distcp files) or a native one: "
+            "folder, owner/name, or URL.",
         ),
     ],
     target: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL to create.")],
@@ -61,7 +62,7 @@ def command(
     ],
     like: Annotated[
         str | None,
-        typer.Option(help="For a native SRC without a sidecar: its Hugging Face original."),
+        typer.Option(help="For a native SRC without a sidecar, or .distcp files: the original."),
     ] = None,
     scan_layers: Annotated[
         bool, typer.Option("--scan-layers/--no-scan-layers", help="Stack the layers of each block.")

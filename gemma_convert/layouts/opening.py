@@ -13,7 +13,7 @@ from typing import Any
 from gemma_convert.checkpoint import sidecar
 from gemma_convert.checkpoint.manifest import PLACE, read_manifest
 from gemma_convert.checkpoint.native import NativeSource
-from gemma_convert.checkpoint.original import Original, is_huggingface, open_original
+from gemma_convert.checkpoint.original import Original, open_original
 from gemma_convert.checkpoint.seal import refuse_carried, refuse_damage
 from gemma_convert.checkpoint.sealed_arrays import SealedArrays
 from gemma_convert.checkpoint.text_original import dtype_of, text_original
@@ -25,6 +25,7 @@ from gemma_convert.mapping.native_facts import NativeFacts
 from gemma_convert.mapping.table import load_table
 from gemma_convert.model.config import load_config
 from gemma_convert.model.huggingface_files import CONFIG
+from gemma_convert.stores.weights import is_huggingface
 
 
 @dataclass(frozen=True)

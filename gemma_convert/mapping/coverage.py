@@ -21,7 +21,7 @@ def check_source(
     expected: Mapping[str, HFTensor], source: Mapping[str, TensorSpec], where: str
 ) -> None:
     """Raises SourceError where a source has not the tensors that its config.json asks for."""
-    refuse_foreign_tensors(source, where)
+    refuse_foreign_tensors({name: spec.dtype for name, spec in source.items()}, where)
     missing = [name for name, tensor in expected.items() if tensor.required and name not in source]
     unexpected = [name for name in source if name not in expected]
     absent = [name for name in expected if name not in source]

@@ -11,7 +11,7 @@ from gemma_convert.arrays.dtypes import DTypePolicy
 from gemma_convert.checkpoint import sidecar
 from gemma_convert.checkpoint.original import Original
 from gemma_convert.engine.huggingface_view import plan_relayout
-from gemma_convert.errors import UsageError
+from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.files.identity import Unchanged
 from gemma_convert.layouts.opening import open_checkpoint
 from gemma_convert.layouts.registry import is_native, load_layout
@@ -19,12 +19,15 @@ from gemma_convert.mapping.config_keys import check_keys
 from gemma_convert.mapping.plan import plan_to_native
 from gemma_convert.mapping.table import load_table
 from gemma_convert.model.config import load_config, read_architecture
-from gemma_convert.model.huggingface_files import CONFIG
+from gemma_convert.model.huggingface_files import CONFIG, INDEX
 from gemma_convert.output import shown
 from gemma_convert.stores.orbax.writer import OrbaxFormat
 from gemma_convert.stores.remote.locations import local
-from gemma_convert.stores.safetensors.reader import SafetensorsFolder
+from gemma_convert.stores.weights import is_distcp, is_huggingface, open_weights
 from gemma_convert.tasks.conversion import Conversion
+
+WEIGHTS = (".safetensors", ".distcp")
+"""Files of weights that a conversion may read."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def plan_conversion(
     """
     if is_native(source):
         job = _from_native(source, target, options, stack)
-    elif options.like is not None:
+    elif options.like is not None and not is_distcp(source):
         raise UsageError("--like is for a native SRC; this one is its own original.")
     elif options.settings:
         raise UsageError("--settings are for a native SRC; this one has its config.json.")
@@ -67,12 +70,20 @@ def plan_conversion(
 def _from_huggingface(
     source: Path, target: Path, options: ConversionOptions, stack: ExitStack
 ) -> Conversion:
+    like = source if options.like is None else _described(local(options.like, stack))
+    if like == source and is_distcp(source) and not (source / CONFIG).exists():
+        raise SourceError(
+            "Nothing says which model this checkpoint of torch is: it has no config.json.",
+            where=source,
+            do="name the original with --like, or put its config.json and tokenizer here",
+        )
     found, others = sidecar.other_files(source, [])
-    weights = (name for name in others if name.endswith(".safetensors") and "/" not in name)
-    unchanged = Unchanged(source, [*found, *weights])
-    architecture = read_architecture(source)
-    check_keys(load_config(source), architecture.text_only, options.ignored_facts, source / CONFIG)
-    reader = stack.enter_context(SafetensorsFolder(source))
+    weights = [name for name in others if name.endswith(WEIGHTS) and "/" not in name]
+    beside = [] if like == source else [like / name for name in sidecar.other_files(like, [])[0]]
+    unchanged = Unchanged(source, [*found, *weights, *beside])
+    architecture = read_architecture(like)
+    check_keys(load_config(like), architecture.text_only, options.ignored_facts, like / CONFIG)
+    reader = stack.enter_context(open_weights(source))
     plan = plan_to_native(
         architecture,
         load_table(options.layout),
@@ -83,20 +94,27 @@ def _from_huggingface(
         block_bytes=options.block_bytes,
         where=str(source),
     )
-    files, not_carried = sidecar.other_files(source, [shard.file for shard in reader.shards])
-    shards = [(shard.file, shard.size, shard.modified) for shard in reader.shards]
+    _, not_carried = sidecar.other_files(source, reader.own_files)
+    files, _ = sidecar.other_files(like, [*reader.own_files, *([INDEX] if like != source else [])])
+    opened = [(file, *facts) for file, facts in reader.opened.items()]
     return Conversion(
         source=source,
         target=target,
         layout=load_layout(options.layout),
         form=options.form,
-        original=Original(source, architecture, reader.shards, reader.naming, files, reader),
+        original=Original(like, architecture, reader.shards, reader.naming, files, reader),
         plan=plan,
         tensors=reader,
-        not_carried=not_carried,
-        identity={"source": shards, "files": unchanged.files},
+        not_carried=[*not_carried, *reader.beside],
+        identity={"source": opened, "files": unchanged.files},
         unchanged=unchanged,
     )
+
+
+def _described(like: Path) -> Path:
+    """The folder of a Hugging Face checkpoint, or of what a converted one keeps of its own."""
+    root = None if is_huggingface(like) else sidecar.sidecar_root(like)
+    return like if root is None else root / sidecar.FOLDER
 
 
 def _from_native(
