@@ -56,6 +56,14 @@ def quarters(shape: torch.Size) -> list[tuple[list[int], list[int]]]:
     ]
 
 
+def with_empty(shape: torch.Size) -> list[tuple[list[int], list[int]]]:
+    """Halves, and a chunk of nothing behind them, as the last of too many processes has it."""
+    if not len(shape) or shape[0] < 2:
+        return halves(0)(shape)
+    end = [shape[0], *[0] * (len(shape) - 1)], [0, *shape[1:]]
+    return [*halves(0)(shape), end]
+
+
 class Sharding(dcp.DefaultSavePlanner):
     """Plans several chunks for each tensor, as several processes would."""
 

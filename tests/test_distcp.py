@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distcp_folders import copy_others, halves, quarters, save_distcp, state_of
+from distcp_folders import copy_others, halves, quarters, save_distcp, state_of, with_empty
 from native_checkpoints import differing, passes, sums
 from test_cli import fails
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
@@ -61,7 +61,7 @@ WRAPPED: dict[str, Callable[[Tensors], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("how", WRAPPED)
-@pytest.mark.parametrize("parts", [None, halves(0), halves(1), quarters])
+@pytest.mark.parametrize("parts", [None, halves(0), halves(1), quarters, with_empty])
 def test_values_are_those_that_were_saved(how, parts, shallow, tmp_path):
     source = shallow("31b")
     state = state_of(source)

@@ -33,6 +33,7 @@ _KINDS = (
 )
 _DTYPES = {f"torch.{name}": name for name in SAFETENSORS_SPELLINGS}
 _ALLOWED = {
+    "builtins.getattr",  # how Python 3.11.0 to 3.11.3 spell a member of an enumeration
     *(f"{_HERE}.{kind}" for kind in _KINDS),
     "torch.distributed.checkpoint.filesystem._StorageInfo",
     *("torch.Size", "torch.strided", "torch.serialization._get_layout"),
@@ -109,7 +110,8 @@ def _listing(value: Any) -> Listing:
             others.append(name)
         else:
             spec, parts = _tensor(entry, name)
-            chunks = tuple(_chunk(name, *part, stored) for part in parts)
+            filled = (part for part in parts if prod(part[1]))  # a process may have had no part
+            chunks = tuple(_chunk(name, *part, stored) for part in filled)
             tensors[name] = ListedTensor(spec, chunks, _path(paths.get(name), name))
     return Listing(tensors, tuple(others))
 

@@ -64,7 +64,7 @@ class DistcpFolder(TensorFolder):
         tensors = {tensor.name: tensor for tensor in self.shards[0].tensors}
         order = sorted(tensors, key=lambda name: _place(self._listed[name]))
         self.tensors = {name: tensors[name] for name in order}
-        self._start = lru_cache(1 << 12)(self._values_start)
+        self._start = lru_cache(1 << 16)(self._values_start)
 
     def read_into(self, tensor: StoredTensor, offset: int, buffer: memoryview) -> None:
         listed = self._listed[tensor.name]
@@ -155,7 +155,7 @@ def _beside(listing: Listing, model: Mapping[str, str]) -> tuple[str, ...]:
 
 def _place(listed: ListedTensor) -> tuple[str, int]:
     """Where a tensor begins, so that files are read from their beginning to their end."""
-    return min((chunk.file, chunk.start) for chunk in listed.chunks)
+    return min(((chunk.file, chunk.start) for chunk in listed.chunks), default=("", 0))
 
 
 def _runs(
