@@ -174,7 +174,11 @@ def test_two_models_are_refused(tmp_path):
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
-    state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
+    state = {
+        "a": torch.arange(6.0).reshape(2, 3),
+        "b": torch.ones(4, dtype=torch.bfloat16),
+        "c": torch.arange(9.0),
+    }
     return save_distcp(tmp_path / "d", state, halves(0))
 
 
@@ -255,6 +259,7 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     "too short": (lambda m: setattr(first(m), "length", 30), "is broken"),
     "shifted": (lambda m: setattr(first(m), "offset", first(m).offset + 7), "is broken"),
     "crossed": (lambda m: setattr(first(m), "offset", first(m, "b").offset), "bfloat16"),
+    "of another shape": (lambda m: setattr(first(m), "offset", first(m, "c").offset), "(3,)"),
     "huge": (lambda m: setattr(tensor(m), "size", torch.Size([1 << 50, 1 << 50])), "a size of a"),
     "a larger shape": (lambda m: setattr(tensor(m), "size", torch.Size([3, 3])), "do not cover"),
     "twice the same": (moved, "do not cover"),
@@ -308,6 +313,11 @@ PICKLES = {
 def test_other_pickles_are_refused(what, saved):
     (saved / FILE).write_bytes(PICKLES[what])
     assert str(saved / FILE) in refused(saved)
+
+
+def test_a_key_that_could_be_hashed_without_end_is_refused():
+    with pytest.raises(SourceError, match="neither text nor number"):
+        read_plain(b"})Ns.", (), "here")
 
 
 def test_so_many_opcodes_are_no_checkpoint(monkeypatch):
