@@ -130,11 +130,12 @@ def refuse_foreign_tensors(dtypes: Mapping[str, str], where: str) -> None:
                 found=name,
                 do=_MERGE,
             )
-        if parts[-1] in _QUANTIZED or dtype.startswith(_PACKED):
+        packed = parts[-1].endswith(("weight", "_proj")) and dtype.startswith(_PACKED)
+        if parts[-1] in _QUANTIZED or packed:
             raise SourceError(
                 "This is a quantized export, which holds packed integers instead of the weights.",
                 where=where,
-                found=name if parts[-1] in _QUANTIZED else f"{name} in {dtype}",
+                found=f"{name} in {dtype}" if packed else name,
                 do=_ORIGINAL,
             )
 
