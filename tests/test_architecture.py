@@ -304,8 +304,6 @@ WRONG = [
     ("dtype", 16, "dtype"),
     ("image_token_id", "<image>", "image_token_id"),
     ("image_token_id", -1, "image_token_id"),
-    ("quantization_config", {"bits": 4}, "quantization_config"),
-    ("quantization_config", {}, "quantization_config"),
     ("text_config", MISSING, "text_config"),
     ("text_config", [], "text_config"),
     ("text_config", "gemma", "text_config"),

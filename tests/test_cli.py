@@ -258,7 +258,7 @@ def test_index_naming_an_absent_file(tiny, out, tmp_path):
 
 
 def test_quantized_export(source, out):
-    edit_config(source, quantization_config={"quant_method": "gptq"})
+    edit_config(source, quantization={"bits": 4})
     assert "quantized export" in convert(source, out)
 
 

@@ -19,6 +19,7 @@ import pytest
 import yaml
 from adapters import matrices, save
 from cases import SHALLOW
+from distcp_folders import halves, save_distcp, state_of
 from documents import PAGES, ROOT, SHELLS, Block, Command, blocks, code_spans, command, excuses
 from filelock import FileLock
 from test_cli import run, run_apart
@@ -149,9 +150,10 @@ def test_every_block_runs(document, work):
 
 
 def _prepare(line: str, block: Block) -> None:
-    """A hidden line: a command, `remove OUT`, or `trained OUT FOLDER`, what a framework saves.
+    """A hidden line: a command, `remove OUT`, or what a framework saves.
 
-    `adapter-run OUT FOLDER` is that of an adapter, whose step does not say how it is scaled.
+    That is `trained OUT FOLDER` of a native layout, `sharded HF FOLDER` of torch, and `adapter-run
+    OUT FOLDER` of an adapter, whose step does not say how it is scaled.
     """
     words = line.split()
     if words[0] == "remove":
@@ -162,6 +164,8 @@ def _prepare(line: str, block: Block) -> None:
         step = Path(words[1]) / "0"
         source = step if step.is_dir() else Path(words[1])
         shutil.copytree(source, words[2], ignore=shutil.ignore_patterns("hf"))
+    elif words[0] == "sharded":
+        save_distcp(Path(words[2]), {"model": state_of(Path(words[1]))}, halves(0))
     else:
         _run(command(line), block)
 

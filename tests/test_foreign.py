@@ -7,9 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from native_checkpoints import passes, sums
 from test_cli import fails
 
-from gemma_convert import SourceError, inspect, to_native
+from gemma_convert import SourceError, inspect, logit_check, to_hf, to_native
 from gemma_convert.model.foreign import refuse_foreign_tensors
 
 ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "google/gemma-4-31B-it", "r": 8}
@@ -37,11 +38,12 @@ def refused(source: Path) -> str:
     return message
 
 
-def save(path: Path, *names: str) -> None:
+def save(path: Path, *names: str, dtype: str = "float32") -> None:
     import torch
     from safetensors.torch import save_file
 
-    save_file({name: torch.zeros(2) for name in names}, path, metadata={"format": "pt"})
+    zeros = torch.zeros(2).to(getattr(torch, dtype))
+    save_file({name: zeros.clone() for name in names}, path, metadata={"format": "pt"})
 
 
 # Adapters.
@@ -180,19 +182,40 @@ def test_gguf_beside_safetensors_is_passed_over(tiny, tmp_path):
     assert to_native(source, tmp_path / "out", dry_run=True).family == "31b"
 
 
-@pytest.mark.parametrize(
-    ("key", "what"),
-    [
-        ("quantization", "a quantized export of MLX,"),
-        ("quantization_config", "a quantized export,"),
-    ],
-)
-def test_a_quantized_export_by_its_config(folder, tiny, key, what):
+def test_an_export_of_mlx_by_its_config(folder, tiny):
     config = json.loads((tiny("31b") / "config.json").read_text())
-    write(folder / "config.json", config | {key: {"group_size": 64, "bits": 4}})
+    write(folder / "config.json", config | {"quantization": {"group_size": 64, "bits": 4}})
     save(folder / "model.safetensors", "model.norm.weight")
     message = refused(folder)
-    assert f"This is {what}" in message and f"key {key}" in message
+    assert "This is a quantized export of MLX," in message and "key quantization" in message
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "float8_e4m3fn"])
+def test_packed_weights_under_the_names_of_weights(folder, tiny, dtype):
+    shutil.copy(tiny("31b") / "config.json", folder)
+    save(folder / "model.safetensors", "model.language_model.norm.weight", dtype=dtype)
+    for command in (("inspect", folder), (*CONVERT[:1], folder, folder / "o", *CONVERT[1:])):
+        message = fails(3, *command)
+        assert "This is a quantized export, which holds packed integers" in message
+        assert f"found: model.language_model.norm.weight in {dtype}\n" in message
+
+
+QUANTIZED = {"quant_method": "compressed-tensors", "format": "pack-quantized", "bits": 4}
+
+
+@pytest.mark.parametrize("place", ["", "text_config"])
+def test_the_tensors_decide_what_is_quantized(place, shallow, tmp_path):
+    source = shutil.copytree(shallow("31b"), tmp_path / "in")
+    config = json.loads((source / "config.json").read_text())
+    (config[place] if place else config)["quantization_config"] = QUANTIZED
+    write(source / "config.json", config)
+    to_native(source, tmp_path / "out", layout="gemma-jax")
+    assert inspect(source).coverage.complete
+    passes(tmp_path / "out", source)
+    for whole in (False, True):
+        assert logit_check(source, tmp_path / "out", tokens=5, whole_model=whole).passed
+    assert to_hf(tmp_path / "out", tmp_path / "back").bit_for_bit
+    assert sums(tmp_path / "back") == sums(source)
 
 
 @pytest.mark.parametrize(
@@ -226,10 +249,11 @@ def test_an_export_by_its_tensors(folder, tiny, name, what):
     ],
 )
 def test_names_that_say_nothing(name):
-    refuse_foreign_tensors([name], "here")
+    refuse_foreign_tensors({name: "bfloat16"}, "here")
 
 
 def test_the_first_name_that_says_something_is_told():
     with pytest.raises(SourceError) as caught:
-        refuse_foreign_tensors(["a.weight", "b.lora_A.weight", "c.scales"], "here")
+        names = ("a.weight", "b.lora_A.weight", "c.scales")
+        refuse_foreign_tensors(dict.fromkeys(names, "float32"), "here")
     assert (caught.value.found, caught.value.where) == ("b.lora_A.weight", "here")

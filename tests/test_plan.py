@@ -654,7 +654,7 @@ def test_leftovers_of_some_layers_only():
     assert "belong together" in refused(E2B, source).what
 
 
-@pytest.mark.parametrize("dtype", ["int8", "uint8", "float8_e4m3fn", "float64", "bool"])
+@pytest.mark.parametrize("dtype", ["float64", "bool"])
 def test_a_dtype_that_is_not_converted(dtype):
     name = "model.language_model.norm.weight"
     error = refused(E2B, with_dtype(load_tensors(E2B), dtype, name))
@@ -664,7 +664,7 @@ def test_a_dtype_that_is_not_converted(dtype):
 
 def test_a_dtype_that_is_not_converted_names_the_tensor():
     name = "model.language_model.norm.weight"
-    assert name in refused(E2B, with_dtype(load_tensors(E2B), "int8", name)).where
+    assert name in refused(E2B, with_dtype(load_tensors(E2B), "float64", name)).where
 
 
 @pytest.mark.parametrize("name", [E2B, E4B])

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from distcp_folders import copy_others, halves, save_distcp, state_of
 from object_stores import BUCKET, Objects, s3_server, sums
 
 import gemma_convert
@@ -73,6 +74,15 @@ def test_there_and_back_again(s3, hf, place, tmp_path, layout, options, loaded_b
     assert exported.bit_for_bit
     assert exported.source == out
     assert sums(tmp_path / "back") == sums(hf)
+
+
+def test_a_distributed_checkpoint_of_torch(s3, hf, place, tmp_path):
+    folder = save_distcp(tmp_path / "d", {"model": state_of(hf)}, halves(0))
+    copy_others(hf, folder)
+    url = f"s3://{s3.put_folder(folder, place)}"
+    assert gemma_convert.inspect(url).coverage.complete
+    assert gemma_convert.to_native(url, tmp_path / "n", layout="gemma-jax").arrays_written
+    assert gemma_convert.verify(tmp_path / "n", against=folder).passed
 
 
 def test_the_objects_are_the_files_of_a_local_conversion(s3, hf, stored, converted):

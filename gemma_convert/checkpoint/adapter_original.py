@@ -19,8 +19,8 @@ from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import read_architecture
 from gemma_convert.model.huggingface_files import ADAPTER
 from gemma_convert.stores.safetensors.naming import Naming
-from gemma_convert.stores.safetensors.reader import Shard
 from gemma_convert.stores.safetensors.writer import output_shard
+from gemma_convert.stores.tensor_folder import Shard
 
 _WRAPPER = "base_model.model."
 _A = ".lora_A.weight"

@@ -19,7 +19,7 @@ from gemma_convert.stores.orbax.reader import (
     open_array,
     read_orbax_tree,
 )
-from gemma_convert.stores.orbax.wrapped import unwrapped
+from gemma_convert.stores.orbax.wrapped import RANDOM, unwrapped
 
 
 class OrbaxLayout(ABC):
@@ -109,6 +109,11 @@ def orbax_source(
         scanned=scanned,
         array_metadata=lambda: array_metadata(tree),
         converted=is_converted(tree.folder),
-        beside=(*(name for name in tree.arrays if name not in used), *tree.others),
+        beside=(*(_beside(name) for name in tree.arrays if name not in used), *tree.others),
         version=version,
     )
+
+
+def _beside(name: str) -> str:
+    """What an array is that is no parameter: random state stands among those in NNX."""
+    return RANDOM if RANDOM in split_path(name) else name

@@ -25,15 +25,16 @@ from gemma_convert.files.json_file import read_object, read_regular
 from gemma_convert.mapping.region import Box
 from gemma_convert.model.adapter import is_adapter
 from gemma_convert.model.architecture import Architecture
-from gemma_convert.model.huggingface_files import INDEX, has_weights
+from gemma_convert.model.huggingface_files import INDEX
 from gemma_convert.stores.safetensors.header import MAX_HEADER_BYTES, parse_header
 from gemma_convert.stores.safetensors.naming import Naming, find_naming
 from gemma_convert.stores.safetensors.reader import (
     MAX_INDEX_BYTES,
     SafetensorsFolder,
-    Shard,
     named_shards,
 )
+from gemma_convert.stores.tensor_folder import Shard, TensorFolder
+from gemma_convert.stores.weights import is_huggingface, open_weights
 
 MAX_EXCEPTIONS_BYTES = 1 << 30
 """One per cent of the largest tensor of a published model has a sixth of this."""
@@ -48,7 +49,7 @@ class Original:
     shards: tuple[Shard, ...]
     naming: Naming
     files: list[Path]
-    stored: SafetensorsFolder | None
+    stored: TensorFolder | None
     exceptions: Mapping[str, tuple[Array, Array]] = field(default_factory=dict)
     checksums: Mapping[str, str] = field(default_factory=dict)
     manifest: Mapping[str, Any] = field(default_factory=dict)
@@ -77,7 +78,7 @@ class Original:
         stored = self.at_hand(name)
         stored.read_into(stored.tensors[name], offset, data.data)
 
-    def at_hand(self, name: str) -> SafetensorsFolder:
+    def at_hand(self, name: str) -> TensorFolder:
         """The reader of a tensor's values; raises SourceError where they are not at hand."""
         if self.stored is None or name not in self.stored.tensors:
             raise SourceError(
@@ -106,7 +107,7 @@ def open_original(native: Path, like: Path | None) -> Original:
     `like` is a Hugging Face folder or a converted checkpoint with a sidecar. Raises SourceError
     where there is neither.
     """
-    if like is not None and has_weights(like):
+    if like is not None and is_huggingface(like):
         return _from_folder(like, _kept_base(sidecar.sidecar_root(native)))
     if like is not None and not like.is_dir():
         raise SourceError("There is no such checkpoint.", where=like)
@@ -123,9 +124,9 @@ def open_original(native: Path, like: Path | None) -> Original:
 
 
 def _from_folder(folder: Path, base: Path | None) -> Original:
-    reader = SafetensorsFolder(folder)
+    reader = open_weights(folder)
     try:
-        files, _ = sidecar.other_files(folder, [shard.file for shard in reader.shards])
+        files, _ = sidecar.other_files(folder, reader.own_files)
         base = base if is_adapter(folder) else None
         architecture = architecture_of(folder, reader.specs, base)
     except BaseException:

@@ -25,7 +25,7 @@ from gemma_convert.files.confined import NEVER_READ, check_confined
 from gemma_convert.output import Progress
 from gemma_convert.stores.remote.mirror import WEIGHT_SUFFIXES
 from gemma_convert.stores.safetensors.header import safetensors_header, write_safetensors
-from gemma_convert.stores.safetensors.reader import Shard
+from gemma_convert.stores.tensor_folder import Shard
 
 FOLDER = "hf"
 OWN = "gemma-convert"

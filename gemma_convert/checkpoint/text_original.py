@@ -17,8 +17,8 @@ from gemma_convert.mapping.inventory import hf_tensors
 from gemma_convert.model.config import parse_architecture
 from gemma_convert.model.huggingface_files import CONFIG, SINGLE
 from gemma_convert.stores.safetensors.naming import Naming
-from gemma_convert.stores.safetensors.reader import Shard
 from gemma_convert.stores.safetensors.writer import output_shard
+from gemma_convert.stores.tensor_folder import Shard
 
 
 def dtype_of(native: NativeSource) -> str:

@@ -34,7 +34,10 @@ def command(
         typer.Argument(metavar="HF", help="Hugging Face checkpoint: folder or owner/name."),
     ],
     native: Annotated[
-        str, typer.Argument(metavar="NATIVE", help="The native checkpoint, of any layout.")
+        str,
+        typer.Argument(
+            metavar="NATIVE", help="The native checkpoint, or another Hugging Face one."
+        ),
     ],
     max_kl: Annotated[
         float | None,

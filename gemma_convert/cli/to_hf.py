@@ -31,7 +31,7 @@ SHOWN = 5
 def command(
     source: Annotated[
         str,
-        typer.Argument(metavar="SRC", help="Native checkpoint: the run, the step or its items."),
+        typer.Argument(metavar="SRC", help="Native checkpoint: its run, step or item."),
     ],
     target: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL to create.")],
     like: Annotated[

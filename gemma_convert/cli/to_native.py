@@ -52,7 +52,8 @@ def command(
         str,
         typer.Argument(
             metavar="SRC",
-            help="A Hugging Face checkpoint or adapter, or a native one: folder, owner/name, URL.",
+            help="A Hugging Face checkpoint (safetensors or .distcp files), an adapter of PEFT, or "
+            "a native checkpoint: folder, owner/name, or URL.",
         ),
     ],
     target: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL to create.")],
@@ -65,7 +66,7 @@ def command(
     framework_version: FrameworkVersion = None,
     like: Annotated[
         str | None,
-        typer.Option(help="For a native SRC without a sidecar: its Hugging Face original."),
+        typer.Option(help="For a native SRC without a sidecar, or .distcp files: the original."),
     ] = None,
     base: Annotated[
         str | None,

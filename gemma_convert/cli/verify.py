@@ -34,6 +34,7 @@ def command(
     Examples:
       gemma-convert verify out --against gemma-4-E2B-it
       gemma-convert verify exported --against out
+      gemma-convert verify exported --against gemma-4-E2B-it
     """
     from gemma_convert.cli.allocator import reuse_large_blocks
     from gemma_convert.output import ProgressBar, show, show_json

@@ -13,11 +13,12 @@ import numpy as np
 
 from gemma_convert.arrays.dtypes import TensorSpec, numpy_dtype
 from gemma_convert.arrays.values import Array
+from gemma_convert.engine.transfer import HuggingFaceTensors
 from gemma_convert.errors import SourceError, some
 from gemma_convert.mapping.plan import SourceTensor
 from gemma_convert.mapping.region import Ranges
 from gemma_convert.model.adapter import Adapter, refuse_beside_matrices
-from gemma_convert.stores.safetensors.reader import SafetensorsFolder
+from gemma_convert.stores.tensor_folder import TensorFolder
 
 _A, _B, _WEIGHT = ".lora_A.weight", ".lora_B.weight", ".weight"
 _WHOLE_TEXT, _TEXT_ALONE = "model.language_model.", "model."
@@ -30,9 +31,7 @@ class MergedTensors:
     their shapes do not fit.
     """
 
-    def __init__(
-        self, base: SafetensorsFolder, matrices: SafetensorsFolder, adapter: Adapter
-    ) -> None:
+    def __init__(self, base: HuggingFaceTensors, matrices: TensorFolder, adapter: Adapter) -> None:
         refuse_beside_matrices(matrices.specs, matrices.folder)
         self._base, self._matrices, self.adapter = base, matrices, adapter
         self._modules = _modules(base.specs, matrices.specs, adapter.rank, matrices.folder)

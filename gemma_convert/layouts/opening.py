@@ -26,7 +26,8 @@ from gemma_convert.mapping.declared import layout_names
 from gemma_convert.mapping.native_facts import NativeFacts
 from gemma_convert.mapping.table import load_table
 from gemma_convert.model.config import load_config
-from gemma_convert.model.huggingface_files import CONFIG, has_weights
+from gemma_convert.model.huggingface_files import CONFIG
+from gemma_convert.stores.weights import is_huggingface
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def open_checkpoint(
     if root is not None and manifest is not None:
         added = refuse_damage(root, manifest, (*accept, *_settings(root, manifest)))
     native = stack.enter_context(open_native(path, block_bytes))
-    if like is not None and not has_weights(like):
+    if like is not None and not is_huggingface(like):
         other = sidecar.sidecar_root(like)
         if other is not None and other != root:
             theirs = read_manifest(other, damaged=PLACE in accept)

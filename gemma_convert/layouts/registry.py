@@ -27,9 +27,9 @@ from gemma_convert.mapping.native_facts import NativeFacts, Settings, native_fac
 from gemma_convert.mapping.table import load_table
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import parse_architecture
-from gemma_convert.model.huggingface_files import has_weights
 from gemma_convert.output import note
 from gemma_convert.stores.orbax.finding import find_trees
+from gemma_convert.stores.weights import is_huggingface
 
 _FACTS = {"name": str, "framework": str, "divisible": bool, "streams": bool}
 _METHODS = ("find", "open", "create", "settings", "settings_files", "check_metadata")
@@ -145,7 +145,7 @@ def read_settings(
 
 def is_native(path: Path) -> bool:
     """Whether a folder holds a native checkpoint rather than Hugging Face files."""
-    if has_weights(path):
+    if is_huggingface(path):
         return False
     folder = NativeFolder(path)
     return bool(folder.trees) or next(_found(folder), None) is not None

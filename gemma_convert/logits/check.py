@@ -48,6 +48,7 @@ from gemma_convert.logits.streaming import (
 )
 from gemma_convert.logits.tokens import checked_sequences, worst_predictions
 from gemma_convert.logits.towers import check_each_part
+from gemma_convert.logits.transformers_model import NO_PARTS, TransformersModel
 from gemma_convert.mapping.native_facts import NativeFacts
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import load_config, read_architecture
@@ -63,6 +64,7 @@ from gemma_convert.prompts.text import (
     token_sequences,
 )
 from gemma_convert.stores.remote.locations import local
+from gemma_convert.stores.weights import is_huggingface
 from gemma_convert.tasks.reports import peak_memory
 
 
@@ -84,6 +86,8 @@ def logit_check(
 ) -> LogitReport:
     """The report on whether the checkpoint `native`, of any layout, computes what `hf` does.
 
+    `native` may be a Hugging Face checkpoint too, such as another converter's export: then
+    transformers runs both, in float32, and nothing is said of single parts.
     With `images` or `audio`, files of pictures or of sounds (WAV), the tower that sees or hears
     them is run too, and the text around each of them is compared. With `golden`, `hf` need hold
     config.json alone, and the sequences are the golden file's. `lossy_rows` names what the
@@ -145,12 +149,10 @@ def _logit_check(
     architecture = read_architecture(hf)
     if golden is None:
         check_sizes(hf, architecture)
-    check_seal(native)
-    facts = read_facts(native, load_config(hf), hf / CONFIG, settings)
-    model = open_model(native, architecture if facts is None else facts.architecture)
+    facts, model = _opened(native, hf, architecture, settings)
     stack.enter_context(kept_programs(cache))
     if is_leader():
-        for warning in _fact_warnings(facts):
+        for warning in _fact_warnings(facts, model):
             note(f"warning: {warning}")
     if lossy_rows is None:
         lossy_rows = find_lossy_rows(model.folder, model.dtypes, model.scaled_dtype, architecture)
@@ -207,7 +209,7 @@ def _logit_check(
         lossy_rows=tuple(lossy_rows),
         warnings=(
             *limit.warnings,
-            *_fact_warnings(facts),
+            *_fact_warnings(facts, model),
             *_window_warning(longest, window),
             *found.known,
         ),
@@ -223,6 +225,19 @@ def _logit_check(
     )
     publish(report.without_tokens().as_text())
     return report
+
+
+def _opened(
+    native: Path, hf: Path, architecture: Architecture, settings: GivenSettings
+) -> tuple[NativeFacts | None, NativeModel]:
+    """What is compared with the original in `hf`, and the facts that it runs by, if not its own."""
+    if is_huggingface(native):
+        if settings:
+            raise UsageError("--settings are for a native checkpoint; this has a config.json.")
+        return None, TransformersModel(native, architecture)
+    check_seal(native)
+    facts = read_facts(native, load_config(hf), hf / CONFIG, settings)
+    return facts, open_model(native, architecture if facts is None else facts.architecture)
 
 
 @dataclass(frozen=True)
@@ -259,7 +274,7 @@ def _run_streamed(
         compared = compare_slices(stored, ours, sequences, vocab=text.vocab, embed=text.embed)
         return _Run(compared, None, None, None, stored.device, ours.device)
     reference = LayerwiseReference(hf, sequences)
-    if process_count() > 1:
+    if process_count() > 1 or isinstance(model, TransformersModel):
         drift = run_in_step(reference, ours, tolerance)
         compared = compare_slices(reference, ours, sequences, vocab=text.vocab, embed=text.embed)
         return _Run(compared, drift, None, None, reference.device, ours.device)
@@ -346,7 +361,10 @@ def _matching_golden(path: Path, hf: Path, architecture: Architecture) -> Golden
     return golden
 
 
-def _fact_warnings(facts: NativeFacts | None) -> Iterator[str]:
+def _fact_warnings(facts: NativeFacts | None, model: NativeModel) -> Iterator[str]:
+    if isinstance(model, TransformersModel):
+        yield NO_PARTS
+        yield from model.differences
     if facts is None:
         return
     if not facts.settings.written:

@@ -177,7 +177,7 @@ def model_class(architecture: Architecture) -> Any:
 
 
 def reference_config(hf: Path, architecture: Architecture) -> Any:
-    """transformers' configuration of the checkpoint in `hf`, without weights.
+    """transformers' configuration of the checkpoint in `hf`, without weights or quantization.
 
     Raises SourceError for a config.json that transformers does not take.
     """
@@ -186,7 +186,11 @@ def reference_config(hf: Path, architecture: Architecture) -> Any:
         quiet(),
         told_by_library("transformers cannot read config.json.", hf / "config.json", _OWN_CONFIG),
     ):
-        return maker.from_pretrained(folder, local_files_only=True)
+        config = maker.from_pretrained(folder, local_files_only=True)
+    for section in (config, config.get_text_config()):
+        if hasattr(section, "quantization_config"):
+            del section.quantization_config  # the tensors are not quantized, whatever it says
+    return config
 
 
 def eager_attention() -> str | dict[str, str]:
@@ -206,13 +210,18 @@ def eager_attention() -> str | dict[str, str]:
 def _load(hf: Path, architecture: Architecture) -> tuple[Any, dict[str, Any]]:
     import torch
 
-    model, folder = model_class(architecture), handed(hf)
+    model, config, folder = (
+        model_class(architecture),
+        reference_config(hf, architecture),
+        handed(hf),
+    )
     with SafetensorsFolder(hf) as files:
         plain, stored = files.naming.plain, files.naming.stored.items()
     names = {} if plain else {f"^{re.escape(key)}$": name for name, key in stored}
     with told_by_library("transformers cannot load the original checkpoint.", hf):
         return model.from_pretrained(  # type: ignore[no-any-return]
             folder,
+            config=config,
             dtype=torch.float32,
             attn_implementation=eager_attention(),
             experts_implementation="eager",

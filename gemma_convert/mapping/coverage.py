@@ -23,7 +23,9 @@ def check_source(
     """Raises SourceError where a source has not the tensors that its config.json asks for."""
     missing = [name for name, tensor in expected.items() if tensor.required and name not in source]
     unexpected = [name for name in source if name not in expected]
-    refuse_foreign_tensors(unexpected, where)
+    matrices = {name for name, tensor in expected.items() if tensor.row.together}
+    weights = {name: spec.dtype for name, spec in source.items() if name not in matrices}
+    refuse_foreign_tensors(weights, where)
     absent = [name for name in expected if name not in source]
     named = difference(unexpected, absent, len(source)) if missing and unexpected else None
     if named is not None:

@@ -7,7 +7,7 @@ other programs. Names: `adapter_config.json` and `lora_A` of PEFT, the `model_ty
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ _ADAPTED = (
     "lora_magnitude_vector",
 )
 _QUANTIZED = ("weight_scale", "weight_scale_inv", "scales", "biases", "weight_packed", "qweight")
+
+_PACKED = ("int", "uint", "float8", "float4")
+"""How dtypes begin that hold quantized weights."""
 
 _ORIGINAL = "convert the original bfloat16 checkpoint"
 _MERGE = (
@@ -89,16 +92,19 @@ def refuse_foreign_folder(folder: Path) -> None:
 
 
 def refuse_foreign_config(config: Mapping[str, Any], model_type: str, where: Path) -> None:
-    """Nothing where the config may be a Gemma 4 model's. Raises SourceError for a known other."""
-    for key, maker in (("quantization", " of MLX"), ("quantization_config", "")):
-        if config.get(key) is not None:
-            raise SourceError(
-                f"This is a quantized export{maker}, which holds packed integers instead of the "
-                "weights.",
-                where=f"{where}, key {key}",
-                found=key,
-                do=_ORIGINAL,
-            )
+    """Nothing where the config may be a Gemma 4 model's. Raises SourceError for a known other.
+
+    A `quantization_config` says nothing: checkpoints of quantization-aware training carry one
+    beside weights that are not quantized. What is quantized the tensors tell.
+    """
+    if config.get("quantization") is not None:
+        raise SourceError(
+            "This is a quantized export of MLX, which holds packed integers instead of the "
+            "weights.",
+            where=f"{where}, key quantization",
+            found="quantization",
+            do=_ORIGINAL,
+        )
     at = f"{where}, key model_type"
     if model_type in _PARTS:
         raise SourceError(
@@ -117,9 +123,9 @@ def refuse_foreign_config(config: Mapping[str, Any], model_type: str, where: Pat
         )
 
 
-def refuse_foreign_tensors(names: Iterable[str], where: str) -> None:
-    """Nothing where tensors may be named as Gemma 4's. Raises SourceError for a known other."""
-    for name in names:
+def refuse_foreign_tensors(dtypes: Mapping[str, str], where: str) -> None:
+    """Nothing where tensors may be Gemma 4's, by name and dtype. SourceError for a known other."""
+    for name, dtype in dtypes.items():
         parts = name.split(".")
         if not set(_ADAPTED).isdisjoint(parts):
             raise SourceError(
@@ -128,11 +134,12 @@ def refuse_foreign_tensors(names: Iterable[str], where: str) -> None:
                 found=name,
                 do=_MERGE,
             )
-        if parts[-1] in _QUANTIZED:
+        packed = parts[-1].endswith(("weight", "_proj")) and dtype.startswith(_PACKED)
+        if parts[-1] in _QUANTIZED or packed:
             raise SourceError(
                 "This is a quantized export, which holds packed integers instead of the weights.",
                 where=where,
-                found=name,
+                found=f"{name} in {dtype}" if packed else name,
                 do=_ORIGINAL,
             )
 

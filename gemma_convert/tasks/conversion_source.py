@@ -13,7 +13,7 @@ from gemma_convert.checkpoint.adapter_base import architecture_of, named_folder
 from gemma_convert.checkpoint.original import Original
 from gemma_convert.engine.huggingface_view import plan_relayout
 from gemma_convert.engine.merged import MergedTensors
-from gemma_convert.errors import UsageError
+from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.files.identity import Unchanged
 from gemma_convert.layouts.opening import open_checkpoint
 from gemma_convert.layouts.registry import is_native, load_layout
@@ -22,14 +22,18 @@ from gemma_convert.mapping.config_keys import check_keys
 from gemma_convert.mapping.plan import plan_to_native
 from gemma_convert.model.adapter import is_adapter, read_adapter
 from gemma_convert.model.architecture import Architecture
-from gemma_convert.model.config import load_config, read_config
+from gemma_convert.model.config import load_config, read_architecture, read_config
 from gemma_convert.model.foreign import refuse_foreign_folder
-from gemma_convert.model.huggingface_files import CONFIG
+from gemma_convert.model.huggingface_files import CONFIG, INDEX
 from gemma_convert.output import shown
 from gemma_convert.stores.orbax.writer import OrbaxFormat
 from gemma_convert.stores.remote.locations import local
-from gemma_convert.stores.safetensors.reader import SafetensorsFolder
+from gemma_convert.stores.tensor_folder import TensorFolder
+from gemma_convert.stores.weights import is_distcp, is_huggingface, open_weights
 from gemma_convert.tasks.conversion import Conversion
+
+WEIGHTS = (".safetensors", ".distcp")
+"""Files of weights that a conversion may read."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +72,12 @@ def plan_conversion(
         raise UsageError("--base and --merge are for a SRC that is an adapter.", found=source)
     if is_native(source):
         job = _from_native(source, target, options, stack)
-    elif options.like is not None:
+    elif options.like is not None and not is_distcp(source):
         raise UsageError("--like is for a native SRC; this one is its own original.")
     elif options.settings:
         raise UsageError("--settings are for a native SRC; this one has its config.json.")
-    elif adapted and options.merge:
-        job = _merged(source, target, options, stack)
+    elif adapted:
+        job = (_merged if options.merge else _of_adapter)(source, target, options, stack)
     else:
         job = _from_huggingface(source, target, options, stack)
     job.plan = replace(job.plan, ignored_facts=tuple(options.ignored_facts))
@@ -84,19 +88,35 @@ def plan_conversion(
 def _from_huggingface(
     source: Path, target: Path, options: ConversionOptions, stack: ExitStack
 ) -> Conversion:
-    """The conversion of a model, or of an adapter by itself."""
-    if not is_adapter(source):
-        refuse_foreign_folder(source)
-    unchanged = _unchanged(source)
-    reader = stack.enter_context(SafetensorsFolder(source))
-    base = _base(source, options, stack, config_only=True) if is_adapter(source) else None
-    architecture = architecture_of(source, reader.specs, base)
-    described = base or source
-    config = load_config(described)
-    tied_inside = architecture.text_only and base is None
-    check_keys(config, tied_inside, options.ignored_facts, described / CONFIG)
-    job = _conversion(source, target, options, architecture, reader, unchanged)
-    job.base_config = None if base is None else read_config(base)
+    """The conversion of a model; `like` describes one whose folder holds tensors alone."""
+    refuse_foreign_folder(source)
+    like = source if options.like is None else _described(local(options.like, stack))
+    if like == source and is_distcp(source) and not (source / CONFIG).exists():
+        raise SourceError(
+            "Nothing says which model this checkpoint of torch is: it has no config.json.",
+            where=source,
+            do="name the original with --like, or put its config.json and tokenizer here",
+        )
+    unchanged = _unchanged(source, like)
+    architecture = read_architecture(like)
+    check_keys(load_config(like), architecture.text_only, options.ignored_facts, like / CONFIG)
+    reader = stack.enter_context(open_weights(source))
+    original = _original(like, source, architecture, reader)
+    return _conversion(source, target, options, original, reader, unchanged)
+
+
+def _of_adapter(
+    source: Path, target: Path, options: ConversionOptions, stack: ExitStack
+) -> Conversion:
+    """The conversion of an adapter by itself."""
+    base = _base(source, options, stack, config_only=True)
+    unchanged = _unchanged(source, source)
+    text_only = read_architecture(base).text_only
+    check_keys(load_config(base), text_only, options.ignored_facts, base / CONFIG)
+    reader = stack.enter_context(open_weights(source))
+    original = _original(source, source, architecture_of(source, reader.specs, base), reader)
+    job = _conversion(source, target, options, original, reader, unchanged)
+    job.base_config = read_config(base)
     return job
 
 
@@ -107,12 +127,10 @@ def _merged(
     base = _base(adapter, options, stack, config_only=False)
     job = _from_huggingface(base, target, replace(options, base=None, merge=False), stack)
     facts = read_adapter(adapter)
-    matrices = stack.enter_context(SafetensorsFolder(adapter))
-    assert isinstance(job.tensors, SafetensorsFolder)
+    matrices = stack.enter_context(open_weights(adapter))
     merged = MergedTensors(job.tensors, matrices, facts)
     job.tensors, job.merged = merged, merged
-    sizes = [(shard.file, shard.size, shard.modified) for shard in matrices.shards]
-    job.identity = {**job.identity, "adapter": sizes, "scaling": facts.scaling}
+    job.identity = {**job.identity, "adapter": _opened(matrices), "scaling": facts.scaling}
     return job
 
 
@@ -129,23 +147,33 @@ def _base(
     return local(options.base, stack, config_only=config_only)
 
 
-def _unchanged(source: Path) -> Unchanged:
+def _unchanged(source: Path, like: Path) -> Unchanged:
     found, others = sidecar.other_files(source, [])
-    weights = (name for name in others if name.endswith(".safetensors") and "/" not in name)
-    return Unchanged(source, [*found, *weights])
+    weights = [name for name in others if name.endswith(WEIGHTS) and "/" not in name]
+    beside = [] if like == source else [like / name for name in sidecar.other_files(like, [])[0]]
+    return Unchanged(source, [*found, *weights, *beside])
+
+
+def _original(
+    like: Path, source: Path, architecture: Architecture, reader: TensorFolder
+) -> Original:
+    """The original whose files are those of `like`, and whose tensors are those of `source`."""
+    left_out = [*reader.own_files, *([INDEX] if like != source else [])]
+    files, _ = sidecar.other_files(like, left_out)
+    return Original(like, architecture, reader.shards, reader.naming, files, reader)
 
 
 def _conversion(
     source: Path,
     target: Path,
     options: ConversionOptions,
-    architecture: Architecture,
-    reader: SafetensorsFolder,
+    original: Original,
+    reader: TensorFolder,
     unchanged: Unchanged,
 ) -> Conversion:
     plan = plan_to_native(
-        architecture,
-        table_of(options.layout, architecture, options.version),
+        original.architecture,
+        table_of(options.layout, original.architecture, options.version),
         reader.specs,
         options.policy,
         scanned=options.scanned,
@@ -153,20 +181,29 @@ def _conversion(
         block_bytes=options.block_bytes,
         where=str(source),
     )
-    files, not_carried = sidecar.other_files(source, [shard.file for shard in reader.shards])
-    shards = [(shard.file, shard.size, shard.modified) for shard in reader.shards]
+    _, not_carried = sidecar.other_files(source, reader.own_files)
     return Conversion(
         source=source,
         target=target,
         layout=load_layout(options.layout),
         form=options.form,
-        original=Original(source, architecture, reader.shards, reader.naming, files, reader),
+        original=original,
         plan=plan,
         tensors=reader,
-        not_carried=not_carried,
-        identity={"source": shards, "files": unchanged.files},
+        not_carried=[*not_carried, *reader.beside],
+        identity={"source": _opened(reader), "files": unchanged.files},
         unchanged=unchanged,
     )
+
+
+def _opened(reader: TensorFolder) -> list[tuple[object, ...]]:
+    return [(file, *facts) for file, facts in reader.opened.items()]
+
+
+def _described(like: Path) -> Path:
+    """The folder of a Hugging Face checkpoint, or of what a converted one keeps of its own."""
+    root = None if is_huggingface(like) else sidecar.sidecar_root(like)
+    return like if root is None else root / sidecar.FOLDER
 
 
 def _from_native(

@@ -19,8 +19,8 @@ from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.reverse import Arrays, Wanted, reverse_plan
 from gemma_convert.model.huggingface_files import CONFIG, INDEX, SINGLE
 from gemma_convert.stores.remote.mirror import file_size
-from gemma_convert.stores.safetensors.reader import Shard
 from gemma_convert.stores.safetensors.writer import OutputShard, output_shard
+from gemma_convert.stores.tensor_folder import Shard
 
 KVShared = Literal["keep", "omit"]
 

@@ -33,7 +33,7 @@ from gemma_convert.model.huggingface_files import CONFIG, INDEX, SINGLE
 from gemma_convert.output import shown
 from gemma_convert.stores.orbax.finding import METADATA
 from gemma_convert.stores.remote.locations import local
-from gemma_convert.stores.safetensors.reader import SafetensorsFolder
+from gemma_convert.stores.weights import is_huggingface, open_weights
 
 _LAYER = re.compile(r"(?:layers[._]|layer_|decoder\.)(\d{1,4})[./]", re.ASCII)
 
@@ -96,14 +96,15 @@ def _inspect(path: Path) -> InspectReport:
     refuse_foreign_folder(path)
     if not path.is_dir():
         raise SourceError("There is no such folder.", where=path)
-    if any((path / name).is_file() for name in (SINGLE, INDEX)):
+    if is_huggingface(path):
         return _huggingface(path)
     if not is_native(path):
         listed = sorted(entry.name for entry in path.iterdir())
         raise SourceError(
             "This is no checkpoint of a known layout.",
             where=path,
-            expected=f"{SINGLE}, {INDEX}, an Orbax {METADATA}, or the files of a native layout",
+            expected=f"{SINGLE}, {INDEX}, torch's .metadata, an Orbax {METADATA}, or the files "
+            "of a native layout",
             found=", ".join(listed[:5]) or "nothing",
             do="give a checkpoint of Hugging Face or of "
             + ", ".join(layout.framework for layout in usable_layouts()),
@@ -113,22 +114,24 @@ def _inspect(path: Path) -> InspectReport:
 
 
 def _huggingface(path: Path) -> InspectReport:
-    with SafetensorsFolder(path) as reader:
-        specs = reader.specs
-    refuse_foreign_tensors(specs, str(path))
+    with open_weights(path) as reader:
+        specs, extras = reader.specs, reader.beside
+    refuse_foreign_tensors({name: spec.dtype for name, spec in specs.items()}, str(path))
     if not (path / CONFIG).exists():
-        return _report(path, HUGGINGFACE, specs)
+        return _report(path, HUGGINGFACE, specs, extras=extras)
     architecture = read_architecture(path)
     tensors = hf_tensors(architecture)
     optional = {tensor.name for tensor in tensors if not tensor.required}
     expected = {tensor.name: tensor.shape for tensor in tensors}
     coverage = _cover(expected, optional, specs)
-    return _report(path, HUGGINGFACE, specs, architecture, coverage, config=path / CONFIG)
+    return _report(
+        path, HUGGINGFACE, specs, architecture, coverage, extras=extras, config=path / CONFIG
+    )
 
 
 def _adapter(path: Path) -> InspectReport:
     adapter = read_adapter(path)
-    with SafetensorsFolder(path) as reader:
+    with open_weights(path) as reader:
         refuse_beside_matrices(reader.specs, path)
         report = _report(path, HUGGINGFACE, reader.specs)
     return replace(report, adapter=StoredAdapter(adapter.rank, adapter.alpha))

@@ -11,12 +11,13 @@ from pathlib import Path
 from gemma_convert.engine.comparing import Comparison
 from gemma_convert.engine.publishing import ProgressFactory
 from gemma_convert.errors import SourceError, UsageError
-from gemma_convert.model.huggingface_files import has_weights
 from gemma_convert.output import shown
 from gemma_convert.stores.remote.locations import local
+from gemma_convert.stores.weights import is_huggingface
 from gemma_convert.tasks.verify_export import verify_export
 from gemma_convert.tasks.verify_original import verify_original
 from gemma_convert.tasks.verify_seal import verify_seal
+from gemma_convert.tasks.verify_tensors import verify_tensors
 
 THE_SEAL = "the manifest's checksums"
 
@@ -60,9 +61,9 @@ def verify(
     Hugging Face folder `against`, its arrays and its sidecar are compared with that as well, bit
     for bit with what a conversion gives. An exported Hugging Face folder is compared, tensors and
     files, with the export that the native checkpoint `against` gives, by `settings` as `to_hf` has
-    them. Both may be folders, on the hub or in an object store
-    (`gemma_convert.stores.remote.locations`). Raises SourceError where a side cannot be read or the
-    two do not belong together.
+    them; with another Hugging Face folder, tensor by tensor. Both may be folders, on the hub or in
+    an object store (`gemma_convert.stores.remote.locations`). Raises SourceError where a side
+    cannot be read or the two do not belong together.
     """
     started = time.monotonic()
     with ExitStack() as stack:
@@ -94,19 +95,23 @@ def _compare(
     found: Comparison,
     progress: ProgressFactory | None,
 ) -> None:
-    if settings and (other is None or not has_weights(folder)):
+    if settings and (other is None or not is_huggingface(folder)):
         raise UsageError(
             "--settings are what an export was made by.",
             do="name the export, and its native checkpoint with --against",
         )
-    if not has_weights(folder):
+    if not is_huggingface(folder):
         verify_seal(folder, other, found, progress)
         if other is not None:
             verify_original(folder, other, found, progress)
     elif other is None:
         raise UsageError(
-            "An exported Hugging Face folder is verified against its native source.",
-            do="name the native checkpoint with --against",
+            "A Hugging Face folder is verified against what it was made from.",
+            do="name the native checkpoint, or another Hugging Face one, with --against",
         )
+    elif is_huggingface(other):
+        if settings:
+            raise UsageError("--settings are for a native checkpoint; these have a config.json.")
+        verify_tensors(folder, other, found, progress)
     else:
         verify_export(folder, other, settings, found, progress)

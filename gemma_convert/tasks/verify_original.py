@@ -24,6 +24,7 @@ from gemma_convert.layouts.registry import open_native
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.region import Box
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
+from gemma_convert.stores.weights import open_weights
 from gemma_convert.tasks.verify_seal import compare_carried, verify_metadata
 
 OPEN_ARRAYS, CACHE_BYTES = 2, 48 << 20
@@ -36,7 +37,7 @@ def verify_original(
     """Compares the arrays and the sidecar of the native checkpoint at `path` with `source`."""
     with (
         open_native(path) as native,
-        SafetensorsFolder(source) as reader,
+        open_weights(source) as reader,
         open_original(native.folder, source) as original,
     ):
         plan = _stored_plan(plan_native(native, original), native)

@@ -21,7 +21,7 @@ _STATE = frozenset(
 )
 """Below these stands what is no parameter, though its names may be those of parameters."""
 
-_RANDOM, _VALUE = "rngs", "value"
+RANDOM, _VALUE = "rngs", "value"
 
 
 def unwrapped(paths: Iterable[Keys], roots: Collection[Keys]) -> dict[Keys, Keys]:
@@ -30,7 +30,7 @@ def unwrapped(paths: Iterable[Keys], roots: Collection[Keys]) -> dict[Keys, Keys
     `roots` are how paths of the model begin. Empty where there is no such tree; raises SourceError
     where there are several.
     """
-    listed = [path for path in paths if _RANDOM not in path]
+    listed = [path for path in paths if RANDOM not in path]
     wrappers = {wrapper for path in listed if (wrapper := _above(path, roots)) is not None}
     if not wrappers:
         return {}

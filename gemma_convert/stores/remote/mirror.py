@@ -30,7 +30,8 @@ from gemma_convert.stores.remote.object_store import (
 )
 
 WEIGHT_SUFFIXES = {
-    ".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".onnx", ".pt", ".pth", ".safetensors",
+    ".bin", ".ckpt", ".distcp", ".gguf", ".h5", ".msgpack", ".npz", ".onnx", ".pt", ".pth",
+    ".safetensors",
 }  # fmt: skip
 
 RANGE_BYTES = 4 << 20

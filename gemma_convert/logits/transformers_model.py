@@ -1,0 +1,118 @@
+"""A second Hugging Face checkpoint in the native side's place: transformers runs it as well.
+
+So what another converter made can be judged. Both sides are run by the same code, each by its own
+config.json, so that nothing but weights and facts can differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import NoReturn
+
+from gemma_convert.engine.joined import process_count
+from gemma_convert.errors import SourceError, UsageError, short
+from gemma_convert.forward.encoder import Encoder
+from gemma_convert.forward.native_model import Dtype, Given, LogitSource, States, Streamed
+from gemma_convert.logits.layerwise import LayerwiseReference
+from gemma_convert.logits.reference import TransformersLogits
+from gemma_convert.logits.sizes import check_sizes
+from gemma_convert.mapping.table import HUGGINGFACE
+from gemma_convert.model.architecture import Architecture
+from gemma_convert.model.config import read_architecture
+from gemma_convert.prompts.soft import SoftSequence
+from gemma_convert.prompts.text import TokenSequence
+from gemma_convert.stores.safetensors.reader import SafetensorsFolder
+
+NO_PARTS = (
+    "transformers ran both sides, so no part was run by itself: the KL alone decides. It is 0 "
+    "where weights and config.json are the same."
+)
+
+
+class TransformersModel:
+    """A Hugging Face checkpoint that is compared with another one."""
+
+    layout: str = HUGGINGFACE
+    libraries: tuple[str, ...] = ("torch", "transformers")
+    scaled_dtype: str | None = None
+    device_count = 1
+
+    def __init__(self, folder: Path, original: Architecture) -> None:
+        """Raises SourceError where it is another model than `original`, or is broken."""
+        if process_count() > 1:
+            raise UsageError("Two Hugging Face checkpoints are compared by one process.")
+        self.folder, self._original = folder, original
+        self.architecture = read_architecture(folder)
+        check_sizes(folder, self.architecture)
+        with SafetensorsFolder(folder) as reader:
+            self.dtypes = frozenset(spec.dtype for spec in reader.specs.values())
+        sees = self.architecture.vision or self.architecture.vision_embedder
+        hears = self.architecture.audio or self.architecture.audio_embedder
+        self.towers: Mapping[str, Callable[[SoftSequence], Encoder]] = {
+            name: _within for name, tower in (("vision", sees), ("audio", hears)) if tower
+        }
+        self._check_same_model()
+
+    @property
+    def differences(self) -> Iterator[str]:
+        """Facts of the language model that the two config.json say otherwise, as sentences."""
+        ours, theirs = self.architecture.text, self._original.text
+        for fact in fields(ours):
+            here, there = getattr(ours, fact.name), getattr(theirs, fact.name)
+            if here != there and fact.name != "layers":
+                yield (
+                    f"The two sides run by different facts: {fact.name} is {short(here)} in "
+                    f"{self.folder.name}, {short(there)} in the original."
+                )
+
+    def run(self, sequences: Sequence[TokenSequence], dtype: Dtype) -> LogitSource:
+        _check_dtype(dtype)
+        return TransformersLogits(self.folder, sequences)
+
+    def stream(self, sequences: Sequence[TokenSequence], dtype: Dtype) -> Streamed:
+        _check_dtype(dtype)
+        return _Stream(self.folder, sequences)
+
+    def follow(
+        self,
+        sequences: Sequence[TokenSequence],
+        dtype: Dtype,
+        whole_model: bool,
+        *,
+        rows: int,
+        vocab: Sequence[slice],
+    ) -> None:
+        raise NotImplementedError("one process runs it")
+
+    def _check_same_model(self) -> None:
+        ours, theirs = self.architecture.text, self._original.text
+        sides = [(len(text.layers), text.embed, text.vocab) for text in (theirs, ours)]
+        if sides[0] != sides[1]:
+            words = ["{} layers, embed {}, vocab {}".format(*side) for side in sides]
+            raise SourceError(
+                "The two checkpoints are not of one model.",
+                where=self.folder,
+                expected=words[0],
+                found=words[1],
+            )
+
+
+class _Stream(LayerwiseReference):
+    """Layer by layer; nothing is run beside it."""
+
+    def stages(self, given: Given | None = None) -> Iterator[States]:  # type: ignore[override]
+        del given
+        yield from super().stages()
+
+
+def _within(_: SoftSequence) -> NoReturn:
+    raise NotImplementedError("transformers runs its towers within the model")
+
+
+def _check_dtype(dtype: Dtype) -> None:
+    if dtype != "float32":
+        raise UsageError(
+            "Two Hugging Face checkpoints are compared in float32.", do="leave out --dtype"
+        )
