@@ -12,7 +12,7 @@ layers that share them go through one object.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,7 @@ class LayerwiseReference:
         self._text = getattr(self._model.model, "language_model", self._model.model)
         self._prefix = "model." if self._text is self._model.model else "model.language_model."
         self._chosen = self.architecture.text.experts_per_token
+        self._held: set[Any] = set()
         self._fill_when_called()
 
     @property
@@ -125,7 +126,16 @@ class LayerwiseReference:
         """The tower that sees or hears what is in a sequence, beside rounding of `noise`."""
         model, vision = self._model.model, self.architecture.vision
         standardize = vision is not None and vision.standardize
-        return WatchedTower(model, sequence, noise, standardize, self._device, self._hf)
+        return WatchedTower(
+            model,
+            sequence,
+            noise,
+            standardize,
+            self._device,
+            self._hf,
+            self._files,
+            self._holding,
+        )
 
     def mistake(self, layer: int | None, place: int, found: Found) -> str | None:
         """What is wrong with a part of the stage that was given last; None where it is not known.
@@ -220,10 +230,40 @@ class LayerwiseReference:
                 continue
             prefix = f"{path}."
             module.register_forward_pre_hook(
-                lambda module, _, prefix=prefix: self._fill(module, prefix)
+                lambda module, _, prefix=prefix: self._fill_unless_held(module, prefix)
             )
             empty = _own(module)
-            module.register_forward_hook(lambda module, _, __, empty=empty: _put(module, empty))
+            module.register_forward_hook(
+                lambda module, _, __, empty=empty: self._put_unless_held(module, empty)
+            )
+
+    @contextmanager
+    def _holding(self, paths: Sequence[str], but: str | None = None) -> Iterator[None]:
+        """Within it modules at and below `paths`, but none below `but`, keep their weights."""
+        held = {
+            f"{name}.": module
+            for name, module in self._model.model.named_modules(prefix="model")
+            if f"{name}.".startswith(tuple(f"{path}." for path in paths))
+            and not (but and name.startswith(but))
+        }
+        empty = {module: _own(module) for module in held.values()}
+        for prefix, module in held.items():
+            self._fill(module, prefix)
+        self._held = set(empty)
+        try:
+            yield
+        finally:
+            self._held = set()
+            for module, tensors in empty.items():
+                _put(module, tensors)
+
+    def _fill_unless_held(self, module: Any, prefix: str) -> None:
+        if module not in self._held:
+            self._fill(module, prefix)
+
+    def _put_unless_held(self, module: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+        if module not in self._held:
+            _put(module, tensors)
 
     def _gather_when_called(self, table: Any, name: str) -> None:
         """Gives an embedding the rows that it is called for, and numbers that find them there.

@@ -249,7 +249,7 @@ class LocalRun:
                 rounding = [one[mask] for one, mask in zip(rounding, chosen, strict=True)]
             here = None if part in ("embedding", "per-layer inputs", "final norm") else layer
             found = self._add(part, here, np.concatenate(errors), np.concatenate(rounding))
-            if not found.passed and self._may_be_diagnosed(layer):
+            if not found.passed and may_be_diagnosed(layer, self._diagnosed):
                 self._parts[-1] = replace(found, mistake=self._mistake(found, errors))
 
     def _hold_soft_tokens(self, errors: Sequence[npt.NDArray[np.float64]]) -> None:
@@ -267,12 +267,6 @@ class LocalRun:
             errors = self._probe.errors[number]["embedding"].copy()
             errors[one.places != 0] = moved
             self._probe.errors[number]["embedding"] = errors
-
-    def _may_be_diagnosed(self, stage: int) -> bool:
-        """Of the first stages that fail, so that a mistake of all layers takes no time in each."""
-        if len(self._diagnosed) < DIAGNOSED:
-            self._diagnosed.add(stage)
-        return stage in self._diagnosed
 
     def _mistake(self, one: PartCheck, errors: Sequence[npt.NDArray[np.float64]]) -> str | None:
         """What is wrong with a part, in words, tried on the sequence where that is seen best."""
@@ -319,6 +313,13 @@ def evened(parts: Iterable[PartCheck]) -> tuple[PartCheck, ...]:
     usual = {part: float(np.median(each)) for part, each in noises.items()}
     found = [replace(one, noise=max(one.noise, usual[one.tower, one.part])) for one in found]
     return tuple(replace(one, mistake=None) if one.passed else one for one in found)
+
+
+def may_be_diagnosed(stage: int, diagnosed: set[int]) -> bool:
+    """Of the first stages that fail, so that a mistake of all layers takes no time in each."""
+    if len(diagnosed) < DIAGNOSED:
+        diagnosed.add(stage)
+    return stage in diagnosed
 
 
 def usual_length(values: Sequence[npt.NDArray[Any]]) -> float:

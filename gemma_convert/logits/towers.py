@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,8 +13,15 @@ from gemma_convert.forward.encoder import Encoder, Made
 from gemma_convert.forward.native_model import Dtype
 from gemma_convert.forward.parts import Part
 from gemma_convert.logits.drift import relative
-from gemma_convert.logits.explanation import Found, closest
-from gemma_convert.logits.local import FACTOR, SMALLEST, PartCheck, evened, usual_length
+from gemma_convert.logits.explanation import Found
+from gemma_convert.logits.local import (
+    FACTOR,
+    SMALLEST,
+    PartCheck,
+    evened,
+    may_be_diagnosed,
+    usual_length,
+)
 from gemma_convert.logits.tower_reference import TowerStep, WatchedTower
 from gemma_convert.prompts.soft import SoftSequence
 from gemma_convert.prompts.text import TokenSequence
@@ -48,14 +55,19 @@ def check_each_part(
     """What the native `towers` make of the reference's states; of several sequences, the worst."""
     worst: dict[tuple[str, int | None, Part], PartCheck] = {}
     soft_errors: dict[int, npt.NDArray[np.float64]] = {}
+    diagnosed: dict[str, set[int]] = {}
     for number, sequence in enumerate(sequences):
         if not isinstance(sequence, SoftSequence):
             continue
         tower = sequence.medium.tower
         watched, encoder = reference.tower(sequence, noise), towers[tower](sequence)
-        for expected, run in zip(watched.steps(), encoder, strict=True):
+        stages = diagnosed.setdefault(tower, set())
+        for stage, (expected, run) in enumerate(zip(watched.steps(), encoder, strict=True)):
             _, made = run(expected.state, expected.parts)
-            for part in _compared(expected, made, tower, noise):
+            for one, seen in _compared(expected, made, tower, noise):
+                part = one
+                if not one.passed and may_be_diagnosed(stage, stages):
+                    part = replace(one, mistake=watched.mistake(seen))
                 key = tower, part.layer, part.part
                 worst[key] = max(worst.get(key, part), part, key=lambda one: one.times)
         soft_errors[number] = watched.soft_errors
@@ -64,8 +76,13 @@ def check_each_part(
     return TowerCheck(parts, soft_errors if passed else {})
 
 
-def _compared(step: TowerStep, made: Made, tower: str, noise: Dtype) -> Iterator[PartCheck]:
-    """The parts of a step, whose errors it is told; padding counts as nothing."""
+def _compared(
+    step: TowerStep, made: Made, tower: str, noise: Dtype
+) -> Iterator[tuple[PartCheck, Found]]:
+    """The parts of a step, whose errors it is told, and what was found in the rows that are real.
+
+    Padding counts as nothing.
+    """
     for part, values in step.parts.items():
         exact, other = values[step.real], step.other[part][step.real]
         found = _rows(made[part])[step.real]
@@ -75,13 +92,8 @@ def _compared(step: TowerStep, made: Made, tower: str, noise: Dtype) -> Iterator
         step.errors[part][step.real] = error
         rounding = max(SMALLEST[noise], float(relative(exact, other, usual).max()))
         one = PartCheck(part, step.layer, float(error.max()), rounding, tower=tower)
-        if one.passed:
-            yield one
-        else:
-            every = np.ones(len(found), np.bool_)
-            seen = Found(part, found, one.error, FACTOR * rounding, every)
-            mistake = closest(exact, (), seen)
-            yield PartCheck(part, step.layer, one.error, rounding, mistake, tower)
+        every = np.ones(len(found), np.bool_)
+        yield one, Found(part, found, one.error, FACTOR * rounding, every)
 
 
 def _rows(value: Any) -> npt.NDArray[Any]:
