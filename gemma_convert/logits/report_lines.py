@@ -12,6 +12,19 @@ from gemma_convert.logits.report import LogitReport
 _MOST_MISTAKES = 6
 
 
+def parts_line(report: LogitReport) -> str:
+    """What the parts are by themselves, or why that is not known."""
+    if report.local is not None:
+        return local_line(report.local)
+    if report.whole_model:
+        why = "with --whole-model"
+    elif report.drift is None:
+        why = "with golden logits"
+    else:
+        why = "on several processes"
+    return f"none is compared by itself {why}: the KL of the whole runs alone decides"
+
+
 def local_line(local: LocalCheck) -> str:
     """What the parts are by themselves: within their rounding, or which is not."""
     rounding = f"rounding in {local.noise}"
