@@ -9,7 +9,7 @@ from __future__ import annotations
 from datetime import datetime
 from xml.etree import ElementTree
 
-from gemma_convert.logits.local import LocalCheck
+from gemma_convert.logits.part_check import LocalCheck
 from gemma_convert.logits.report import LogitReport
 from gemma_convert.logits.report_lines import compared_line, local_line, native_line, parts_line
 from gemma_convert.logits.scale import figure

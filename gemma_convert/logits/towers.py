@@ -12,16 +12,11 @@ import numpy.typing as npt
 from gemma_convert.forward.encoder import Encoder, Made
 from gemma_convert.forward.native_model import Dtype
 from gemma_convert.forward.parts import Part
+from gemma_convert.logits.by_feature import is_by_feature, seen_by_feature
 from gemma_convert.logits.drift import relative
 from gemma_convert.logits.explanation import Found
-from gemma_convert.logits.local import (
-    FACTOR,
-    SMALLEST,
-    PartCheck,
-    evened,
-    may_be_diagnosed,
-    usual_length,
-)
+from gemma_convert.logits.local import may_be_diagnosed, usual_length
+from gemma_convert.logits.part_check import FACTOR, SMALLEST, PartCheck, evened
 from gemma_convert.logits.tower_reference import TowerStep, WatchedTower
 from gemma_convert.prompts.soft import SoftSequence
 from gemma_convert.prompts.text import TokenSequence
@@ -66,7 +61,7 @@ def check_each_part(
             _, made = run(expected.state, expected.parts)
             for one, seen in _compared(expected, made, tower, noise):
                 part = one
-                if not one.passed and may_be_diagnosed(stage, stages):
+                if one.mistake is None and not one.passed and may_be_diagnosed(stage, stages):
                     part = replace(one, mistake=watched.mistake(seen))
                 key = tower, part.layer, part.part
                 worst[key] = max(worst.get(key, part), part, key=lambda one: one.times)
@@ -92,6 +87,8 @@ def _compared(
         step.errors[part][step.real] = error
         rounding = max(SMALLEST[noise], float(relative(exact, other, usual).max()))
         one = PartCheck(part, step.layer, float(error.max()), rounding, tower=tower)
+        if is_by_feature(part):
+            one = seen_by_feature(one, exact, found, other - exact, noise)
         every = np.ones(len(found), np.bool_)
         yield one, Found(part, found, one.error, FACTOR * rounding, every)
 
