@@ -8,7 +8,7 @@ from dataclasses import replace
 from gemma_convert.logits.divergence import Divergence, WorstToken
 from gemma_convert.logits.drift import Drift
 from gemma_convert.logits.fingerprint import Fingerprint
-from gemma_convert.logits.local import LocalCheck, PartCheck
+from gemma_convert.logits.part_check import LocalCheck, PartCheck
 from gemma_convert.logits.report import LogitReport
 from gemma_convert.logits.tokens import Candidate, CheckedSequence, Prediction
 

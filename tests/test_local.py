@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gemma_convert import logit_check, to_native
+from gemma_convert.logits.by_feature import is_by_feature, seen_by_feature, times_by_feature
 from gemma_convert.logits.divergence import Divergence, WorstToken
 from gemma_convert.logits.limit import choose_limit
-from gemma_convert.logits.local import FACTOR, LocalCheck, PartCheck, Probe, chosen_tokens
+from gemma_convert.logits.local import Probe, chosen_tokens
 from gemma_convert.logits.other_runs import Calls, OtherRuns, decided, moved
+from gemma_convert.logits.part_check import FACTOR, LocalCheck, PartCheck
 from gemma_convert.logits.precision import computed_in
 from gemma_convert.prompts.text import TokenSequence
 from gemma_convert.tiny import make_tiny
@@ -131,6 +133,43 @@ def test_a_mistake_is_named_where_it_is_and_nowhere_else(shallow, tmp_path, mist
     assert [one.name for one in report.local.failed] == [part]
     assert report.local.failed[0].times > 10 * FACTOR
     assert words in report.local.failed[0].mistake
+
+
+def changed(place, value):
+    def edit(weight):
+        weight[place] = value
+        return weight
+
+    return edit
+
+
+def test_a_large_feature_hides_no_other(shallow, tmp_path):
+    """In bfloat16, where its rounding is more than all that the others are."""
+    name, words = "layers.0.input_layernorm.weight", "in 1 of 68 features, which are small"
+    source = mistaken(shallow("31b", text_only=True), tmp_path / "in", {name: changed(5, 400)})
+    wrong = mistaken(source, tmp_path / "wrong", {name: changed(9, 0)})
+    for folder, out in ((source, "right"), (wrong, "out")):
+        to_native(folder, tmp_path / out, layout="fast-llm")
+    right = logit_check(source, tmp_path / "right", tokens=24, dtype="bfloat16").local
+    assert right.passed and 1 < right.worst.by_feature < FACTOR / 2
+    (failed,) = logit_check(source, tmp_path / "out", tokens=24, dtype="bfloat16").local.failed
+    assert failed.name == "layer 0, norm before attention" and words in failed.mistake
+    assert failed.error <= FACTOR * failed.noise and failed.times > 10 * FACTOR
+
+
+def test_features_by_their_own_noise():
+    exact = np.array([[1.0, 100.0, 0.0], [-1.0, 100.0, 0.0]])
+    rounding = np.array([[0.01, -1.0, 0.0]])
+    found = exact + np.array([[0.02, 0.0, 0.01], [0.02, 0.0, -0.01]])
+    assert times_by_feature(exact, found, rounding, 2.0**-9) == pytest.approx([2, 0, 1])
+    assert times_by_feature(exact, found, rounding * 0, 0.1) == pytest.approx([0.2, 0, np.inf])
+    nan = seen_by_feature(
+        PartCheck("output", 0, 0.0, 1.0), exact, found * np.nan, rounding, "float32"
+    )
+    assert not nan.passed
+    parts = ["final norm", "norm behind the MLP", "sum behind attention", "output"]
+    assert all(map(is_by_feature, parts))
+    assert not any(map(is_by_feature, ["output projection", "dense MLP", "embedding", "router"]))
 
 
 @pytest.mark.parametrize("layout", ["maxtext", "gemma-jax", "fast-llm"])

@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from sample_reports import sequence, with_image
 from gemma_convert.logits.divergence import Likeliest, TokenDivergence
 from gemma_convert.logits.fingerprint import Fingerprint, fingerprints
 from gemma_convert.logits.golden import weight_files
+from gemma_convert.logits.html_report import html_report
+from gemma_convert.logits.junit import junit
 from gemma_convert.logits.report_table import render
 from gemma_convert.logits.scale import LogRange, figure, largest_of_bins, log_range
 from gemma_convert.logits.sparkline import Sparkline
@@ -181,6 +184,22 @@ def test_terminal_has_a_line_for_each_sequence_and_one_for_the_layers(width):
         assert len(marks) == len(one.compared) or len(marks) > room / 2
     assert "9.00e-02" in found["drift by layer"] and "▁" in found["drift by layer"]
     assert "first beyond 2e-03: layer 2" in " ".join("\n".join(lines).split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"processes": 2}, "on several processes"),
+        ({"drift": None}, "with golden logits"),
+        ({"drift": None, "whole_model": True}, "with --whole-model"),
+    ],
+)
+def test_where_kl_alone_decides_it_is_said(changes, why):
+    report = sample_reports.report(local=None, noise_floor=None, **changes)
+    said = f"none is compared by itself {why}: the KL of the whole runs alone decides"
+    assert said in " ".join(" ".join(shown(report, 100)).split())
+    when = datetime(2026, 8, 1, tzinfo=UTC)
+    assert said[1:] in html_report(report, when) and said in junit(report, when)
 
 
 def test_terminal_shows_the_worst_of_many_sequences_in_their_order():

@@ -19,7 +19,7 @@ from gemma_convert.cli.app import main
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.logits import check as check_module
 from gemma_convert.logits.check import logit_check
-from gemma_convert.logits.local import FACTOR
+from gemma_convert.logits.part_check import FACTOR
 from gemma_convert.logits.reference import Reference
 from gemma_convert.logits.report_table import render
 from gemma_convert.model.config import read_architecture

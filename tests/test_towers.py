@@ -17,7 +17,7 @@ from gemma_convert.forward import jax_model
 from gemma_convert.forward.encoder import encoded
 from gemma_convert.logits.layerwise import LayerwiseReference
 from gemma_convert.logits.limit import SINGLE_NOISE_FACTOR
-from gemma_convert.logits.local import FACTOR, PartCheck
+from gemma_convert.logits.part_check import FACTOR, PartCheck
 from gemma_convert.model.config import read_architecture
 from gemma_convert.prompts.images import image_sequences
 

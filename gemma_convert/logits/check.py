@@ -35,7 +35,8 @@ from gemma_convert.logits.fingerprint import fingerprints
 from gemma_convert.logits.golden import SLICE_BYTES, Golden, load_golden
 from gemma_convert.logits.layerwise import LayerwiseReference
 from gemma_convert.logits.limit import choose_limit, find_lossy_rows
-from gemma_convert.logits.local import LocalCheck, LocalRun
+from gemma_convert.logits.local import LocalRun
+from gemma_convert.logits.part_check import LocalCheck
 from gemma_convert.logits.reference import TransformersLogits, reference_config
 from gemma_convert.logits.report import LogitReport
 from gemma_convert.logits.sizes import check_sizes

@@ -17,7 +17,7 @@ from gemma_convert.forward.parts import Part
 from gemma_convert.logits.explanation import Found, closest
 from gemma_convert.logits.mistakes import beside
 from gemma_convert.logits.mistakes.layer import mistakes
-from gemma_convert.logits.mistakes.trial import Subject, Trial
+from gemma_convert.logits.mistakes.trial import Subject, Trial, of_other_layers
 from gemma_convert.logits.other_runs import Calls
 from gemma_convert.logits.tapped import Values, features, tapped
 from gemma_convert.logits.tensor_files import TensorFiles
@@ -54,7 +54,7 @@ class Diagnosis:
                 rows = {part: _on_host(features(part, value)) for part, value in exact.items()}
                 yield from beside.of_sum(found.part, _on_host(state[0]), rows)
             for trial in mistakes(subject, found.part, exact):
-                yield trial.mistake, _made(subject, trial, state, exact, found.part)
+                yield trial.mistake, _made(subject, trial, calls, state, exact, found.part)
 
         right = _on_host(features(found.part, exact[found.part]))
         return closest(right, tried(), found)
@@ -91,29 +91,18 @@ class Diagnosis:
         return closest(_on_host(capped), tried, found)
 
     def _subject(self, layer: int, calls: Calls, device: torch.device) -> Subject:
-        def other(number: int, path: str) -> torch.Tensor | None:
-            name, own = (f"{self.prefix}layers.{one}.{path}" for one in (number, layer))
-            if self.files.shapes.get(name) != self.files.shapes.get(own):
-                return None
-            return self.files.read(name, device=device)
-
-        others, named = calls.layers[layer]
-        return Subject(
-            self.text.layers[layer],
-            layer,
-            len(self.text.layers),
-            others,
-            named,
-            lambda number: calls.layers[number][0][0],
-            other,
-        )
+        layers = self.text.layers
+        per_layer = [others[0] for others, _ in calls.layers if others]
+        _, named = calls.layers[layer]
+        other = of_other_layers(self.files, self.prefix, layer, device)
+        return Subject(layers[layer], layer, len(layers), named, other, per_layer)
 
     def _read(self, name: str, rows: torch.Tensor | None = None) -> npt.NDArray[np.float64]:
         return _on_host(self.files.read(f"{self.prefix}{name}.weight", rows))
 
 
 def _made(
-    subject: Subject, trial: Trial, state: torch.Tensor, exact: Values, part: Part
+    subject: Subject, trial: Trial, calls: Calls, state: torch.Tensor, exact: Values, part: Part
 ) -> npt.NDArray[Any]:
     """What the part makes [length features] when the mistake is made."""
     seen: list[Any] = []
@@ -126,7 +115,7 @@ def _made(
 
     large = {path: exact[one] for one, path in _LARGE if one in exact and one != part}
     idle = Trial("", {f"{path}.forward": _always(value) for path, value in large.items()})
-    others = subject.others
+    others, _ = calls.layers[subject.index]
     if trial.per_layer is not None:
         others = (trial.per_layer, *others[1:])
     with ExitStack() as stack:

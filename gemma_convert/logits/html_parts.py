@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from gemma_convert.forward.parts import Part
-from gemma_convert.logits.local import FACTOR, LocalCheck, PartCheck
+from gemma_convert.logits.part_check import FACTOR, LocalCheck, PartCheck
 from gemma_convert.logits.scale import figure
 
 _LEFT, _TOP, _ROW, _WIDTH = 190, 22, 15, 760

@@ -14,9 +14,9 @@ from gemma_convert.logits.report import LogitReport
 from gemma_convert.logits.report_lines import (
     arithmetic_line,
     compared_line,
-    local_line,
     native_line,
     noise_line,
+    parts_line,
 )
 from gemma_convert.logits.scale import LogRange, figure, log_range
 from gemma_convert.logits.tokens import CheckedSequence
@@ -108,9 +108,10 @@ def _figures(report: LogitReport) -> str:
 
 
 def _parts(report: LogitReport) -> str:
-    local = report.local
+    local, title = report.local, '<h2 id="parts">Each part by itself</h2>'
     if local is None:
-        return ""
+        said = _plain(_sentence(parts_line(report)))
+        return f'<section aria-labelledby="parts">{title}<p>{said}.</p></section>'
     head = ("part", "difference", "its own rounding", "times", "what is wrong")
     floor = ""
     if report.noise_floor is not None:
@@ -120,9 +121,9 @@ def _parts(report: LogitReport) -> str:
         for kind, picture in parts_pictures(local).items()
     )
     return (
-        '<section aria-labelledby="parts"><h2 id="parts">Each part by itself</h2>'
-        f"<p>{_plain(_sentence(local_line(local)))}. Each part is given the original's own "
-        "states, so that what earlier ones left does not count; differences are the largest of a "
+        f'<section aria-labelledby="parts">{title}<p>{_plain(_sentence(parts_line(report)))}. '
+        "Each part is given the original's own states, so that what earlier ones left does not "
+        "count; differences are the largest of a "
         f"token, relative to its length.</p>{floor}{pictures}"
         f"{_scrolling(_table(head, part_rows(local)), 'Table of the parts')}</section>"
     )

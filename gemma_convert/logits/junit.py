@@ -9,9 +9,9 @@ from __future__ import annotations
 from datetime import datetime
 from xml.etree import ElementTree
 
-from gemma_convert.logits.local import LocalCheck
+from gemma_convert.logits.part_check import LocalCheck
 from gemma_convert.logits.report import LogitReport
-from gemma_convert.logits.report_lines import compared_line, local_line, native_line
+from gemma_convert.logits.report_lines import compared_line, local_line, native_line, parts_line
 from gemma_convert.logits.scale import figure
 from gemma_convert.logits.tokens import CheckedSequence
 from gemma_convert.output import printable
@@ -52,7 +52,8 @@ def junit(report: LogitReport, written: datetime) -> str:
             failure.text = f"{message}\n{report.verdict}"
     if report.local is not None:
         _part_case(suite, report.local, report.layout)
-    ElementTree.SubElement(suite, "system-out").text = printable(report.verdict)
+    lines = [report.verdict] if report.local is not None else [report.verdict, parts_line(report)]
+    ElementTree.SubElement(suite, "system-out").text = "\n".join(map(printable, lines))
     ElementTree.SubElement(suite, "system-err").text = "\n".join(map(printable, report.warnings))
     ElementTree.indent(suite)
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=False) + "\n"

@@ -1,9 +1,8 @@
 """The original checkpoint run by transformers' own modules, with one layer in memory at a time.
 
-The model is made without its weights. What runs once for a sequence (embeddings, towers,
-projections) is filled when it is called and emptied again; the decoder layers stand aside and note
-what they are called with, and are then run one by one, each for all sequences. So the largest thing
-in memory is one layer in float32; where that has experts, all of them. Source of what a layer may
+The model is made without its weights (`weights`). The decoder layers stand aside and note what they
+are called with, and are then run one by one, each for all sequences. So the largest thing in memory
+is one layer in float32; where that has experts, all of them. Source of what a layer may
 be given: `Gemma4TextModel.forward` in `transformers/models/gemma4/modeling_gemma4.py` (5.23), where
 no argument but the hidden state comes out of another layer's weights, and the keys and values of
 layers that share them go through one object.
@@ -40,6 +39,7 @@ from gemma_convert.logits.reference import (
 from gemma_convert.logits.tapped import Values, tapped
 from gemma_convert.logits.tensor_files import TensorFiles
 from gemma_convert.logits.tower_reference import WatchedTower
+from gemma_convert.logits.weights import Weights, empty
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import read_architecture
 from gemma_convert.prompts.soft import SoftSequence
@@ -69,7 +69,9 @@ class LayerwiseReference:
         self._text = getattr(self._model.model, "language_model", self._model.model)
         self._prefix = "model." if self._text is self._model.model else "model.language_model."
         self._chosen = self.architecture.text.experts_per_token
-        self._fill_when_called()
+        self._weights = Weights(
+            self._model.model, self._text, self._prefix, self._files, self._device
+        )
 
     @property
     def device(self) -> str:
@@ -99,7 +101,7 @@ class LayerwiseReference:
         if other is not None:
             other.disturb_embedding()
         for index, layer in enumerate(self._text.layers):
-            self._fill(layer, f"{self._prefix}layers.{index}.", deep=True)
+            self._weights.fill(layer, f"{self._prefix}layers.{index}.", deep=True)
             with torch.no_grad(), cannot_run(self._hf):
                 before = states
                 made: list[Values] | None = None if other is None else [{} for _ in states]
@@ -108,12 +110,12 @@ class LayerwiseReference:
                     other.measure(layer, index, before, made)
                     self._before, self._made = before, made
             if other is None:
-                _empty(layer, deep=True)
+                empty(layer)
             yield _on_host(states)
             if other is not None:
                 with torch.no_grad(), cannot_run(self._hf):
                     other.disturb(layer, index)
-                _empty(layer, deep=True)
+                empty(layer)
         with torch.no_grad():
             if other is not None:
                 other.norm(self._text.norm, states)
@@ -125,7 +127,16 @@ class LayerwiseReference:
         """The tower that sees or hears what is in a sequence, beside rounding of `noise`."""
         model, vision = self._model.model, self.architecture.vision
         standardize = vision is not None and vision.standardize
-        return WatchedTower(model, sequence, noise, standardize, self._device, self._hf)
+        return WatchedTower(
+            model,
+            sequence,
+            noise,
+            standardize,
+            self._device,
+            self._hf,
+            self._files,
+            self._weights.holding,
+        )
 
     def mistake(self, layer: int | None, place: int, found: Found) -> str | None:
         """What is wrong with a part of the stage that was given last; None where it is not known.
@@ -207,59 +218,6 @@ class LayerwiseReference:
             self._text.layers = layers
         return calls
 
-    def _fill_when_called(self) -> None:
-        """Gives every module but the layers its own weights for the time of a call."""
-        tables = [
-            name for name in ("embed_tokens", "embed_tokens_per_layer") if hasattr(self._text, name)
-        ]
-        for name in tables:
-            self._gather_when_called(getattr(self._text, name), f"{self._prefix}{name}.weight")
-        left_out = tuple(f"{self._prefix}{name}" for name in ("layers.", *tables))
-        for path, module in self._model.model.named_modules(prefix="model"):
-            if f"{path}.".startswith(left_out) or not _own(module):
-                continue
-            prefix = f"{path}."
-            module.register_forward_pre_hook(
-                lambda module, _, prefix=prefix: self._fill(module, prefix)
-            )
-            empty = _own(module)
-            module.register_forward_hook(lambda module, _, __, empty=empty: _put(module, empty))
-
-    def _gather_when_called(self, table: Any, name: str) -> None:
-        """Gives an embedding the rows that it is called for, and numbers that find them there.
-
-        Between calls every row of its weight is that of padding, which `Gemma4Model.forward` reads.
-        """
-        import torch
-
-        row = table.padding_idx or 0  # without padding none is read
-        padding = self._files.read(name, slice(row, row + 1))
-        between = torch.nn.Parameter(padding.to(self._device).expand(table.weight.shape), False)
-        table.weight, table.padding_idx = between, None
-
-        def fill(module: Any, given: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-            rows, places = given[0].unique(return_inverse=True)
-            weight = self._files.read(name, rows.cpu(), self._device)
-            module.weight = torch.nn.Parameter(weight, False)
-            return (places,)
-
-        def empty(module: Any, _: Any, __: Any) -> None:
-            module.weight = between
-
-        table.register_forward_pre_hook(fill)
-        table.register_forward_hook(empty)
-
-    def _fill(self, module: Any, prefix: str, deep: bool = False) -> None:
-        """Its weights in float32, those of the modules in it too if `deep`."""
-        import torch
-
-        for path, part in module.named_modules() if deep else [("", module)]:
-            for name, tensor in _own(part).items():
-                stored = f"{prefix}{path}.{name}" if path else f"{prefix}{name}"
-                value = self._files.read(stored, device=self._device)
-                is_parameter = isinstance(tensor, torch.nn.Parameter)
-                setattr(part, name, torch.nn.Parameter(value, False) if is_parameter else value)
-
 
 def _run(
     layer: Any,
@@ -312,37 +270,6 @@ def _filling(
             if found[name] != wanted[name]
         },
     }
-
-
-def _own(module: Any) -> dict[str, torch.Tensor]:
-    """The parameters and the stored buffers of a module, without those of modules in it."""
-    computed = module._non_persistent_buffers_set
-    buffers = {name: one for name, one in module._buffers.items() if name not in computed}
-    return {
-        name: one
-        for name, one in (*module._parameters.items(), *buffers.items())
-        if one is not None
-    }
-
-
-def _put(module: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Sets parameters and buffers of a module."""
-    for name, tensor in tensors.items():
-        setattr(module, name, tensor)
-
-
-def _empty(module: Any, deep: bool = False) -> None:
-    """Drops the weights that `_fill` gave."""
-    for part in module.modules() if deep else [module]:
-        _put(part, {name: _like(tensor) for name, tensor in _own(part).items()})
-
-
-def _like(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor, or a parameter, of the same shape without values."""
-    import torch
-
-    empty = torch.empty_like(tensor, device="meta")
-    return torch.nn.Parameter(empty, False) if isinstance(tensor, torch.nn.Parameter) else empty
 
 
 def _on_host(states: Sequence[torch.Tensor]) -> list[npt.NDArray[np.float32]]:

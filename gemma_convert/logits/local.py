@@ -9,7 +9,7 @@ noise of their size behind every part.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -18,80 +18,19 @@ import numpy.typing as npt
 
 from gemma_convert.forward.native_model import Dtype, Given, Logits, States, Streamed
 from gemma_convert.forward.parts import Part
+from gemma_convert.logits.by_feature import is_by_feature, seen_by_feature
 from gemma_convert.logits.drift import relative
 from gemma_convert.logits.explanation import Found
+from gemma_convert.logits.part_check import FACTOR, SMALLEST, LocalCheck, PartCheck, evened
 from gemma_convert.logits.sliced import SlicedComparison
 from gemma_convert.prompts.soft import SoftSequence
 from gemma_convert.prompts.text import TokenSequence
-
-FACTOR = 8.0
-"""How many times its noise a part may be apart; mistakes are thousands of times apart."""
-
-SMALLEST = {"float32": 2.0**-24, "bfloat16": 2.0**-9}
-"""The least noise that is counted: half a unit in the last place."""
 
 DIAGNOSED = 2
 """In how many stages that fail it is tried what is wrong."""
 
 MEASURED_TOKENS = 64
 """Noise is measured on so many tokens, or on one sequence that has an image or a sound."""
-
-
-@dataclass(frozen=True)
-class PartCheck:
-    """One part of the model: its error and its noise, relative to the length of what it makes.
-
-    A token whose part is shorter than the usual one counts by the usual length. The error of
-    attention in float32 is that of a position as early as those that noise was measured on.
-    """
-
-    part: Part
-    layer: int | None
-    error: float
-    noise: float
-    mistake: str | None = None
-    """What is wrong with it, in words, where that is known."""
-    tower: str | None = None
-    """The tower that it is of, vision or audio; None of the language model."""
-
-    @property
-    def name(self) -> str:
-        """The part as it is called in a report."""
-        if self.layer is None:
-            return f"the {self.part}" if self.tower is None else f"{self.tower}, the {self.part}"
-        layer = f"layer {self.layer}, {self.part}"
-        return layer if self.tower is None else f"{self.tower} {layer}"
-
-    @property
-    def times(self) -> float:
-        """How many times its noise the error is; infinite where it is NaN."""
-        return self.error / self.noise if self.error == self.error else np.inf
-
-    @property
-    def passed(self) -> bool:
-        """Whether the error is within the noise times the factor; NaN never is."""
-        return bool(self.error <= FACTOR * self.noise)
-
-
-@dataclass(frozen=True)
-class LocalCheck:
-    """Every part by itself, in the order in which they run; rounding is that of `noise`."""
-
-    parts: tuple[PartCheck, ...]
-    noise: Dtype
-
-    @property
-    def failed(self) -> tuple[PartCheck, ...]:
-        return tuple(part for part in self.parts if not part.passed)
-
-    @property
-    def passed(self) -> bool:
-        return not self.failed
-
-    @property
-    def worst(self) -> PartCheck:
-        """The part that is furthest beyond its noise."""
-        return max(self.parts, key=lambda part: part.times)
 
 
 @dataclass
@@ -249,8 +188,23 @@ class LocalRun:
                 rounding = [one[mask] for one, mask in zip(rounding, chosen, strict=True)]
             here = None if part in ("embedding", "per-layer inputs", "final norm") else layer
             found = self._add(part, here, np.concatenate(errors), np.concatenate(rounding))
-            if not found.passed and self._may_be_diagnosed(layer):
+            if is_by_feature(part):
+                exact, ours, rounded = map(np.concatenate, self._values(part))
+                found = seen_by_feature(found, exact, ours, rounded, probe.noise)
+                self._parts[-1] = found
+            unknown = found.mistake is None and not found.passed
+            if unknown and may_be_diagnosed(layer, self._diagnosed):
                 self._parts[-1] = replace(found, mistake=self._mistake(found, errors))
+
+    def _values(self, part: Part) -> tuple[list[Any], list[Any], list[Any]]:
+        """What a part makes on both sides [length features], and its rounding, by sequence."""
+        probe = self._probe
+        exact, found = [one[part] for one in probe.parts], [one[part] for one in self._given.made]
+        rounding = [
+            other[part] - exact[place][:length]
+            for (place, length), other in zip(probe.measured.items(), probe.other, strict=True)
+        ]
+        return exact, found, rounding
 
     def _hold_soft_tokens(self, errors: Sequence[npt.NDArray[np.float64]]) -> None:
         """Holds what towers made, in its places in the embedding, to what noise makes of it."""
@@ -267,12 +221,6 @@ class LocalRun:
             errors = self._probe.errors[number]["embedding"].copy()
             errors[one.places != 0] = moved
             self._probe.errors[number]["embedding"] = errors
-
-    def _may_be_diagnosed(self, stage: int) -> bool:
-        """Of the first stages that fail, so that a mistake of all layers takes no time in each."""
-        if len(self._diagnosed) < DIAGNOSED:
-            self._diagnosed.add(stage)
-        return stage in self._diagnosed
 
     def _mistake(self, one: PartCheck, errors: Sequence[npt.NDArray[np.float64]]) -> str | None:
         """What is wrong with a part, in words, tried on the sequence where that is seen best."""
@@ -311,14 +259,11 @@ class LocalRun:
         return self._parts[-1]
 
 
-def evened(parts: Iterable[PartCheck]) -> tuple[PartCheck, ...]:
-    """The noise of a part, measured on few tokens, is taken to be that of most layers at least."""
-    found, noises = list(parts), dict[tuple[str | None, Part], list[float]]()
-    for one in found:
-        noises.setdefault((one.tower, one.part), []).append(one.noise)
-    usual = {part: float(np.median(each)) for part, each in noises.items()}
-    found = [replace(one, noise=max(one.noise, usual[one.tower, one.part])) for one in found]
-    return tuple(replace(one, mistake=None) if one.passed else one for one in found)
+def may_be_diagnosed(stage: int, diagnosed: set[int]) -> bool:
+    """Of the first stages that fail, so that a mistake of all layers takes no time in each."""
+    if len(diagnosed) < DIAGNOSED:
+        diagnosed.add(stage)
+    return stage in diagnosed
 
 
 def usual_length(values: Sequence[npt.NDArray[Any]]) -> float:

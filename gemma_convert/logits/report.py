@@ -11,7 +11,7 @@ from gemma_convert.flops.hardware import TERA
 from gemma_convert.logits.divergence import Divergence, WorstToken
 from gemma_convert.logits.drift import Drift
 from gemma_convert.logits.fingerprint import Fingerprint
-from gemma_convert.logits.local import FACTOR, LocalCheck, PartCheck
+from gemma_convert.logits.part_check import FACTOR, LocalCheck, PartCheck
 from gemma_convert.logits.tokens import Candidate, CheckedSequence, Prediction
 
 if TYPE_CHECKING:
@@ -181,6 +181,7 @@ def _local_json(local: LocalCheck) -> dict[str, Any]:
                 "layer": part.layer,
                 "error": _finite(part.error),
                 "noise": _finite(part.noise),
+                "by_feature": _finite(part.by_feature),
                 "passed": part.passed,
                 "mistake": part.mistake,
             }

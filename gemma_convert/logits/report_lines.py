@@ -6,10 +6,23 @@ from gemma_convert.flops.hardware import TERA
 from gemma_convert.flops.report import human_flops
 from gemma_convert.logits.drift import Drift
 from gemma_convert.logits.limit import PROOF_LIMIT
-from gemma_convert.logits.local import FACTOR, LocalCheck
+from gemma_convert.logits.part_check import FACTOR, LocalCheck
 from gemma_convert.logits.report import LogitReport
 
 _MOST_MISTAKES = 6
+
+
+def parts_line(report: LogitReport) -> str:
+    """What the parts are by themselves, or why that is not known."""
+    if report.local is not None:
+        return local_line(report.local)
+    if report.whole_model:
+        why = "with --whole-model"
+    elif report.drift is None:
+        why = "with golden logits"
+    else:
+        why = "on several processes"
+    return f"none is compared by itself {why}: the KL of the whole runs alone decides"
 
 
 def local_line(local: LocalCheck) -> str:
@@ -22,9 +35,13 @@ def local_line(local: LocalCheck) -> str:
             f"(limit {FACTOR:g})"
         )
     first = local.failed[0]
+    if first.error <= FACTOR * first.noise:
+        off = f"of {first.name} a feature is off on the original's own states,"
+    else:
+        off = f"{first.name} is {first.error:.1e} off on the original's own states,"
     return (
-        f"{first.name} is {first.error:.1e} off on the original's own states, {first.times:,.0f} × "
-        f"its {rounding} (limit {FACTOR:g}); {len(local.failed)} of {len(local.parts)} parts fail"
+        f"{off} {first.times:,.0f} × its {rounding} (limit {FACTOR:g}); "
+        f"{len(local.failed)} of {len(local.parts)} parts fail"
     )
 
 

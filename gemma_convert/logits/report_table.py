@@ -9,10 +9,10 @@ from gemma_convert.logits.report_lines import (
     arithmetic_line,
     compared_line,
     drift_line,
-    local_line,
     mistake_lines,
     native_line,
     noise_line,
+    parts_line,
 )
 from gemma_convert.logits.scale import figure, log_range
 from gemma_convert.logits.sparkline import Sparkline
@@ -84,7 +84,7 @@ def _lines(report: LogitReport) -> list[tuple[str, str]]:
             f"difference {found.max_logit_difference:.2e}",
         ),
         *([("drift", drift_line(report.drift))] if report.drift is not None else []),
-        *([("each part", local_line(report.local))] if report.local is not None else []),
+        ("each part", parts_line(report)),
         *([("what is wrong", "\n".join(mistake_lines(local)))] if local and local.failed else []),
         *([("noise floor", noise_line(report))] if report.noise_floor is not None else []),
         ("compared", compared_line(report)),

@@ -35,6 +35,11 @@ class TowerModules:
     layer_made_by: Mapping[Part, str]
     layer_given_to: Mapping[Part, str]
 
+    @property
+    def roots(self) -> set[str]:
+        """The modules of the model that the tower is in."""
+        return {path.partition(".")[0] for path in self.made_by.values()}
+
 
 TOWERS: Mapping[str, TowerModules] = {
     "vision": TowerModules(

@@ -7,11 +7,12 @@ one; each module has its own weights while it is called. Steps are those of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +20,15 @@ import numpy.typing as npt
 from gemma_convert.forward.native_model import Dtype
 from gemma_convert.forward.parts import Part
 from gemma_convert.logits.drift import relative
+from gemma_convert.logits.explanation import Found, closest
+from gemma_convert.logits.mistakes.trial import Subject, of_other_layers
 from gemma_convert.logits.other_runs import Calls, aside, disturbed
 from gemma_convert.logits.precision import computed_in
 from gemma_convert.logits.reference import arguments, cannot_run
 from gemma_convert.logits.tapped import Values
 from gemma_convert.logits.tapped_towers import around, modules_of, rows, within
+from gemma_convert.logits.tensor_files import TensorFiles
+from gemma_convert.logits.tower_diagnosis import TowerDiagnosis
 from gemma_convert.prompts.soft import SoftSequence
 
 if TYPE_CHECKING:
@@ -50,6 +55,15 @@ class TowerStep:
     known: Mapping[Part, npt.NDArray[Any]] = field(default_factory=dict)
 
 
+class Holding(Protocol):
+    """What keeps the weights of modules between their calls."""
+
+    def __call__(
+        self, paths: Sequence[str], but: str | None = None
+    ) -> AbstractContextManager[None]:
+        """Within it those at and below `paths`, but not those below `but`, have their weights."""
+
+
 class WatchedTower:
     """The tower of transformers' `model` that sees or hears what is in a sequence."""
 
@@ -61,10 +75,13 @@ class WatchedTower:
         standardize: bool,
         device: torch.device,
         hf: Path,
+        files: TensorFiles,
+        holding: Holding,
     ) -> None:
         """`noise` is the precision whose rounding is measured; `hf` is named in errors."""
         import torch
 
+        self._files, self._holding, self._device = files, holding, device
         self._model, self._tower, self._hf = model, sequence.medium.tower, hf
         self._modules = modules_of(model, self._tower)
         self._first, self._standardize = self._modules.first, standardize
@@ -85,6 +102,7 @@ class WatchedTower:
         step = self._step(None, None, {self._first: state}, other)
         if self._holder is None:
             step.known = {self._first: _on_host(self._with_epsilon_of_text()[self._first])}
+        self._last = step, calls, None, {self._first: state}
         yield step
         noisy = self._noise(step)(self._first, state)
         for index, layer in enumerate(() if self._holder is None else self._holder.layers):
@@ -92,6 +110,7 @@ class WatchedTower:
                 made = self._layer(layer, index, calls, state, None)
                 other = self._layer(layer, index, precise, state, made)
             step = self._step(index, state, made, other)
+            self._last = step, calls, state, made
             yield step
             with self._running(), within(layer, self._modules, self._noise(step)):
                 noisy = calls.run(layer, index, noisy)
@@ -101,11 +120,48 @@ class WatchedTower:
             _, other = self._around(state, made)
         del made[self._first]
         step = self._step(None, state, made, other)
+        self._last = step, calls, state, made
         yield step
         with self._running():
-            _, moved = self._call(noisy, self._noise(step))
+            _, moved = self._call(noisy, self._given, self._noise(step))
         exact = _on_host(made["soft tokens"])[: len(moved)]
         self.soft_errors = relative(exact, _on_host(moved))
+
+    def mistake(self, found: Found) -> str | None:
+        """What is wrong with a part of the last step, seen in its real rows; None: not known."""
+        step, calls, state, exact = self._last
+        modules, index = self._modules, step.layer
+        if modules.holder is None:
+            return closest(step.parts[found.part][step.real], (), found)
+        layers = f"model.{modules.holder}.layers"
+        if index is None:
+            held = self._holding(sorted(f"model.{one}" for one in modules.roots), layers)
+        else:
+            held = self._holding([f"{layers}.{index}"])
+        with self._running(), held:
+            subject, run = self._made_of(step.layer, calls, state)
+            tried = TowerDiagnosis(
+                self._tower, subject, run, state, exact, step.real, step.layer is not None
+            )
+            return tried.of_part(found)
+
+    def _made_of(
+        self, index: int | None, calls: Calls, state: torch.Tensor | None
+    ) -> tuple[Subject, Callable[[Mapping[str, Any], Callable[[Part, Any], Any]], object]]:
+        """A layer, or what stands around all of them, to make mistakes on, and what runs it."""
+        if index is None:
+            subject = Subject(self._model, 0, 1, self._given, lambda _, __: None)
+            return subject, partial(self._call, state)
+        assert self._holder is not None
+        layers, (others, named) = self._holder.layers, calls.layers[index]
+        prefix = f"model.{self._modules.holder}."
+        other = of_other_layers(self._files, prefix, index, self._device)
+
+        def run(given: Mapping[str, Any], use: Callable[[Part, Any], Any]) -> object:
+            with within(layers[index], self._modules, use):
+                return layers[index](state, *others, **given)
+
+        return Subject(layers[index], index, len(layers), named, other), run
 
     def _around(
         self, state: torch.Tensor | None, exact: Values | None
@@ -116,7 +172,7 @@ class WatchedTower:
         """
         made: Values = {}
         with self._precision(exact):
-            calls, _ = self._call(state, self._noted(made, exact))
+            calls, _ = self._call(state, self._given, self._noted(made, exact))
         return calls, made
 
     def _layer(
@@ -130,23 +186,28 @@ class WatchedTower:
         return made
 
     def _call(
-        self, state: torch.Tensor | None, use: Callable[[Part, Any], Any]
+        self,
+        state: torch.Tensor | None,
+        given: Mapping[str, Any],
+        use: Callable[[Part, Any], Any],
     ) -> tuple[Calls, torch.Tensor]:
         """What the layers are called with, and the soft tokens, where the layers make `state`."""
         import torch
 
         if self._holder is None:
-            return Calls(), self._soft_tokens(self._led_by(state, use))
+            return Calls(), self._soft_tokens(given, self._led_by(state, use))
         calls, layers = Calls(), self._holder.layers
         self._holder.layers = torch.nn.ModuleList(aside(calls, state) for _ in layers)
         try:
-            return calls, self._soft_tokens(use)
+            return calls, self._soft_tokens(given, use)
         finally:
             self._holder.layers = layers
 
-    def _soft_tokens(self, use: Callable[[Part, Any], Any]) -> torch.Tensor:
+    def _soft_tokens(
+        self, given: Mapping[str, Any], use: Callable[[Part, Any], Any]
+    ) -> torch.Tensor:
         """The soft tokens [tokens embed] of all of the tower, whose parts `use` sees."""
-        model, given = self._model, self._given
+        model = self._model
         with around(model, self._modules, self._standardize, use):
             if self._tower == "vision":
                 pixels, positions = given["pixel_values"], given["image_position_ids"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,9 +12,11 @@ import numpy.typing as npt
 from gemma_convert.forward.encoder import Encoder, Made
 from gemma_convert.forward.native_model import Dtype
 from gemma_convert.forward.parts import Part
+from gemma_convert.logits.by_feature import is_by_feature, seen_by_feature
 from gemma_convert.logits.drift import relative
-from gemma_convert.logits.explanation import Found, closest
-from gemma_convert.logits.local import FACTOR, SMALLEST, PartCheck, evened, usual_length
+from gemma_convert.logits.explanation import Found
+from gemma_convert.logits.local import may_be_diagnosed, usual_length
+from gemma_convert.logits.part_check import FACTOR, SMALLEST, PartCheck, evened
 from gemma_convert.logits.tower_reference import TowerStep, WatchedTower
 from gemma_convert.prompts.soft import SoftSequence
 from gemma_convert.prompts.text import TokenSequence
@@ -56,16 +58,21 @@ def check_each_part(
     worst: dict[tuple[str, int | None, Part], PartCheck] = {}
     soft_errors: dict[int, npt.NDArray[np.float64]] = {}
     known: dict[str, None] = {}
+    diagnosed: dict[str, set[int]] = {}
     for number, sequence in enumerate(sequences):
         if not isinstance(sequence, SoftSequence):
             continue
         tower = sequence.medium.tower
         watched, encoder = reference.tower(sequence, noise), towers[tower](sequence)
-        for expected, run in zip(watched.steps(), encoder, strict=True):
+        stages = diagnosed.setdefault(tower, set())
+        for stage, (expected, run) in enumerate(zip(watched.steps(), encoder, strict=True)):
             _, made = run(expected.state, expected.parts)
-            for part, otherwise in _compared(expected, made, tower, noise):
+            for one, seen, otherwise in _compared(expected, made, tower, noise):
                 if otherwise:
-                    known[f"{part.name}: {OTHER_EPSILON}"] = None
+                    known[f"{one.name}: {OTHER_EPSILON}"] = None
+                part = one
+                if one.mistake is None and not one.passed and may_be_diagnosed(stage, stages):
+                    part = replace(one, mistake=watched.mistake(seen))
                 key = tower, part.layer, part.part
                 worst[key] = max(worst.get(key, part), part, key=lambda one: one.times)
         soft_errors[number] = watched.soft_errors
@@ -76,11 +83,11 @@ def check_each_part(
 
 def _compared(
     step: TowerStep, made: Made, tower: str, noise: Dtype
-) -> Iterator[tuple[PartCheck, bool]]:
-    """The parts of a step, whose errors it is told; padding counts as nothing.
+) -> Iterator[tuple[PartCheck, Found, bool]]:
+    """The parts of a step, whose errors it is told, and what was found in the rows that are real.
 
-    With each stands whether it makes what is known to be made otherwise, and its error is from
-    that.
+    Padding counts as nothing. With each stands whether it makes what is known to be made otherwise,
+    and its error is from that.
     """
     for part, values in step.parts.items():
         exact, other = values[step.real], step.other[part][step.real]
@@ -96,13 +103,10 @@ def _compared(
         step.errors[part] = np.zeros(len(values))
         step.errors[part][step.real] = error
         one = PartCheck(part, step.layer, float(error.max()), rounding, tower=tower)
-        if one.passed:
-            yield one, otherwise
-        else:
-            every = np.ones(len(found), np.bool_)
-            seen = Found(part, found, one.error, FACTOR * rounding, every)
-            mistake = closest(exact, (), seen)
-            yield PartCheck(part, step.layer, one.error, rounding, mistake, tower), False
+        if is_by_feature(part) and not otherwise:
+            one = seen_by_feature(one, exact, found, other - exact, noise)
+        every = np.ones(len(found), np.bool_)
+        yield one, Found(part, found, one.error, FACTOR * rounding, every), otherwise
 
 
 def _rows(value: Any) -> npt.NDArray[Any]:

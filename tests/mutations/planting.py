@@ -14,6 +14,8 @@ MODULES = {
     "arithmetic": "forward.arithmetic",
     "decoder": "forward.decoder",
     "jax_model": "forward.jax_model",
+    "vision": "forward.vision",
+    "audio": "layouts.gemma_jax.audio",
     "maxtext": "layouts.maxtext.forward",
     "gemma_jax": "layouts.gemma_jax.forward",
     "fast_llm": "layouts.fast_llm.forward",

@@ -114,7 +114,7 @@ def _of_rotary(subject: Subject) -> Iterator[Trial]:
         )
     yield Trial(
         "its rotary embedding pairs neighbours instead of halves",
-        functions={"apply_rotary_pos_emb": _paired_neighbours},
+        functions={"apply_rotary_pos_emb": paired_neighbours},
     )
     for other in _BASES:
         if other != base:
@@ -124,11 +124,10 @@ def _of_rotary(subject: Subject) -> Iterator[Trial]:
             yield trial(f"its rotary fraction is {other:g}", turned(base, other))
 
 
-def _paired_neighbours(states: Any, cosine: Any, sine: Any, unsqueeze_dim: int = 1) -> Any:
+def paired_neighbours(x: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
     """Rotary embedding of the pairs (2i, 2i + 1), where (i, i + head_dim / 2) is right."""
     import torch
 
-    cosine, sine = cosine.unsqueeze(unsqueeze_dim), sine.unsqueeze(unsqueeze_dim)
-    first, second = states[..., ::2], states[..., 1::2]
-    halves = torch.cat([first, second], dim=-1)
-    return halves * cosine + torch.cat([-second, first], dim=-1) * sine
+    first, second = x[..., ::2], x[..., 1::2]
+    halves, turned = torch.cat([first, second], dim=-1), torch.cat([-second, first], dim=-1)
+    return halves * cos.unsqueeze(unsqueeze_dim) + turned * sin.unsqueeze(unsqueeze_dim)

@@ -5,11 +5,13 @@ Modules: `transformers/models/gemma4/modeling_gemma4.py` (5.23).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from gemma_convert.forward.parts import Part
+from gemma_convert.logits.mistakes.bounds import of_bounds
 from gemma_convert.logits.mistakes.trial import (
+    REACH,
     Edit,
     Subject,
     Trial,
@@ -49,33 +51,43 @@ NAMES: Mapping[str, str] = {
 }
 """What a module's weight is called in a message."""
 
-REACH = 6
-"""How many layers away a kernel may be from, that of the next block of six at most."""
+EXCHANGED: Mapping[Part, tuple[tuple[str, str, str], ...]] = {
+    "queries": (
+        ("self_attn.q_proj", "self_attn.k_proj", "queries and keys are exchanged"),
+        ("self_attn.q_proj", "self_attn.v_proj", "queries and values are exchanged"),
+    ),
+    "keys": (
+        ("self_attn.k_proj", "self_attn.v_proj", "keys and values are exchanged"),
+        ("self_attn.k_proj", "self_attn.q_proj", "queries and keys are exchanged"),
+    ),
+    "values": (
+        ("self_attn.v_proj", "self_attn.k_proj", "keys and values are exchanged"),
+        ("self_attn.v_proj", "self_attn.q_proj", "queries and values are exchanged"),
+    ),
+    "dense MLP": (("mlp.gate_proj", "mlp.up_proj", "gate and up are exchanged"),),
+}
+"""Two kernels of one shape in a part, each of which may be in the place of the other."""
+
+_ONE_OF_SEVERAL = ("mlp.", "feed_forward", "lconv1d.")
+"""Kernels that make zeros of a part if any of them is zero, so that none can be named."""
 
 _EPSILONS = (0.0, 1e-8, 1e-6, 1e-5, 1e-4)
 
 
 def of_kernels(subject: Subject, part: Part) -> Iterator[Trial]:
     """In a part of `WEIGHTS`: its kernels, its norm, its activation."""
-    paths = [path for path in WEIGHTS[part] if subject.weight(f"{path}.weight") is not None]
+    paths = [path for path in WEIGHTS[part] if _weight(subject, path) is not None]
     if part == "values" and not paths:
         paths = ["self_attn.k_proj"]
-    yield from _exchanged(subject, part)
-    for path in paths:
-        if path.endswith("norm"):
-            yield from of_norm(subject, path)
-        else:
-            yield from _of_matrix(subject, path)
-    for number in neighbours(subject, REACH):
-        found = {f"{path}.weight": subject.other(number, f"{path}.weight") for path in paths}
-        if all(value is not None for value in found.values()):
-            yield Trial(f"its weights are those of layer {number}", found)
+    yield from of_exchange(subject, part)
+    yield from of_modules(subject, paths, NAMES)
     if part == "values":
         yield Trial("the norm of the values is lost", {"self_attn.v_norm.forward": identity})
-        yield from _of_epsilon(subject, "self_attn.v_norm")
+        yield from of_epsilon(subject, "self_attn.v_norm")
     if part == "dense MLP":
-        down = subject.layer.mlp.down_proj.weight
-        yield Trial("gate, up or down is zero", {"mlp.down_proj.weight": down * 0})
+        down = subject.kernel("mlp.down_proj")
+        zeros = subject.layer.get_parameter(down) * 0
+        yield Trial("gate, up or down is zero", {down: zeros})
         yield from of_activation("mlp.act_fn.forward")
     if part == "per-layer gate":
         import torch
@@ -86,45 +98,68 @@ def of_kernels(subject: Subject, part: Part) -> Iterator[Trial]:
             if number != subject.index:
                 yield Trial(
                     f"it is given the per-layer input of layer {number}",
-                    per_layer=subject.per_layer(number),
+                    per_layer=subject.per_layer[number],
                 )
 
 
-def _exchanged(subject: Subject, part: Part) -> Iterator[Trial]:
+def of_exchange(subject: Subject, part: Part) -> Iterator[Trial]:
     """Two kernels of one layer, each in the place of the other."""
-    pairs = {
-        "keys": ("self_attn.k_proj", "self_attn.v_proj", "keys and values are exchanged"),
-        "values": ("self_attn.v_proj", "self_attn.k_proj", "keys and values are exchanged"),
-        "dense MLP": ("mlp.gate_proj", "mlp.up_proj", "gate and up are exchanged"),
-    }
-    if part in pairs:
-        one, other, words = pairs[part]
-        first, second = subject.weight(f"{one}.weight"), subject.weight(f"{other}.weight")
-        if first is not None and second is not None:
-            yield Trial(words, {f"{one}.weight": second, f"{other}.weight": first})
+    for one, other, words in EXCHANGED.get(part, ()):
+        first, second = _weight(subject, one), _weight(subject, other)
+        if first is not None and second is not None and first.shape == second.shape:
+            yield Trial(words, {subject.kernel(one): second, subject.kernel(other): first})
 
 
-def _of_matrix(subject: Subject, path: str) -> Iterator[Trial]:
-    name, weight = NAMES[path], subject.weight(f"{path}.weight")
-    if weight is None:
-        return
-    for words, edit in _edits(subject, path):
-        yield Trial(f"{name}: {words}", {f"{path}.weight": edit(weight)})
+def of_modules(subject: Subject, paths: Sequence[str], names: Mapping[str, str]) -> Iterator[Trial]:
+    """In the modules with weights that a part is made of, norms and kernels by their `names`."""
+    for path in paths:
+        if "norm" in path.rpartition(".")[2]:
+            yield from of_norm(subject, path, names)
+        else:
+            weight = _weight(subject, path)
+            edits = _edits(subject, path) if weight is not None and weight.dim() == 2 else ()
+            yield from of_kernel(subject, path, names[path], edits)
+            yield from of_bounds(subject, path, names)
+    modules = [(path, subject.layer.get_submodule(path)) for path in paths]
+    places = [f"{path}.{name}" for path, module in modules for name in module.state_dict()]
     for number in neighbours(subject, REACH):
-        other = subject.other(number, f"{path}.weight")
+        found = {place: subject.other(number, place) for place in places}
+        if all(value is not None for value in found.values()):
+            yield Trial(f"its weights are those of layer {number}", found)
+
+
+def of_kernel(
+    subject: Subject, path: str, name: str, edits: Iterable[tuple[str, Edit]]
+) -> Iterator[Trial]:
+    """In the values of one kernel, which is of another layer or has one of the `edits`."""
+    place = subject.kernel(path)
+    weight = subject.weight(place)
+    for words, edit in edits:
+        yield Trial(f"{name}: {words}", {place: edit(weight)})
+    for number in neighbours(subject, REACH):
+        other = subject.other(number, place)
         if other is not None:
-            yield Trial(f"{name} is that of layer {number}", {f"{path}.weight": other})
+            yield Trial(f"{name} is that of layer {number}", {place: other})
+
+
+def _weight(subject: Subject, path: str) -> torch.Tensor | None:
+    return subject.weight(subject.kernel(path))
 
 
 def _edits(subject: Subject, path: str) -> Iterator[tuple[str, Edit]]:
     """What may have happened to the values of a matrix [out in]."""
     if path.startswith("self_attn."):
         yield from _edits_of_heads(subject, path)
+    yield from matrix_edits()
+    if not path.startswith(_ONE_OF_SEVERAL):
+        yield "it is zero", lambda values: values * 0
+
+
+def matrix_edits() -> Iterator[tuple[str, Edit]]:
+    """What may have happened to the values of any matrix [out in]."""
     yield "it is read in the shape of its transpose", lambda values: values.T.reshape(values.shape)
     yield "a square block of it is transposed", _square_transposed
     yield "its outputs are in reverse order", lambda values: values.flip(0)
-    if not path.startswith("mlp."):
-        yield "it is zero", lambda values: values * 0
     yield "its outputs are shifted by one", lambda values: values.roll(1, 0)
     yield "its outputs are shifted by one", lambda values: values.roll(-1, 0)
     yield "its inputs are shifted by one", lambda values: values.roll(1, 1)
@@ -133,8 +168,8 @@ def _edits(subject: Subject, path: str) -> Iterator[tuple[str, Edit]]:
 
 def _edits_of_heads(subject: Subject, path: str) -> Iterator[tuple[str, Edit]]:
     """Of a kernel of attention, whose outputs or inputs are (heads head_dim)."""
-    head_dim, axis = subject.layer.self_attn.head_dim, int(path.endswith("o_proj"))
-    weight = subject.weight(f"{path}.weight")
+    head_dim, axis = subject.layer.self_attn.head_dim, int(path.endswith(("o_proj", "post")))
+    weight = _weight(subject, path)
     heads = 1 if weight is None else weight.shape[axis] // head_dim
     if heads > 1:
         words = "its heads and head_dim are exchanged"
@@ -142,13 +177,16 @@ def _edits_of_heads(subject: Subject, path: str) -> Iterator[tuple[str, Edit]]:
         yield words, lambda values: regrouped(values, head_dim, axis)
         yield "its heads are shifted by one", lambda values: values.roll(head_dim, axis)
         yield "its heads are shifted by one", lambda values: values.roll(-head_dim, axis)
-    if not axis:
+    if not axis and hasattr(subject.layer.self_attn, "q_norm"):
         words = "the halves of its rotary dimension are interleaved"
         yield words, lambda values: _by_head(values, heads, 2)
         yield words, lambda values: _by_head(values, heads, head_dim // 2)
+        if head_dim % 4 == 0:  # a patch turns by x in one half of a head and by y in the other
+            yield words, lambda values: _by_head(values, 2 * heads, 2)
+            yield words, lambda values: _by_head(values, 2 * heads, head_dim // 4)
 
 
-def of_norm(subject: Subject, path: str) -> Iterator[Trial]:
+def of_norm(subject: Subject, path: str, names: Mapping[str, str] = NAMES) -> Iterator[Trial]:
     """In the norm at `path` of the layer."""
     import torch
 
@@ -163,18 +201,19 @@ def of_norm(subject: Subject, path: str) -> Iterator[Trial]:
     yield Trial("its weight is zero", {place: weight * 0})
     for other, module in subject.layer.named_modules():
         found = getattr(module, "weight", None)
-        if other != path and other in NAMES and found is not None and found.shape == weight.shape:
-            yield Trial(f"it has the weight of the {NAMES[other]}", {place: found})
+        if other != path and other in names and found is not None and found.shape == weight.shape:
+            yield Trial(f"it has the weight of the {names[other]}", {place: found})
     for number in neighbours(subject, subject.layers):
         found = subject.other(number, place)
         if found is not None:
             yield Trial(f"its weight is that of layer {number}", {place: found})
-    yield from _of_epsilon(subject, path)
+    yield from of_epsilon(subject, path)
 
 
-def _of_epsilon(subject: Subject, path: str) -> Iterator[Trial]:
+def of_epsilon(subject: Subject, path: str) -> Iterator[Trial]:
+    """In what is added to the mean square in the norm at `path` of the layer."""
     for epsilon in _EPSILONS:
-        if epsilon != subject.layer.input_layernorm.eps:
+        if epsilon != subject.layer.get_submodule(path).eps:
             yield Trial(f"its epsilon is {epsilon:g}", {f"{path}.eps": epsilon})
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 
-from gemma_convert.logits.mistakes.kernels import REACH, of_activation
+from gemma_convert.logits.mistakes.kernels import of_activation
 from gemma_convert.logits.mistakes.trial import (
+    REACH,
     Subject,
     Trial,
     neighbours,

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gemma_convert.forward.parts import Part
+from gemma_convert.logits.tensor_files import TensorFiles
 
 if TYPE_CHECKING:
     import torch
 
 Edit: TypeAlias = "Callable[[torch.Tensor], torch.Tensor]"
+
+REACH = 6
+"""How many layers away a kernel may be from, that of the next block of six at most."""
 
 
 @dataclass(frozen=True)
@@ -22,15 +26,16 @@ class Subject:
     """A layer that has its weights, what it is called with, and where other layers' weights are.
 
     `other` gives a parameter of another layer by its path, None where there is none of the shape.
+    What stands around the layers of a tower is one of one, whose paths are those of the model.
     """
 
     layer: Any
     index: int
     layers: int
-    others: tuple[Any, ...]
     named: Mapping[str, Any]
-    per_layer: Callable[[int], torch.Tensor]
     other: Callable[[int, str], torch.Tensor | None]
+    per_layer: Sequence[torch.Tensor] = ()
+    """The per-layer inputs of all layers."""
 
     @property
     def called(self) -> dict[str, Any]:
@@ -46,6 +51,11 @@ class Subject:
         for name in path.split("."):
             found = getattr(found, name, None)
         return found
+
+    def kernel(self, path: str) -> str:
+        """The path of the weight of a module, which stands one below where it clips."""
+        clips = self.weight(f"{path}.linear.weight") is not None
+        return f"{path}.linear.weight" if clips else f"{path}.weight"
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,21 @@ class Trial:
                     delattr(owner, name)
                 else:
                     setattr(owner, name, value)
+
+
+def of_other_layers(
+    files: TensorFiles, prefix: str, index: int, device: torch.device
+) -> Callable[[int, str], torch.Tensor | None]:
+    """What a layer's `Subject` calls `other`: names of layers' tensors begin with the prefix."""
+
+    def other(number: int, path: str) -> torch.Tensor | None:
+        name, own = (f"{prefix}layers.{one}.{path}" for one in (number, index))
+        shape = files.shapes.get(own)
+        if shape is None or files.shapes.get(name) != shape:
+            return None
+        return files.read(name, device=device)
+
+    return other
 
 
 def neighbours(subject: Subject, reach: int) -> Iterator[int]:
