@@ -21,6 +21,7 @@ from gemma_convert.files.confined import check_confined
 from gemma_convert.files.json_file import read_object
 from gemma_convert.files.libraries import told_by_library
 from gemma_convert.files.library_path import library_path
+from gemma_convert.files.read_once import once
 from gemma_convert.forward.stored import StoredArray, open_stored
 from gemma_convert.forward.tree import Tree
 from gemma_convert.stores.orbax.reader import MAX_METADATA_BYTES, METADATA
@@ -38,7 +39,6 @@ class OrbaxItems:
 
     folder: Path
     metadata: Any
-    handler: ocp.PyTreeCheckpointHandler
 
     def restored(self, part: Tree) -> Tree:
         """The leaves that stand in `part`, a part of the metadata, as numpy arrays."""
@@ -49,8 +49,8 @@ class OrbaxItems:
             restore_args=_as_numpy(part, ocp.RestoreArgs(restore_type=np.ndarray)),
             **_only_these_leaves(ocp),
         )
-        with _patient_loops(), told_by_library("Orbax cannot read this checkpoint.", self.folder):
-            return _numpy(self.handler.restore(library_path(self.folder), args=arguments))
+        with _reader() as orbax, told_by_library("Orbax cannot read this checkpoint.", self.folder):
+            return _numpy(orbax.restore(library_path(self.folder), args=arguments))
 
     def opened(self, part: Tree) -> Tree:
         """The same leaves as StoredArrays, in the format that Orbax' own file says."""
@@ -74,19 +74,15 @@ def orbax_items(folder: Path) -> Iterator[OrbaxItems]:
 
     Raises SourceError where there is none, or where Orbax cannot read its metadata.
     """
-    import orbax.checkpoint as ocp
-
     if not (folder / METADATA).is_file():
         raise SourceError("There is no Orbax tree here.", where=folder, expected=METADATA)
     check_confined(folder)
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    handler = ocp.PyTreeCheckpointHandler()
     try:
-        yield OrbaxItems(folder, _metadata(handler, folder), handler)
+        yield OrbaxItems(folder, _metadata(folder))
     finally:
-        handler.close()
         logger.setLevel(level)
 
 
@@ -119,10 +115,23 @@ def _patient_loops() -> Iterator[None]:
         asyncio.set_event_loop_policy(before)
 
 
-def _metadata(handler: ocp.PyTreeCheckpointHandler, folder: Path) -> Any:
+@contextmanager
+def _reader() -> Iterator[ocp.PyTreeCheckpointHandler]:
+    import orbax.checkpoint as ocp
+
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        with _patient_loops():
+            yield handler
+    finally:
+        handler.close()
+
+
+@once
+def _metadata(folder: Path) -> Any:
     where = folder / METADATA
-    with _patient_loops(), told_by_library("Orbax cannot read its metadata.", where):
-        metadata = handler.metadata(library_path(folder))
+    with _reader() as orbax, told_by_library("Orbax cannot read its metadata.", where):
+        metadata = orbax.metadata(library_path(folder))
     return getattr(metadata, "tree", metadata)
 
 
