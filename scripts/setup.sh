@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Makes .venv with everything that the checks and the tests need. Safe to run again.
-# Versions are pinned by scripts/constraints.txt; torch goes in first, so that no looser requirement
-# of another package pulls a different build. Python compiles what the commands import here and once,
-# whatever PYTHONDONTWRITEBYTECODE says: it is thousands of modules, and ten seconds of each command.
+# Versions are pinned by scripts/constraints.txt and go in as they stand there, in two halves at once;
+# what another system or Python needs beside them is resolved behind that. Python compiles what the
+# commands import here and once, whatever PYTHONDONTWRITEBYTECODE says: it is thousands of modules,
+# and ten seconds of each command.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,19 +16,27 @@ fi
 wanted=$(cat pyproject.toml scripts/constraints.txt | cksum)
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
   [ -x .venv/bin/python ] || "$python" -m venv .venv
-  torch=$(grep '^torch==' scripts/constraints.txt)
-  .venv/bin/python -m pip install --quiet --no-compile "$torch"
-  .venv/bin/python -m pip install --quiet --no-compile --constraint scripts/constraints.txt --editable '.[dev]'
+  install() { .venv/bin/python -m pip install --quiet --no-compile "$@"; }
+  large='^(jaxlib|torch)=='
+  # shellcheck disable=SC2046
+  install --no-deps $(grep -E "$large" scripts/constraints.txt) &
+  # shellcheck disable=SC2046
+  install --no-deps $(grep -vE "$large" scripts/constraints.txt)
+  wait $!
+  install --constraint scripts/constraints.txt --editable '.[dev]'
   env -u PYTHONDONTWRITEBYTECODE .venv/bin/python - << 'END'
-import importlib, pkgutil
+import importlib, multiprocessing, pkgutil
 import gemma_convert
-from transformers import AutoTokenizer, Gemma4ForConditionalGeneration, Gemma4UnifiedForConditionalGeneration
 
-for module in pkgutil.walk_packages(gemma_convert.__path__, "gemma_convert."):
-    if not module.name.endswith("__main__"):
-        importlib.import_module(module.name)
-for name in ("jax.numpy", "orbax.checkpoint", "tensorstore", "safetensors.torch", "torch.nn", "typer.rich_utils"):
+def load(name):
     importlib.import_module(name)
+
+models = [f"transformers.models.{name}" for name in (
+    "auto.tokenization_auto", "gemma4.modeling_gemma4", "gemma4_unified.modeling_gemma4_unified")]
+others = ["jax.numpy", "orbax.checkpoint", "tensorstore", "safetensors.torch", "torch.nn", "typer.rich_utils"]
+ours = [module.name for module in pkgutil.walk_packages(gemma_convert.__path__, "gemma_convert.")]
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    pool.map(load, [*models, *others, *(name for name in ours if not name.endswith("__main__"))], 1)
 END
   echo "$wanted" > .venv/installed
 fi

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import tempfile
@@ -69,11 +70,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = kept
 
 
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the collector need not walk through all of it every time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting_for_disks() -> Iterator[None]:
     """What tests write need not outlive a power cut; commands in processes of their own do sync."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_prompts(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Two of the built-in prompts show what all five do, and the one beyond the window is there."""
+    from gemma_convert.prompts import text
+
+    few = {name: text.PROMPTS[name] for name in ("english", "mixed")}
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.config.getoption("--every"):
+            patch.setattr(text, "PROMPTS", few)
         yield
 
 

@@ -31,6 +31,11 @@ def load_config(name: str) -> dict:
 
 def load_tensors(name: str) -> dict[str, TensorSpec]:
     """Name → spec of every tensor of the published checkpoint, a fresh copy."""
+    return dict(_load_tensors(name))
+
+
+@cache
+def _load_tensors(name: str) -> dict[str, TensorSpec]:
     listed = json.loads(gzip.decompress((FOLDER / name / "tensors.json.gz").read_bytes()))
     return {
         tensor: TensorSpec(SAFETENSORS_NAMES[entry["dtype"]], tuple(entry["shape"]))

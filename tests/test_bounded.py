@@ -60,30 +60,30 @@ def with_size(source: Path, to: Path, file: str, section: str, key: str, value: 
     return folder
 
 
-@pytest.mark.share(3)
+@pytest.mark.share(7)
+@pytest.mark.parametrize("value", HUGE)
 @pytest.mark.parametrize(("family", "section", "key"), SIZES)
-def test_sizes_that_no_tensor_has(family, section, key, shallow, converted, tmp_path) -> None:
+def test_sizes_that_no_tensor_has(family, section, key, value, shallow, converted, tmp_path):
     source = shallow(family)
     native = converted(source, "maxtext")
     folders = {"zarr": native, "golden": tmp_path / "none"}
-    for value in HUGE:
-        work = tmp_path / str(value)
-        work.mkdir()
-        folder = with_size(source, work / "in", "config.json", section, key, value)
-        for command in hf_readers(folder, folders, work / "out"):
-            with not_without_end():
-                code, said = run(*command)
-            if (command[0] in ("flops", "mappings") and "layers" not in key) or (
-                command[0] == "inspect" and "layers" not in key
-            ):
-                assert code in (0, 3), (command, said)
-            elif command[0] == "verify":
-                assert code in (1, 3), (command, said)  # config.json is not the export's
-            elif "fast-llm" in command and family == "e2b":
-                assert code in (2, 3), (command, value, said)  # it has no place for this model
-            else:
-                assert code == 3, (command, value, said)
-        assert [path.name for path in work.iterdir()] == ["in"]
+    work = tmp_path / "work"
+    work.mkdir()
+    folder = with_size(source, work / "in", "config.json", section, key, value)
+    for command in hf_readers(folder, folders, work / "out"):
+        with not_without_end():
+            code, said = run(*command)
+        if (command[0] in ("flops", "mappings") and "layers" not in key) or (
+            command[0] == "inspect" and "layers" not in key
+        ):
+            assert code in (0, 3), (command, said)
+        elif command[0] == "verify":
+            assert code in (1, 3), (command, said)  # config.json is not the export's
+        elif "fast-llm" in command and family == "e2b":
+            assert code in (2, 3), (command, said)  # it has no place for this model
+        else:
+            assert code == 3, (command, said)
+    assert [path.name for path in work.iterdir()] == ["in"]
 
 
 @pytest.mark.parametrize("tokens", [None, 7])

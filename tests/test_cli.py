@@ -141,7 +141,9 @@ def test_relative_paths_work(source, tmp_path):
 
 
 def test_json_report(tiny, out):
-    done = run("to-native", tiny("31b"), out, "--format", "maxtext", "--scan-layers", "--json")
+    done = run(
+        "to-native", tiny("31b", layers=6), out, "--format", "maxtext", "--scan-layers", "--json"
+    )
     report = json.loads(done.stdout)
     assert report["schema"] == "gemma-convert/to-native/3"
     assert report["scanned"] is True
@@ -174,15 +176,19 @@ def test_dry_run_prints_the_plan(tiny, out):
 
 
 def test_rounding_is_warned_of(tiny, out):
-    done = run("to-native", tiny("31b"), out, "--format", "maxtext", "--scaled-dtype", "bfloat16")
+    done = run(
+        "to-native", tiny("31b", layers=6), out, "--format", "maxtext", "--scaled-dtype", "bfloat16"
+    )
     assert done.returncode == 0
     assert "warning: model.language_model.embed_tokens.weight" in done.stderr
     assert "will not come back" in done.stderr
 
 
 def test_usage_errors(tiny, out):
-    assert "Missing" in fails(2, "to-native", tiny("31b"), out)
-    assert "gguf" in fails(2, "to-native", tiny("31b"), out, "--format", "gguf", run=run_apart)
+    assert "Missing" in fails(2, "to-native", tiny("31b", layers=6), out)
+    assert "gguf" in fails(
+        2, "to-native", tiny("31b", layers=6), out, "--format", "gguf", run=run_apart
+    )
     message = fails(2, "to-native", tiny("e4b"), out, "--format", "maxtext", "--scan-layers")
     assert "MaxText scans no model with per-layer embeddings" in message
     assert "--no-scan-layers" in message
@@ -329,13 +335,13 @@ def test_inspect_of_what_is_no_checkpoint(tmp_path):
 
 
 def test_logit_check_exit_codes(tiny, out):
-    assert run("to-native", tiny("31b"), out, "--format", "maxtext").returncode == 0
-    good = run("logit-check", tiny("31b"), out, "--tokens", 24, "--json")
+    assert run("to-native", tiny("31b", layers=6), out, "--format", "maxtext").returncode == 0
+    good = run("logit-check", tiny("31b", layers=6), out, "--tokens", 24, "--json")
     assert good.returncode == 0, good.stderr
     report = json.loads(good.stdout)
     assert report["passed"] is True
     assert report["kl_max"] <= 2e-6
-    other = run("logit-check", tiny("31b", seed=1), out, "--tokens", 24)
+    other = run("logit-check", tiny("31b", layers=6, seed=1), out, "--tokens", 24)
     assert other.returncode == 1
     assert "not the same model" in other.stdout
     assert run("logit-check", tiny("26b-a4b"), out).returncode == 3

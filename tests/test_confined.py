@@ -22,7 +22,7 @@ NATIVE = {
     "gemma-jax": ("gemma-jax", {}),
     "fast-llm": ("fast-llm", {}),
 }
-TRIED = 40
+TRIED = 24
 """Files and folders of a checkpoint that are tried, evenly chosen."""
 
 Folders = dict[str, Path]

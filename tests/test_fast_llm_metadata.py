@@ -190,7 +190,7 @@ def test_what_lies_around_the_model_is_checked_too(checked):
 
 
 def test_verify_names_what_differs(tiny, converted, tmp_path):
-    source, out = tiny("31b"), tmp_path / "out"
+    source, out = tiny("31b", layers=6), tmp_path / "out"
     shutil.copytree(converted(source, "fast-llm"), out)
     metadata = read(out)
     mixer = at(metadata, BLOCKS)["full_attention"]["mixer"]

@@ -290,7 +290,7 @@ def test_a_second_run_and_an_interrupt(direction, source, tmp_path):
 
 def test_what_is_killed_while_it_publishes_is_whole_or_absent(tiny, tmp_path):
     """Killed at moments around the end, --overwrite leaves the old checkpoint or the new one."""
-    out, source = tmp_path / "out", tiny("31b")
+    out, source = tmp_path / "out", tiny("31b", layers=6)
     to_native(source, out, dtype="float32")
     started = time.monotonic()
     words = ["to-native", source, out, "--format", "maxtext", "--overwrite"]
@@ -310,10 +310,10 @@ def test_nothing_writes_through_a_link_in_the_target(tiny, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (tmp_path / ".out.partial").symlink_to(elsewhere)
-    to_native(tiny("31b"), tmp_path / "out")
+    to_native(tiny("31b", layers=6), tmp_path / "out")
     assert (tmp_path / ".out.partial").is_symlink()
     (tmp_path / "link").symlink_to(elsewhere)
     with pytest.raises(TargetError):
-        to_native(tiny("31b"), tmp_path / "link", overwrite=True)
+        to_native(tiny("31b", layers=6), tmp_path / "link", overwrite=True)
     assert not list(elsewhere.iterdir())
     assert Path(tmp_path / "link").is_symlink()

@@ -56,7 +56,7 @@ def test_an_adapter_that_is_pickled_or_has_no_weights(folder, tiny, weights, wit
     if weights is not None:
         (folder / weights).write_bytes(b"")
     if with_config:
-        shutil.copy(tiny("31b") / "config.json", folder)
+        shutil.copy(tiny("31b", layers=6) / "config.json", folder)
     if weights is None and with_config:
         assert "This is an adapter" not in fails(3, "inspect", folder)
         return
@@ -99,7 +99,7 @@ def test_an_adapter_config_beside_whole_weights_is_passed_over(tiny, tmp_path):
     ],
 )
 def test_weights_with_an_adapter_that_is_not_merged(folder, tiny, name):
-    shutil.copy(tiny("31b") / "config.json", folder)
+    shutil.copy(tiny("31b", layers=6) / "config.json", folder)
     save(folder / "model.safetensors", "model.language_model.norm.weight", name)
     out = folder.parent / "out"
     for command in (("inspect", folder), ("to-native", folder, out, "--format", "gemma-jax")):
@@ -164,7 +164,7 @@ def test_a_folder_of_gguf_files(folder, tiny, with_config):
     for name in ("model-Q4_0.gguf", "mmproj.gguf"):
         (folder / name).write_bytes(b"GGUF")
     if with_config:
-        shutil.copy(tiny("31b") / "config.json", folder)
+        shutil.copy(tiny("31b", layers=6) / "config.json", folder)
     message = refused(folder)
     assert "This is a GGUF export for llama.cpp" in message
     assert "found: mmproj.gguf, model-Q4_0.gguf" in message
@@ -183,7 +183,7 @@ def test_gguf_beside_safetensors_is_passed_over(tiny, tmp_path):
 
 
 def test_an_export_of_mlx_by_its_config(folder, tiny):
-    config = json.loads((tiny("31b") / "config.json").read_text())
+    config = json.loads((tiny("31b", layers=6) / "config.json").read_text())
     write(folder / "config.json", config | {"quantization": {"group_size": 64, "bits": 4}})
     save(folder / "model.safetensors", "model.norm.weight")
     message = refused(folder)
@@ -227,7 +227,7 @@ def test_the_tensors_decide_what_is_quantized(place, shallow, tmp_path):
     ],
 )
 def test_an_export_by_its_tensors(folder, tiny, name, what):
-    shutil.copy(tiny("31b") / "config.json", folder)
+    shutil.copy(tiny("31b", layers=6) / "config.json", folder)
     save(folder / "model.safetensors", name)
     for command in (
         ("inspect", folder),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import said
 from jax import monitoring
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -210,33 +209,26 @@ def test_a_layer_is_compiled_once_for_its_kind(shallow, converted, layout, scann
     assert decoder.layer._cache_size() == 4
 
 
-def shell(home, *arguments):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
-    command = [sys.executable, "-m", "gemma_convert", "logit-check", *map(str, arguments)]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**environment, "HOME": str(home), "XDG_CACHE_HOME": ""},
-    )
+def checked(*arguments):
+    """What logit-check says, with nothing compiled in memory."""
+    jax.clear_caches()
+    code, output, errors = said("logit-check", *arguments)
+    assert (code, errors) == (0, "")
+    return output
 
 
-def test_from_the_shell(shallow, converted, tmp_path):
+def test_by_the_command(folder, shallow, converted, tmp_path):
     source = shallow("31b")
     native = converted(source, "gemma-jax")
-    folder = tmp_path / ".cache" / "gemma-convert" / "compiled"
     arguments = (source, native, "--tokens", 3)
-    done = shell(tmp_path, *arguments, "--no-cache")
-    assert (done.returncode, done.stderr) == (0, "") and list(tmp_path.iterdir()) == []
-    done = shell(tmp_path, *arguments)
-    assert (done.returncode, done.stderr) == (0, "")
+    checked(*arguments, "--no-cache")
+    assert list(tmp_path.iterdir()) == []
+    checked(*arguments)
     made = {one: one.stat().st_mtime_ns for one in folder.iterdir()}
     assert any(one.name.startswith("jit_layer-") for one in made)
     damaged = next(one for one in made if one.name.endswith("-cache"))
     damaged.write_bytes(b"damaged")
-    done = shell(tmp_path, *arguments)
-    assert (done.returncode, done.stderr) == (0, "") and "same model" in done.stdout
+    assert "same model" in checked(*arguments)
     after = {one: one.stat().st_mtime_ns for one in folder.iterdir()}
     anew = {one.name.removesuffix(".sha256") for one in made if after[one] != made[one]}
     assert after.keys() == made.keys() and anew == {damaged.name}

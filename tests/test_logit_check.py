@@ -430,13 +430,15 @@ def test_trees_without_a_tower_refuse_images(tiny, converted, picture, layout, f
 
 
 def test_a_checkpoint_of_fast_llm_for_another_vocabulary_is_refused(tiny, converted, tmp_path):
-    shutil.copytree(tiny("31b"), tmp_path / "hf", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(
+        tiny("31b", layers=6), tmp_path / "hf", ignore=shutil.ignore_patterns("*.safetensors")
+    )
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     vocab = config["text_config"]["vocab_size"]
     config["text_config"]["vocab_size"] = vocab + 1
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
     with pytest.raises(SourceError, match="another shape") as caught:
-        logit_check(tmp_path / "hf", converted(tiny("31b"), "fast-llm"))
+        logit_check(tmp_path / "hf", converted(tiny("31b", layers=6), "fast-llm"))
     assert caught.value.found == str(vocab)
 
 
@@ -447,7 +449,7 @@ def test_exit_codes(tiny, converted, picture, tmp_path, monkeypatch, capsys):
             main()
         return caught.value.code
 
-    source, native = tiny("31b"), converted(tiny("31b"), "gemma-jax")
+    source, native = tiny("31b", layers=6), converted(tiny("31b", layers=6), "gemma-jax")
     check = (source, native, "--tokens", 3)
     assert not code(*check, "--image", picture, "--image", picture, "--json")
     found = json.loads(capsys.readouterr().out)

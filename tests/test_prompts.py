@@ -6,7 +6,8 @@ import pytest
 
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.model.config import read_architecture
-from gemma_convert.prompts.text import PROMPTS, reserved_ids, token_sequences
+from gemma_convert.prompts import text
+from gemma_convert.prompts.text import reserved_ids, token_sequences
 
 WINDOW = 21
 BEGIN = 2
@@ -69,15 +70,15 @@ def byte_length(text):
 def test_built_in_prompts_begin_once_and_the_last_exceeds_the_window(tmp_path):
     write_tokenizer(tmp_path)
     sequences = token_sequences(tmp_path, write_config(tmp_path))
-    assert [one.name for one in sequences] == [*PROMPTS, "longer-than-window"]
+    assert [one.name for one in sequences] == [*text.PROMPTS, "longer-than-window"]
     for one in sequences:
         assert one.ids[0] == BEGIN and BEGIN not in one.ids[1:]
         assert len(one.pieces) == len(one.ids)
         assert one.compared.dtype == bool and one.compared.tolist() == [True] * len(one.ids)
     assert len(sequences[-1].ids) >= WINDOW + 32
     english = sequences[0]
-    assert len(english.ids) == 1 + byte_length(PROMPTS["english"])
-    assert "".join(english.pieces[1:]) == PROMPTS["english"]
+    assert len(english.ids) == 1 + byte_length(text.PROMPTS["english"])
+    assert "".join(english.pieces[1:]) == text.PROMPTS["english"]
 
 
 def test_users_prompts_replace_the_built_in_ones_but_the_long_one(tmp_path):

@@ -25,7 +25,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "fast-llm": {"layout": "fast-llm", "scaled_dtype": "float32"},
 }
 each = settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 

@@ -227,8 +227,12 @@ def run_of(out: Path, folder: Path) -> Path:
 
 
 @pytest.fixture
-def trained(shallow, tmp_path):
-    """A source with another rotary base, its conversion, and a run of MaxText without settings."""
+def trained(shallow, tmp_path, monkeypatch):
+    """A source with another rotary base, its conversion, and a run of MaxText without settings.
+
+    Prompts stay short, whatever the window of the named model.
+    """
+    monkeypatch.setattr("gemma_convert.prompts.text.LONGEST_MADE", 40)
     source = shutil.copytree(shallow("31b", text_only=True), tmp_path / "in")
     config = json.loads((source / "config.json").read_text())
     config["rope_parameters"]["full_attention"]["rope_theta"] = 20.0

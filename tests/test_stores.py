@@ -171,7 +171,7 @@ def full(*_, **__):
 def test_a_failed_conversion_lets_go_of_its_files(tmp_path, tiny, monkeypatch, open_files):
     monkeypatch.setattr(SafetensorsStore, "write", full)
     with pytest.raises(TargetError, match="cannot be written") as caught:
-        to_native(tiny("31b"), tmp_path / "out", layout="fast-llm")
+        to_native(tiny("31b", layers=6), tmp_path / "out", layout="fast-llm")
     assert caught.value.found == os.strerror(errno.ENOSPC)
     assert open_files(tmp_path) == []
     assert list(tmp_path.iterdir()) == []

@@ -171,7 +171,7 @@ EMBEDDING = "model.language_model.embed_tokens.weight"
     ids=["missing", "another shape", "unexpected", "another layer", "wrong key kernel"],
 )
 def test_a_checkpoint_that_does_not_fill_the_model_is_refused_alike(edit, tiny, tmp_path):
-    hf = edited_copy(tiny("31b"), tmp_path / "hf", edit)
+    hf = edited_copy(tiny("31b", layers=6), tmp_path / "hf", edit)
     with pytest.raises(SourceError, match="does not fill") as whole:
         Reference(hf)
     with pytest.raises(SourceError, match="does not fill") as layerwise:
@@ -192,7 +192,7 @@ def test_a_head_of_its_own_is_used_as_transformers_uses_it(tiny, tmp_path):
     def untie(tensors):
         return {**tensors, "lm_head.weight": tensors[EMBEDDING].flip(0).contiguous()}
 
-    hf = edited_copy(tiny("31b"), tmp_path / "hf", untie)
+    hf = edited_copy(tiny("31b", layers=6), tmp_path / "hf", untie)
     sequence = TokenSequence("a", (5, 6, 7))
     one, whole = LayerwiseReference(hf, [sequence]), Reference(hf)
     list(one.stages())
@@ -201,7 +201,9 @@ def test_a_head_of_its_own_is_used_as_transformers_uses_it(tiny, tmp_path):
 
 
 def test_files_that_cannot_be_read_are_named(tiny, tmp_path):
-    shutil.copytree(tiny("31b"), tmp_path / "hf", ignore=shutil.ignore_patterns("*.safetensors*"))
+    shutil.copytree(
+        tiny("31b", layers=6), tmp_path / "hf", ignore=shutil.ignore_patterns("*.safetensors*")
+    )
     for content in (None, b"no tensors"):
         if content is not None:
             (tmp_path / "hf" / "model.safetensors").write_bytes(content)
@@ -210,7 +212,7 @@ def test_files_that_cannot_be_read_are_named(tiny, tmp_path):
 
 
 def test_shards_are_found_by_their_index(tiny, tmp_path):
-    hf = edited_copy(tiny("31b"), tmp_path / "hf", dict)
+    hf = edited_copy(tiny("31b", layers=6), tmp_path / "hf", dict)
     tensors = load_file(hf / "model.safetensors")
     (hf / "model.safetensors").unlink()
     names = sorted(tensors)
@@ -456,7 +458,7 @@ def test_the_first_stage_beyond_is_named_and_nan_is_beyond():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_whole_model_has_the_same_figures(tiny, converted, media, layout, monkeypatch):
     """In many slices, with an image where the layout sees."""
-    source = tiny("31b")
+    source = tiny("31b", layers=6)
     native = converted(source, layout)
     options = {"tokens": 3, "images": [media[0]] if layout == "gemma-jax" else []}
     whole = logit_check(source, native, **options, whole_model=True)
@@ -519,7 +521,7 @@ GEMMA_JAX_MISTAKES = (
 @pytest.mark.share(2)
 @pytest.mark.parametrize(("array", "edit", "place"), GEMMA_JAX_MISTAKES)
 def test_a_mistake_is_named_by_its_layer(tiny, converted, tmp_path, array, edit, place):
-    source = tiny("31b")
+    source = tiny("31b", layers=6)
     native = tmp_path / "native"
     shutil.copytree(converted(source, "gemma-jax"), native)
     alter(native, array, edit)
@@ -543,11 +545,11 @@ def shown(report):
 
 def test_a_wrong_window_is_named_by_the_first_sliding_layer(tiny, converted, tmp_path):
     """It stands in the settings, by which the native side runs."""
-    native = shutil.copytree(converted(tiny("31b"), "gemma-jax"), tmp_path / "native")
+    native = shutil.copytree(converted(tiny("31b", layers=6), "gemma-jax"), tmp_path / "native")
     settings = json.loads((native / "gemma.json").read_text())
     settings["config"]["sliding_window_size"] += 1
     (native / "gemma.json").write_text(json.dumps(settings))
-    report = logit_check(tiny("31b"), native, tokens=3)
+    report = logit_check(tiny("31b", layers=6), native, tokens=3)
     assert not report.passed and report.drift.first == "layer 0"
 
 
@@ -568,8 +570,8 @@ def test_layers_of_a_scan_out_of_order_are_named(tiny, converted, tmp_path):
 
 
 def test_rounding_sets_no_tolerance(tiny, converted):
-    native = converted(tiny("31b"), "fast-llm")
-    report = logit_check(tiny("31b"), native, tokens=3, dtype="bfloat16")
+    native = converted(tiny("31b", layers=6), "fast-llm")
+    report = logit_check(tiny("31b", layers=6), native, tokens=3, dtype="bfloat16")
     assert report.drift.tolerance is None and report.drift.first is None
     assert max(report.drift.layers) > TOLERANCE and "first beyond" not in shown(report)
 
@@ -577,7 +579,7 @@ def test_rounding_sets_no_tolerance(tiny, converted):
 def test_golden_logits_are_read_in_slices_and_have_no_layers(
     tiny, converted, tmp_path, monkeypatch
 ):
-    source, path = tiny("31b"), tmp_path / "golden.safetensors"
+    source, path = tiny("31b", layers=6), tmp_path / "golden.safetensors"
     save_golden(source, path, tokens=3)
     native = converted(source, "fast-llm")
     monkeypatch.setattr(streaming, "_LEAST_ROWS", 100)
@@ -595,7 +597,9 @@ def test_golden_logits_are_read_in_slices_and_have_no_layers(
 
 def test_logits_before_the_layers_are_an_error(tiny, converted):
     for layout in ("fast-llm", "gemma-jax"):
-        model = open_model(converted(tiny("31b"), layout), read_architecture(tiny("31b")))
+        model = open_model(
+            converted(tiny("31b", layers=6), layout), read_architecture(tiny("31b", layers=6))
+        )
         stream = model.stream([TokenSequence("a", (5, 6))], "float32")
         with pytest.raises(ValueError, match="end"):
             next(stream.logits([slice(0, 10)]))
@@ -603,8 +607,15 @@ def test_logits_before_the_layers_are_an_error(tiny, converted):
 
 def test_whole_model_on_the_command_line(tiny, converted, monkeypatch, capsys):
     monkeypatch.setattr(check_module, "LayerwiseReference", None)
-    native = str(converted(tiny("31b"), "fast-llm"))
-    arguments = ["logit-check", str(tiny("31b")), native, "--tokens", "3", "--whole-model"]
+    native = str(converted(tiny("31b", layers=6), "fast-llm"))
+    arguments = [
+        "logit-check",
+        str(tiny("31b", layers=6)),
+        native,
+        "--tokens",
+        "3",
+        "--whole-model",
+    ]
     monkeypatch.setattr(sys, "argv", ["gemma-convert", *arguments])
     with pytest.raises(SystemExit) as caught:
         main()

@@ -14,7 +14,8 @@ import importlib.abc, os, sys
 class Watch(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name == "torch":
-            print(name, os.environ.get("OMP_WAIT_POLICY"))
+            print(name, os.environ.get("OMP_WAIT_POLICY"), flush=True)
+            os._exit(0)
 
 sys.meta_path.insert(0, Watch())
 from gemma_convert.cli.app import main
@@ -33,4 +34,4 @@ def test_threads_sleep_unless_the_user_says_otherwise(
     environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
     words = [sys.executable, "-c", RECORDING, command, str(source), str(other), "--tokens", "3"]
     done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout.splitlines()[0] == f"torch {policy}"
+    assert done.stdout == f"torch {policy}\n"

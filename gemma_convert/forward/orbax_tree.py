@@ -21,6 +21,7 @@ from gemma_convert.files.confined import check_confined
 from gemma_convert.files.json_file import read_object
 from gemma_convert.files.libraries import told_by_library
 from gemma_convert.files.library_path import library_path
+from gemma_convert.files.read_once import once
 from gemma_convert.forward.stored import StoredArray, open_stored
 from gemma_convert.forward.tree import Tree, named
 from gemma_convert.stores.orbax.finding import METADATA
@@ -44,7 +45,6 @@ class OrbaxItems:
     folder: Path
     tree: Tree
     paths: Mapping[Keys, Keys]
-    handler: ocp.PyTreeCheckpointHandler
 
     def restored(self, part: Tree) -> Tree:
         """The leaves that stand in `part`, a part of the tree, as numpy arrays."""
@@ -57,8 +57,8 @@ class OrbaxItems:
             restore_args=_as_numpy(item, ocp.RestoreArgs(restore_type=np.ndarray)),
             **_only_these_leaves(ocp),
         )
-        with _patient_loops(), told_by_library("Orbax cannot read this checkpoint.", self.folder):
-            found = dict(_leaves(self.handler.restore(library_path(self.folder), args=arguments)))
+        with _reader() as orbax, told_by_library("Orbax cannot read this checkpoint.", self.folder):
+            found = dict(_leaves(orbax.restore(library_path(self.folder), args=arguments)))
             return _nested({keys: np.asarray(found[self.paths[keys]]) for keys in wanted})
 
     def opened(self, part: Tree) -> Tree:
@@ -84,17 +84,14 @@ def orbax_items(folder: Path, *roots: Keys) -> Iterator[OrbaxItems]:
     Its log lines about every single leaf are held back. Raises SourceError where there is no such
     tree, or where Orbax cannot read its metadata.
     """
-    import orbax.checkpoint as ocp
-
     if not (folder / METADATA).is_file():
         raise SourceError("There is no Orbax tree here.", where=folder, expected=METADATA)
     check_confined(folder)
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    handler = ocp.PyTreeCheckpointHandler()
     try:
-        whole = _metadata(handler, folder)
+        whole = _metadata(folder)
         leaves = dict(_leaves(whole))
         paths = unwrapped(leaves, roots)
         if not paths:
@@ -105,9 +102,8 @@ def orbax_items(folder: Path, *roots: Keys) -> Iterator[OrbaxItems]:
                 found=named(whole),
             )
         tree = _nested({name: leaves[path] for name, path in paths.items()})
-        yield OrbaxItems(folder, tree, paths, handler)
+        yield OrbaxItems(folder, tree, paths)
     finally:
-        handler.close()
         logger.setLevel(level)
 
 
@@ -140,10 +136,23 @@ def _patient_loops() -> Iterator[None]:
         asyncio.set_event_loop_policy(before)
 
 
-def _metadata(handler: ocp.PyTreeCheckpointHandler, folder: Path) -> Any:
+@contextmanager
+def _reader() -> Iterator[ocp.PyTreeCheckpointHandler]:
+    import orbax.checkpoint as ocp
+
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        with _patient_loops():
+            yield handler
+    finally:
+        handler.close()
+
+
+@once
+def _metadata(folder: Path) -> Any:
     where = folder / METADATA
-    with _patient_loops(), told_by_library("Orbax cannot read its metadata.", where):
-        metadata = handler.metadata(library_path(folder))
+    with _reader() as orbax, told_by_library("Orbax cannot read its metadata.", where):
+        metadata = orbax.metadata(library_path(folder))
     return getattr(metadata, "tree", metadata)
 
 

@@ -19,6 +19,7 @@ from gemma_convert.engine.joined import is_leader, process_count, publish, publi
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.files.given_settings import GivenSettings, given_settings
 from gemma_convert.files.libraries import told_by_library
+from gemma_convert.files.read_once import reading_once
 from gemma_convert.forward.kept_programs import kept_programs
 from gemma_convert.forward.native_model import (
     Dtype,
@@ -103,7 +104,7 @@ def logit_check(
     Raises SourceError where a side cannot be read or the two do not fit, UsageError for options
     that contradict each other.
     """
-    with ExitStack() as stack:
+    with ExitStack() as stack, reading_once():
         return _logit_check(
             stack,
             local(hf, stack, config_only=golden is not None, whole=True),

@@ -21,6 +21,7 @@ import numpy as np
 
 from gemma_convert.errors import TargetError
 from gemma_convert.files.new_file import new_sibling
+from gemma_convert.files.read_once import reading_once
 from gemma_convert.forward.native_model import Logits
 from gemma_convert.logits.golden import (
     FORMAT,
@@ -55,7 +56,7 @@ def save_golden(
     """
     path = Path(path)
     _check_target(path, overwrite)
-    with ExitStack() as stack:
+    with ExitStack() as stack, reading_once():
         folder = local(hf, stack, whole=True)
         architecture = read_architecture(folder)
         check_sizes(folder, architecture)

@@ -250,8 +250,9 @@ def _empty_model(hf: Path, architecture: Architecture, device: torch.device) -> 
                 experts_implementation="eager",
             )
         for module in model.modules():
-            module._is_hf_initialized = False
-            for name in module._non_persistent_buffers_set:
+            computed = module._non_persistent_buffers_set
+            module._is_hf_initialized = not computed  # what is read need not be made up before
+            for name in computed:
                 module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
         model.initialize_weights()
     return model.eval().requires_grad_(False)

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from gemma_convert.errors import SourceError
 from gemma_convert.files.libraries import told_by_library
+from gemma_convert.files.read_once import once
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import read_architecture
 from gemma_convert.model.transformers_folder import handed
@@ -176,6 +177,7 @@ def model_class(architecture: Architecture) -> Any:
         ) from error
 
 
+@once
 def reference_config(hf: Path, architecture: Architecture) -> Any:
     """transformers' configuration of the checkpoint in `hf`, without weights or quantization.
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.files.json_file import read_object
 from gemma_convert.files.libraries import told_by_library
+from gemma_convert.files.read_once import once
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import MAX_CONFIG_BYTES
 from gemma_convert.model.transformers_folder import handed
@@ -183,6 +184,7 @@ def has_tokenizer(hf: Path) -> bool:
     return any((hf / name).is_file() for name in TOKENIZER_FILES)
 
 
+@once
 def load_tokenizer(hf: Path) -> Any:
     """transformers' tokenizer of the folder `hf`. Raises SourceError where it cannot be loaded."""
     from transformers import AutoTokenizer

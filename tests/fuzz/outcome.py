@@ -22,7 +22,7 @@ from gemma_convert.errors import GemmaConvertError
 
 T = TypeVar("T")
 
-SECONDS = 5.0
+SECONDS, PATIENCE = 5.0, 20
 GROWTH_BYTES = 512 << 20
 MESSAGE_CHARACTERS = 20_000
 
@@ -57,22 +57,29 @@ def share(ordinary: int, cost: int = 1) -> settings:
 
 @contextlib.contextmanager
 def bounded(seconds: float = SECONDS) -> Iterator[None]:
-    """Fails where what is done inside takes too long or too much memory."""
+    """Fails where what is done inside takes too long or too much memory.
+
+    `seconds` are the processor's, so that a busy machine is not taken for a hang; what waits for
+    something that does not come may do so for `PATIENCE` times as long.
+    """
 
     def late(*_: object) -> None:
         raise HangError(f"longer than {seconds} s")
 
     Count.cases += 1
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    previous = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    previous = {number: signal.signal(number, late) for number in (signal.SIGALRM, signal.SIGPROF)}
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE * seconds)
     gc.disable()  # Hypothesis measures it in Python, for which deep recursion leaves no room
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         gc.enable()
-        signal.signal(signal.SIGALRM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
     assert grown < GROWTH_BYTES, f"{grown >> 20} MiB more"
 
