@@ -7,7 +7,7 @@ Nothing is folded into the arrays: the embedding is stored without its factor âˆ
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 

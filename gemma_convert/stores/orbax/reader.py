@@ -28,7 +28,7 @@ from gemma_convert.version import CONVERTER
 METADATA = "_METADATA"
 MAX_METADATA_BYTES = 64 << 20
 
-ITEMS = ("items", "default", "model_params")
+ITEMS = ("items", "default")
 """Names of the item in a step folder: MaxText's, and that of Orbax' CheckpointManager."""
 
 REMOTE_CACHE_BYTES = 64 << 20
