@@ -6,7 +6,8 @@ from functools import cached_property
 from pathlib import Path
 
 from gemma_convert.errors import SourceError
-from gemma_convert.stores.orbax.reader import array_names, find_items
+from gemma_convert.stores.orbax.finding import find_trees
+from gemma_convert.stores.orbax.reader import array_names
 
 
 class NativeFolder:
@@ -16,17 +17,14 @@ class NativeFolder:
         self.path = path
 
     @cached_property
-    def items(self) -> Path | None:
-        """The item folder of its Orbax checkpoint; None where it has none that is complete."""
-        try:
-            return find_items(self.path)
-        except SourceError:
-            return None
+    def trees(self) -> dict[Path, tuple[str, ...]]:
+        """The Orbax trees that may be meant, and the names of the arrays of each, none opened.
 
-    @cached_property
-    def arrays(self) -> tuple[str, ...]:
-        """The names of that checkpoint's arrays, none of them opened; none without it.
-
-        Raises SourceError where its metadata is broken.
+        None where there is no checkpoint that is complete. Raises SourceError where metadata are
+        broken.
         """
-        return () if self.items is None else tuple(array_names(self.items))
+        try:
+            found = find_trees(self.path)
+        except SourceError:
+            return {}
+        return {tree: tuple(array_names(tree)) for tree in found}

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from gemma_convert.checkpoint.native import NativeSource
 from gemma_convert.checkpoint.native_folder import NativeFolder
+from gemma_convert.errors import SourceError, some
+from gemma_convert.mapping.notation import join_path, split_path
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.stores.orbax.reader import (
     OrbaxArray,
@@ -17,6 +19,7 @@ from gemma_convert.stores.orbax.reader import (
     open_array,
     read_orbax_tree,
 )
+from gemma_convert.stores.orbax.wrapped import unwrapped
 
 
 class OrbaxLayout(ABC):
@@ -39,7 +42,16 @@ class OrbaxLayout(ABC):
         return False
 
     def find(self, folder: NativeFolder) -> Path | None:
-        return folder.items if self.stored(folder.arrays) else None
+        found = [tree for tree, arrays in folder.trees.items() if self.stored(arrays)]
+        if len(found) > 1:
+            raise SourceError(
+                "Several Orbax trees here may be the model.",
+                where=folder.path,
+                expected="one",
+                found=some([str(tree) for tree in found]),
+                do=f"give the path of the one that is meant, such as {found[0]}",
+            )
+        return found[0] if found else None
 
     def open(self, where: Path) -> NativeSource:
         tree = read_orbax_tree(where)
@@ -53,6 +65,16 @@ class OrbaxLayout(ABC):
     def check_metadata(self, folder: Path, plan: Plan) -> dict[str, str]:
         del folder, plan
         return {}
+
+
+def bare_names(arrays: Iterable[str], *roots: str) -> dict[str, str]:
+    """Name of an array in the model's own tree → its name in a tree that may wrap that.
+
+    `roots` are how names of the model begin, whole keys of them. Raises SourceError where there are
+    several such trees (`stores.orbax.wrapped`).
+    """
+    found = unwrapped(map(split_path, arrays), [split_path(root) for root in roots])
+    return {join_path(name): join_path(path) for name, path in found.items()}
 
 
 def orbax_source(

@@ -22,8 +22,10 @@ from gemma_convert.files.json_file import read_object
 from gemma_convert.files.libraries import told_by_library
 from gemma_convert.files.library_path import library_path
 from gemma_convert.forward.stored import StoredArray, open_stored
-from gemma_convert.forward.tree import Tree
-from gemma_convert.stores.orbax.reader import MAX_METADATA_BYTES, METADATA
+from gemma_convert.forward.tree import Tree, named
+from gemma_convert.stores.orbax.finding import METADATA
+from gemma_convert.stores.orbax.reader import MAX_METADATA_BYTES
+from gemma_convert.stores.orbax.wrapped import Keys, unwrapped
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
@@ -34,23 +36,30 @@ LIBRARIES = ("jax", "orbax-checkpoint")
 
 @dataclass(frozen=True)
 class OrbaxItems:
-    """The tree of one Orbax item folder: `metadata` has what Orbax says of each leaf."""
+    """A model's tree in one Orbax item folder: `tree` has what Orbax says of each leaf.
+
+    `paths` says where each leaf of it, by its keys, stands in the tree of the folder.
+    """
 
     folder: Path
-    metadata: Any
+    tree: Tree
+    paths: Mapping[Keys, Keys]
     handler: ocp.PyTreeCheckpointHandler
 
     def restored(self, part: Tree) -> Tree:
-        """The leaves that stand in `part`, a part of the metadata, as numpy arrays."""
+        """The leaves that stand in `part`, a part of the tree, as numpy arrays."""
         import orbax.checkpoint as ocp
 
+        wanted = dict(_leaves(part))
+        item = _nested({self.paths[keys]: leaf for keys, leaf in wanted.items()})
         arguments = ocp.args.PyTreeRestore(
-            item=part,
-            restore_args=_as_numpy(part, ocp.RestoreArgs(restore_type=np.ndarray)),
+            item=item,
+            restore_args=_as_numpy(item, ocp.RestoreArgs(restore_type=np.ndarray)),
             **_only_these_leaves(ocp),
         )
         with _patient_loops(), told_by_library("Orbax cannot read this checkpoint.", self.folder):
-            return _numpy(self.handler.restore(library_path(self.folder), args=arguments))
+            found = dict(_leaves(self.handler.restore(library_path(self.folder), args=arguments)))
+            return _nested({keys: np.asarray(found[self.paths[keys]]) for keys in wanted})
 
     def opened(self, part: Tree) -> Tree:
         """The same leaves as StoredArrays, in the format that Orbax' own file says."""
@@ -69,10 +78,11 @@ class OrbaxItems:
 
 
 @contextmanager
-def orbax_items(folder: Path) -> Iterator[OrbaxItems]:
-    """Orbax's reader of an item folder; its log lines about every single leaf are held back.
+def orbax_items(folder: Path, *roots: Keys) -> Iterator[OrbaxItems]:
+    """Orbax's reader of the model in an item folder, whose paths begin with `roots`.
 
-    Raises SourceError where there is none, or where Orbax cannot read its metadata.
+    Its log lines about every single leaf are held back. Raises SourceError where there is no such
+    tree, or where Orbax cannot read its metadata.
     """
     import orbax.checkpoint as ocp
 
@@ -84,7 +94,18 @@ def orbax_items(folder: Path) -> Iterator[OrbaxItems]:
     logger.setLevel(logging.ERROR)
     handler = ocp.PyTreeCheckpointHandler()
     try:
-        yield OrbaxItems(folder, _metadata(handler, folder), handler)
+        whole = _metadata(handler, folder)
+        leaves = dict(_leaves(whole))
+        paths = unwrapped(leaves, roots)
+        if not paths:
+            raise SourceError(
+                "The Orbax tree is of another layout.",
+                where=folder,
+                expected=" or ".join("/".join(root) for root in roots),
+                found=named(whole),
+            )
+        tree = _nested({name: leaves[path] for name, path in paths.items()})
+        yield OrbaxItems(folder, tree, paths, handler)
     finally:
         handler.close()
         logger.setLevel(level)
@@ -139,8 +160,20 @@ def _as_numpy(tree: Any, argument: Any) -> Any:
     return argument
 
 
-def _numpy(tree: Tree) -> Tree:
-    return {
-        name: _numpy(below) if isinstance(below, Mapping) else np.asarray(below)
-        for name, below in tree.items()
-    }
+def _leaves(tree: Any, above: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+    """Every leaf that stands below keys alone, by these."""
+    if isinstance(tree, Mapping):
+        for key, below in tree.items():
+            yield from _leaves(below, (*above, str(key)))
+    elif above:
+        yield above, tree
+
+
+def _nested(leaves: Mapping[Keys, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for keys, leaf in leaves.items():
+        level = tree
+        for key in keys[:-1]:
+            level = level.setdefault(key, {})
+        level[keys[-1]] = leaf
+    return tree

@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 from gemma_convert.checkpoint.layout import Layout
 from gemma_convert.checkpoint.native import NativeSource, fingerprint
 from gemma_convert.checkpoint.native_folder import NativeFolder
-from gemma_convert.errors import SourceError, UsageError, short
+from gemma_convert.errors import SourceError, UsageError, short, some
 from gemma_convert.files.given_settings import GivenSettings
 from gemma_convert.forward.native_model import NativeModel
 from gemma_convert.mapping.declared import declaration, layout_names, package
@@ -26,7 +26,7 @@ from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import parse_architecture
 from gemma_convert.model.huggingface_files import INDEX, SINGLE
 from gemma_convert.output import note
-from gemma_convert.stores.orbax.reader import find_items
+from gemma_convert.stores.orbax.finding import find_trees
 
 _FACTS = {"name": str, "framework": str, "divisible": bool, "streams": bool}
 _METHODS = ("find", "open", "create", "settings", "settings_files", "check_metadata")
@@ -143,7 +143,7 @@ def is_native(path: Path) -> bool:
     if any((path / name).exists() for name in (SINGLE, INDEX)):
         return False
     folder = NativeFolder(path)
-    return folder.items is not None or next(_found(folder), None) is not None
+    return bool(folder.trees) or next(_found(folder), None) is not None
 
 
 def usable_layouts(unusable: list[UsageError] | None = None) -> Iterator[Layout]:
@@ -162,12 +162,13 @@ def _recognised(path: Path) -> tuple[Layout, Path]:
     folder, unusable = NativeFolder(path), list[UsageError]()
     for layout, where in _found(folder, unusable):
         return layout, where
-    items = find_items(path)
+    trees = find_trees(path)
+    names = {name.split("/")[0] for arrays in folder.trees.values() for name in arrays}
     raise SourceError(
         "The checkpoint holds no parameters in a layout that is known.",
-        where=items,
+        where=some(list(map(str, trees))),
         expected=f"a checkpoint of {', '.join(one.framework for one in usable_layouts())}",
-        found=", ".join(sorted({name.split("/")[0] for name in folder.arrays})[:8]) or "no arrays",
+        found=some(sorted(names)) or "no arrays",
         do=f"{unusable[0].do}: {unusable[0].what}" if unusable else None,
     )
 

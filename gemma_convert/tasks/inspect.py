@@ -24,7 +24,7 @@ from gemma_convert.model.config import read_architecture
 from gemma_convert.model.foreign import refuse_foreign_folder, refuse_foreign_tensors
 from gemma_convert.model.huggingface_files import CONFIG, INDEX, SINGLE
 from gemma_convert.output import shown
-from gemma_convert.stores.orbax.reader import METADATA
+from gemma_convert.stores.orbax.finding import METADATA
 from gemma_convert.stores.remote.locations import local
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 

@@ -21,8 +21,8 @@ from seeds import KEYS, TREES
 from gemma_convert.arrays.dtypes import TensorSpec, numpy_dtype
 from gemma_convert.layouts.registry import open_native
 from gemma_convert.mapping.region import Box
+from gemma_convert.stores.orbax.finding import METADATA
 from gemma_convert.stores.orbax.raw_chunks import ocdbt_places
-from gemma_convert.stores.orbax.reader import METADATA
 from gemma_convert.stores.orbax.writer import OrbaxFormat, OrbaxWriter
 
 FORMS = {

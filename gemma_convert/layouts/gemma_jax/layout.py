@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma_convert.checkpoint.orbax_layout import OrbaxLayout
+from gemma_convert.checkpoint.orbax_layout import OrbaxLayout, bare_names
 from gemma_convert.files.given_settings import GivenSettings
+from gemma_convert.layouts.gemma_jax.names import EMBEDDING
 from gemma_convert.layouts.gemma_jax.settings import (
     gemma_jax_settings,
     read_settings,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from gemma_convert.forward.native_model import NativeModel
     from gemma_convert.layouts.registry import RunnableLayout
 
-_EMBEDDING = "embedder/input_embedding"
+_LAYER = re.compile(r"layer_\d+/", re.ASCII)
 _BARE = re.compile(r"layer_\d+/mlp2?/(?:gating_einsum|linear)", re.ASCII)
 _HANDLER = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
 
@@ -39,10 +40,12 @@ class GemmaJax(OrbaxLayout):
 
     def stored(self, arrays: Iterable[str]) -> Mapping[str, str]:
         """Weights of the dense feed-forward may be bare leaves instead of `{"w": leaf}`."""
-        names = list(arrays)
-        if _EMBEDDING not in names:
+        found = bare_names(arrays, EMBEDDING)
+        if not any(_LAYER.match(name) for name in found):
             return {}
-        return {f"{name}/w" if _BARE.fullmatch(name) else name: name for name in names}
+        return {
+            f"{name}/w" if _BARE.fullmatch(name) else name: path for name, path in found.items()
+        }
 
     def open_model(self, where: Path, architecture: Architecture) -> NativeModel:
         from gemma_convert.layouts.gemma_jax.model import open_model

@@ -8,56 +8,53 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from gemma_convert.errors import SourceError
-from gemma_convert.forward.orbax_tree import orbax_items
+from gemma_convert.forward.orbax_tree import OrbaxItems, orbax_items
 from gemma_convert.forward.tree import ArrayFacts, Tree, array_facts, chosen, named
+from gemma_convert.layouts.gemma_jax.names import EMBEDDING
+from gemma_convert.mapping.notation import split_path
 
 
 def tree_facts(items: Path) -> dict[str, ArrayFacts]:
     """Shapes and dtypes of the tree, by path with slashes; reads no array."""
-    with orbax_items(items) as found:
-        return dict(array_facts(_dense_below_w(_checked(found.metadata, items))))
+    with _items(items) as found:
+        return dict(array_facts(_dense_below_w(found.tree)))
 
 
 def restore_tree(items: Path, modules: Sequence[str] | None = None) -> Tree:
     """The tree as numpy arrays of the stored dtypes.
 
     `modules` names the keys to read (`forward.text_modules` leaves the towers out); None reads all.
-    Raises SourceError where the tree has a `params` wrapper, is not nested as the library has it or
-    lacks a module.
+    Raises SourceError where the tree is not nested as the library has it or lacks a module.
     """
-    with orbax_items(items) as found:
-        return _dense_below_w(found.restored(_modules(found.metadata, items, modules)))
+    with _items(items) as found:
+        return _dense_below_w(found.restored(_chosen(found, modules)))
 
 
 def open_tree(items: Path, modules: Sequence[str] | None = None) -> Tree:
     """The same tree with every array left in its file, as a StoredArray."""
-    with orbax_items(items) as found:
-        return _dense_below_w(found.opened(_modules(found.metadata, items, modules)))
+    with _items(items) as found:
+        return _dense_below_w(found.opened(_chosen(found, modules)))
 
 
-def _modules(metadata: Any, items: Path, modules: Sequence[str] | None) -> Tree:
-    tree = _checked(metadata, items)
-    return chosen(tree, modules, lambda name: _unlike(items, name, tree))
+def _items(items: Path) -> AbstractContextManager[OrbaxItems]:
+    return orbax_items(items, split_path(EMBEDDING))
 
 
-def _checked(tree: Any, items: Path) -> Tree:
-    if not isinstance(tree, Mapping) or not isinstance(tree.get("embedder"), Mapping):
-        raise _unlike(items, "embedder", tree)
-    return dict(tree)
+def _chosen(found: OrbaxItems, modules: Sequence[str] | None) -> Tree:
+    return chosen(found.tree, modules, lambda name: _without(found, name))
 
 
-def _unlike(items: Path, missing: str, level: Any) -> SourceError:
-    wrapped = isinstance(level, Mapping) and "params" in level
+def _without(found: OrbaxItems, module: str) -> SourceError:
     return SourceError(
         "This is not the gemma library's parameter tree.",
-        where=items,
-        expected=f"{missing} in a tree of nested dicts",
-        found=named(level),
-        do="save what stands below params, which is what the library loads" if wrapped else None,
+        where=found.folder,
+        expected=f"{module} in a tree of nested dicts",
+        found=named(found.tree),
     )
 
 

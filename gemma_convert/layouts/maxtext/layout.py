@@ -1,20 +1,22 @@
 """MaxText on disk: an Orbax step folder `0/items` with the tree `params.params.<module>`.
 
 Read as well are training checkpoints, beside whose parameters stand a step and optimizer state that
-are never read, and NNX trees, whose parameters stand at the root with `.value` leaves.
+are never read, and NNX trees as MaxText's training after the first has them (0.2.5): parameters at
+the root, or below `base`, with `value` leaves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gemma_convert.arrays.dtypes import TensorSpec
-from gemma_convert.checkpoint.orbax_layout import OrbaxLayout
+from gemma_convert.checkpoint.orbax_layout import OrbaxLayout, bare_names
 from gemma_convert.files.given_settings import GivenSettings
+from gemma_convert.layouts.maxtext.names import MODULES
 from gemma_convert.layouts.maxtext.settings import maxtext_settings, read_settings, settings_files
 from gemma_convert.mapping.native_facts import Settings
 from gemma_convert.mapping.plan import Plan
@@ -30,9 +32,6 @@ STEP, ITEMS = "0", "items"
 PARAMETERS = "params/params/"
 _VISION = PARAMETERS + "vision_encoder/"
 _SCANNED = "/scanned_blocks/"
-_VALUE = "/value"
-_RANDOM = "/rngs/"
-_MODULES = ("token_embedder/", "decoder/", "vision_encoder/")
 _HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
 
 
@@ -41,8 +40,11 @@ class MaxText(OrbaxLayout):
     framework = "MaxText"
 
     def stored(self, arrays: Iterable[str]) -> Mapping[str, str]:
-        stored = {name: name for name in arrays if name.startswith(PARAMETERS)}
-        return stored or dict(_of_nnx(arrays))
+        return {
+            PARAMETERS + name: path
+            for name, path in bare_names(arrays, *MODULES).items()
+            if path.startswith(PARAMETERS) or name.split("/")[0] in MODULES
+        }
 
     def scanned(self, arrays: Iterable[str]) -> bool:
         return any(_SCANNED in name for name in arrays)
@@ -97,14 +99,6 @@ class MaxTextWriter(OrbaxWriter):
         )
         custom = {"scan_layers": self._scanned}
         write_checkpoint_metadata(self._step, {ITEMS: _HANDLER}, custom, started_ns)
-
-
-def _of_nnx(arrays: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(name in the table, name on disk) of the parameters of an NNX tree."""
-    for name in arrays:
-        path = name.removeprefix("params/").removesuffix(_VALUE)
-        if name.endswith(_VALUE) and path.startswith(_MODULES) and _RANDOM not in path:
-            yield PARAMETERS + path, name
 
 
 if TYPE_CHECKING:

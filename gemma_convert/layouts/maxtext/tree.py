@@ -1,63 +1,55 @@
-"""MaxText's parameter tree, read by Orbax: the nested dict below params/params.
+"""MaxText's parameter tree, read by Orbax: a nested dict of the modules of the model.
 
-Layout of the folders: MaxText's `load_parameters_path` and its training checkpoints (August 2026).
-Optimizer state is never read.
+Layout of the folders: MaxText's `load_parameters_path` and its training checkpoints (August 2026),
+and what its training after the first saves (0.2.5). Optimizer state is never read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 from gemma_convert.errors import SourceError
-from gemma_convert.forward.orbax_tree import orbax_items
+from gemma_convert.forward.orbax_tree import OrbaxItems, orbax_items
 from gemma_convert.forward.tree import ArrayFacts, Tree, array_facts, chosen, named
+from gemma_convert.layouts.maxtext.names import MODULES
 
 
 def tree_facts(items: Path) -> dict[str, ArrayFacts]:
     """Shapes and dtypes of the tree, by path with slashes; reads no array."""
-    with orbax_items(items) as found:
-        return dict(array_facts(_below_params(found.metadata, items)))
+    with _items(items) as found:
+        return dict(array_facts(found.tree))
 
 
 def restore_tree(items: Path, modules: Sequence[str] | None = None) -> Tree:
     """The tree as numpy arrays of the stored dtypes.
 
     `modules` names the modules to read (`forward.text_modules` leaves the vision tower out); None
-    reads all. Raises SourceError where the tree is not `params.params.<module>` or lacks a module.
+    reads all. Raises SourceError where the tree is not MaxText's or lacks a module.
     """
-    with orbax_items(items) as found:
-        wanted = _modules(found.metadata, items, modules)
-        tree: Tree = found.restored({"params": {"params": wanted}})["params"]["params"]
-        return tree
+    with _items(items) as found:
+        return found.restored(_chosen(found, modules))
 
 
 def open_tree(items: Path, modules: Sequence[str] | None = None) -> Tree:
     """The same tree with every array left in its file, as a StoredArray."""
-    with orbax_items(items) as found:
-        return found.opened(_modules(found.metadata, items, modules))
+    with _items(items) as found:
+        return found.opened(_chosen(found, modules))
 
 
-def _modules(metadata: Any, items: Path, modules: Sequence[str] | None) -> Tree:
-    below = _below_params(metadata, items)
-    return chosen(below, modules, lambda name: _unlike(items, f"params.params.{name}", below))
+def _items(items: Path) -> AbstractContextManager[OrbaxItems]:
+    return orbax_items(items, *((module,) for module in MODULES))
 
 
-def _below_params(tree: Any, items: Path) -> Tree:
-    outer = tree.get("params") if isinstance(tree, Mapping) else None
-    if not isinstance(outer, Mapping):
-        raise _unlike(items, "params", tree)
-    inner = outer.get("params")
-    if not isinstance(inner, Mapping) or not inner:
-        raise _unlike(items, "params.params", outer)
-    return dict(inner)
+def _chosen(found: OrbaxItems, modules: Sequence[str] | None) -> Tree:
+    return chosen(found.tree, modules, lambda name: _without(found, name))
 
 
-def _unlike(items: Path, missing: str, level: Any) -> SourceError:
+def _without(found: OrbaxItems, module: str) -> SourceError:
     return SourceError(
         "This is not MaxText's parameter tree.",
-        where=items,
-        expected=f"{missing} in a tree params.params.<module>",
-        found=named(level),
+        where=found.folder,
+        expected=f"{module} among the modules of the model",
+        found=named(found.tree),
     )

@@ -17,19 +17,15 @@ from gemma_convert.arrays.values import Array, bits
 from gemma_convert.errors import SourceError, short
 from gemma_convert.files.confined import check_confined
 from gemma_convert.files.json_file import read_object
-from gemma_convert.files.unfinished import refuse_unfinished
 from gemma_convert.mapping.notation import join_path, split_path
 from gemma_convert.mapping.region import Box, slices
+from gemma_convert.stores.orbax.finding import METADATA
 from gemma_convert.stores.orbax.raw_chunks import Places, RawChunks, ocdbt_places, raw_chunks
 from gemma_convert.stores.orbax.writer import ocdbt_metadata
 from gemma_convert.stores.remote.mirror import find_mirror, kvstore
 from gemma_convert.version import CONVERTER
 
-METADATA = "_METADATA"
 MAX_METADATA_BYTES = 64 << 20
-
-ITEMS = ("items", "default")
-"""Names of the item in a step folder: MaxText's, and that of Orbax' CheckpointManager."""
 
 REMOTE_CACHE_BYTES = 64 << 20
 """For the index of an object store's arrays, which would be fetched anew for every chunk."""
@@ -68,36 +64,6 @@ class OrbaxTree:
     """tensorstore's, which the arrays of an object store share."""
     places: Places | None
     """Where the values of an OCDBT store lie; None where chunks have files, or are not here."""
-
-
-def find_items(path: Path) -> Path:
-    """The folder that holds the Orbax tree: `path`, its item folder, or that of its highest step.
-
-    The result is absolute, as Orbax asks for. Raises SourceError where there is no such folder.
-    """
-    path = path.absolute()
-    for folder in (path, *path.parents[:2]):
-        refuse_unfinished(folder)
-    for folder in (path, *(path / item for item in ITEMS)):
-        if (folder / METADATA).is_file():
-            return folder
-    steps = sorted(
-        (int(folder.name), folder / item)
-        for folder in (path.iterdir() if path.is_dir() else ())
-        if folder.name.isascii() and folder.name.isdecimal()
-        for item in ITEMS
-    )
-    complete = [items for _, items in steps if (items / METADATA).is_file()]
-    if complete:
-        return complete[-1]
-    found = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) if path.is_dir() else None
-    raise SourceError(
-        "There is no Orbax checkpoint here.",
-        where=path,
-        expected="<step>/items/_METADATA, items/_METADATA or _METADATA",
-        found=found or "nothing",
-        do="give the folder that was written, its step folder, or the items folder in that",
-    )
 
 
 def read_orbax_tree(folder: Path) -> OrbaxTree:
