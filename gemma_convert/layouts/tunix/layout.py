@@ -13,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma_convert.checkpoint.orbax_layout import OrbaxLayout
+from gemma_convert.checkpoint.orbax_layout import OrbaxLayout, bare_names
 from gemma_convert.errors import SourceError
 from gemma_convert.files.given_settings import GivenSettings
+from gemma_convert.layouts.tunix.names import EMBEDDING
 from gemma_convert.layouts.tunix.settings import read_settings, settings_files, tunix_settings
 from gemma_convert.mapping.native_facts import Settings
 from gemma_convert.mapping.plan import Plan
@@ -28,9 +29,8 @@ if TYPE_CHECKING:
 
 STEP, ITEM = "0", "model_params"
 
-_EMBEDDING = "embedder/input_embedding"
 _LAYER = re.compile(r"layers/\d+/", re.ASCII)
-_ADAPTER = re.compile(r"layers/\d+/.*_lora_[ab](/value)?", re.ASCII)
+_ADAPTER = re.compile(r"\blayers/\d+/.*_lora_[ab](/value)?$", re.ASCII)
 _VALUE = "/value"
 _HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
 
@@ -41,8 +41,8 @@ class Tunix(OrbaxLayout):
 
     def stored(self, arrays: Iterable[str]) -> Mapping[str, str]:
         """Raises SourceError where adapters stand in the tree, beside the weights or alone."""
-        found = {name.removesuffix(_VALUE): name for name in arrays}
-        adapters = [name for name in found.values() if _ADAPTER.fullmatch(name)]
+        names = list(arrays)
+        adapters = [name for name in names if _ADAPTER.search(name)]
         if adapters:
             raise SourceError(
                 "The checkpoint holds LoRA adapters, which are no part of a model's weights yet.",
@@ -50,7 +50,8 @@ class Tunix(OrbaxLayout):
                 found=adapters[0],
                 do="merge them in Tunix, and save the model without them",
             )
-        if _EMBEDDING not in found or not any(map(_LAYER.match, found)):
+        found = bare_names(names, EMBEDDING)
+        if not any(map(_LAYER.match, found)):
             return {}
         return {name + _VALUE: path for name, path in found.items()}
 

@@ -8,6 +8,7 @@ from gemma_convert.forward.jax_layout import JaxLayout
 from gemma_convert.forward.jax_model import JaxModel
 from gemma_convert.forward.orbax_tree import LIBRARIES
 from gemma_convert.layouts.tunix import forward
+from gemma_convert.layouts.tunix.names import EMBEDDING
 from gemma_convert.layouts.tunix.shapes import check_shapes, text_axes
 from gemma_convert.layouts.tunix.tree import open_tree, restore_tree, tree_facts
 from gemma_convert.model.architecture import Architecture
@@ -15,7 +16,7 @@ from gemma_convert.model.architecture import Architecture
 LAYOUT = JaxLayout(
     name="tunix",
     libraries=LIBRARIES,
-    embedding="embedder/input_embedding",
+    embedding=EMBEDDING,
     scaled=False,
     forward=forward,
     facts=tree_facts,
