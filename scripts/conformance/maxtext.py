@@ -1,0 +1,171 @@
+"""MaxText's own forward pass, trainer and converters, with the settings that to-native printed.
+
+`python -P maxtext.py COMMAND PATH...`, in MaxText's environment; see frameworks.py. Besides `logits`
+and `train` there are
+
+    vision SETTINGS INPUT OUTPUT          INPUT: .npz with `image`, [height, width, 3] in 0 to 1; into
+                                          OUTPUT go `features`, float32 [tokens, hidden]
+    to_maxtext SETTINGS ORIGINAL FOLDER   MaxText's converter makes FOLDER/0/items, in float32
+    to_huggingface SETTINGS ORIGINAL OUT  the way back, of the checkpoint that SETTINGS name
+    parameters_only SETTINGS STATE FOLDER FOLDER/run/checkpoints/0/items of a training state
+
+The converters take a model's sizes from a table of published ones; here they are those of ORIGINAL's
+config.json. They read safetensors files with torch; here with numpy, the same values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+STEPS = 3
+RUN = (
+    "run_name=run",
+    "dataset_type=synthetic",
+    "hardware=cpu",
+    "skip_jax_distributed_system=true",
+    "enable_checkpointing=true",
+    "async_checkpointing=false",
+    "attention=dot_product",
+    "dtype=float32",
+    "weight_dtype=float32",
+    "matmul_precision=highest",
+    "sparse_matmul=false",
+    "megablox=false",
+    "log_config=false",
+    "enable_goodput_recording=false",
+    "monitor_goodput=false",
+)
+
+
+def arguments(settings: Path, **more: object) -> list[str]:
+    """A command line of MaxText: its base config, how we run it, and the printed settings."""
+    import maxtext
+
+    base = Path(next(iter(maxtext.__path__))) / "configs" / "base.yml"
+    printed = json.loads(settings.read_text(encoding="utf-8")) | more
+    return [str(base), *RUN, *(f"{key}={value}" for key, value in printed.items())]
+
+
+def module(name: str, *given: str) -> None:
+    """Runs a module of MaxText as its users do."""
+    subprocess.run([sys.executable, "-m", name, *given], check=True)
+
+
+def load(settings: Path, batch: int, length: int) -> Any:
+    """The model with its parameters."""
+    from maxtext.configs import pyconfig
+    from maxtext.utils import model_creation_utils
+
+    more = {"per_device_batch_size": batch, "max_target_length": length}
+    more |= {"base_output_directory": settings.parent}
+    config = pyconfig.initialize(["maxtext", *arguments(settings, **more)])
+    loaded = model_creation_utils.from_pretrained(config)
+    return loaded[0] if isinstance(loaded, tuple) else loaded
+
+
+def mesh(model: Any) -> Any:
+    """What the model's arrays are laid out on, where it says so."""
+    return getattr(model, "mesh", None) or contextlib.nullcontext()
+
+
+def logits(settings: Path, given: Path, out: Path) -> None:
+    """Writes the logits of the tokens in `given`."""
+    import jax.numpy as jnp
+
+    ids = jnp.asarray(np.load(given)["ids"], jnp.int32)
+    model = load(settings, *ids.shape)
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    with mesh(model):
+        found = model(
+            ids,
+            positions,
+            decoder_segment_ids=jnp.ones_like(ids),
+            enable_dropout=False,
+            model_mode="train",
+        )
+    found = found[0] if isinstance(found, tuple) else found
+    np.savez(out, logits=np.asarray(found, np.float32))
+
+
+def vision(settings: Path, given: Path, out: Path) -> None:
+    """Writes what the vision encoder makes of an image, as the language model gets it."""
+    import jax.numpy as jnp
+
+    model = load(settings, 1, 40)
+    with mesh(model):
+        found = model.vision_encoder(
+            input_images=jnp.asarray(np.load(given)["image"], jnp.float32)[None, None],
+            deterministic=True,
+        )
+    found = found[0] if isinstance(found, list | tuple) else found
+    np.savez(out, features=np.asarray(found, np.float32).reshape(-1, found.shape[-1]))
+
+
+def train(settings: Path, folder: Path) -> None:
+    """Three steps of MaxText's trainer on its synthetic data; every step is saved."""
+    more = {"base_output_directory": folder, "steps": STEPS, "checkpoint_period": 1}
+    more |= {"per_device_batch_size": 1, "max_target_length": 64, "learning_rate": 1e-3}
+    module("maxtext.trainers.pre_train.train", *arguments(settings, **more))
+
+
+def parameters_only(settings: Path, state: Path, folder: Path) -> None:
+    """MaxText makes a checkpoint of parameters alone, in bfloat16, of a training state."""
+    more = {"load_parameters_path": "", "load_full_state_path": state}
+    more |= {"base_output_directory": folder}
+    module("maxtext.utils.generate_param_only_checkpoint", *arguments(settings, **more))
+
+
+def to_maxtext(settings: Path, original: Path, folder: Path) -> None:
+    """MaxText's converter makes FOLDER/0/items of a Hugging Face checkpoint."""
+    from maxtext.checkpoint_conversion import to_maxtext as converter
+
+    given = arguments(settings, load_parameters_path="", base_output_directory=folder)
+    _sizes_of(original, settings, converter.HF_MODEL_CONFIGS)
+    read = converter.load_hf_dict_from_safetensors
+    converter.load_hf_dict_from_safetensors = lambda *names, **kinds: read(
+        *names, **(kinds | {"framework": "np"})
+    )
+    converter.main(
+        ["maxtext", *given],
+        lazy_load_tensors=False,
+        hf_model_path=str(original),
+        save_dtype="float32",
+        simulated_cpu_devices_count=1,
+    )
+
+
+def to_huggingface(settings: Path, original: Path, out: Path) -> None:
+    """MaxText's converter makes the Hugging Face checkpoint OUT of one of MaxText's."""
+    from absl import flags
+    from maxtext.checkpoint_conversion import to_huggingface as converter
+
+    given = arguments(settings, base_output_directory=out)
+    _sizes_of(original, settings, converter.HF_MODEL_CONFIGS)
+    converter.AutoProcessor = converter.AutoTokenizer
+    flags.FLAGS(["maxtext", f"--hf_model_path={original}"])
+    converter.main(["maxtext", *given])
+
+
+def _sizes_of(original: Path, settings: Path, configs: dict[str, Any]) -> None:
+    from transformers import AutoConfig
+
+    name = json.loads(settings.read_text(encoding="utf-8"))["model_name"]
+    configs[name] = AutoConfig.from_pretrained(original)
+
+
+COMMANDS = (logits, train, vision, to_maxtext, to_huggingface, parameters_only)
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("command", choices=[one.__name__ for one in COMMANDS])
+    parser.add_argument("paths", nargs="+", type=Path)
+    chosen = parser.parse_args()
+    globals()[chosen.command](*chosen.paths)
