@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Has the real frameworks load, run, train and save tiny checkpoints that were converted for them,
 # converts those back, and compares: scripts/conformance.sh [maxtext] [gemma] [tunix] [fast-llm]
-#   --latest               the newest releases instead of the pinned ones
-#   --environments FOLDER  where the frameworks are installed (default: build/conformance)
-#   --models "e2b 31b"     these models alone
-#   --out FOLDER           where conformance.json and conformance.md go (default: docs)
+#   --latest                    the newest releases instead of the pinned ones
+#   --environments FOLDER       where the frameworks are installed (default: build/conformance)
+#   --models "e2b 31b-scanned"  these models alone, in these forms
+#   --out FOLDER                where conformance.json and conformance.md go (default: docs)
 # Without names, all frameworks are run. Makes one virtual environment a framework, of gigabytes,
 # with PYTHON312 (default: python3.12). Exits 1 where a comparison failed, 2 on wrong use.
 set -euo pipefail
@@ -69,5 +69,11 @@ environment() {
 "$root/scripts/setup.sh"
 for name in "${names[@]}"; do environment "$name"; done
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
-exec "$root/.venv/bin/python" "$root/scripts/conformance/judge.py" --environments "$environments" \
+export XLA_FLAGS=--xla_backend_optimization_level=0 # programs run for milliseconds, compile for minutes
+unset PYTHONDONTWRITEBYTECODE
+JAX_COMPILATION_CACHE_DIR=$(mktemp -d)
+export JAX_COMPILATION_CACHE_DIR JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
+export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
+trap 'rm -rf "$JAX_COMPILATION_CACHE_DIR"' EXIT
+"$root/.venv/bin/python" "$root/scripts/conformance/judge.py" --environments "$environments" \
   ${options[@]+"${options[@]}"} "${names[@]}"

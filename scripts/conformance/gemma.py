@@ -6,9 +6,10 @@ environment; see frameworks.py.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
+import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,11 @@ def load(settings: Path) -> tuple[Any, Any]:
 
 def logits(settings: Path, given: Path, out: Path) -> None:
     """Writes the logits of the tokens in `given`."""
+    import jax
+
     model, params = load(settings)
-    found = model.apply({"params": params}, np.load(given)["ids"]).logits
+    run = jax.jit(lambda params, ids: model.apply({"params": params}, ids).logits)
+    found = run(params, np.load(given)["ids"])
     np.savez(out, logits=np.asarray(found, np.float32))
 
 
@@ -62,12 +66,26 @@ def train(settings: Path, folder: Path) -> None:
     state, random = optimizer.init(params), np.random.default_rng(4)
     for _ in range(STEPS):
         params, state = step(params, state, random.integers(20, 290, (2, 40)))
-    gm.ckpts.save_params(params, (folder / "params").absolute())
+    gm.ckpts.save_params(params, (folder / "params").absolute(), wait_until_finished=True)
+
+
+COMMANDS = (logits, train)
+
+
+def main(words: list[str]) -> int:
+    """Runs the commands, set apart by `+`; the exit code is how many of them failed."""
+    failed = 0
+    while words:
+        end = words.index("+") if "+" in words else len(words)
+        name, *paths = words[:end]
+        words = words[end + 1 :]
+        try:
+            {one.__name__: one for one in COMMANDS}[name](*map(Path, paths))
+        except Exception:
+            traceback.print_exc()
+            failed += 1
+    return failed
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", choices=["logits", "train"])
-    parser.add_argument("paths", nargs="+", type=Path)
-    given = parser.parse_args()
-    {"logits": logits, "train": train}[given.command](*given.paths)
+    sys.exit(main(sys.argv[1:]))

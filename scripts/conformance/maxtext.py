@@ -1,25 +1,25 @@
 """MaxText's own forward pass, trainer and converters, with the settings that to-native printed.
 
-`python -P maxtext.py COMMAND PATH...`, in MaxText's environment; see frameworks.py. Besides `logits`
-and `train` there are
+`python -P maxtext.py COMMAND PATH... + COMMAND PATH...`, in MaxText's environment; see
+frameworks.py. Besides `logits` and `train` there are
 
-    vision SETTINGS INPUT OUTPUT          INPUT: .npz with `image`, [height, width, 3] in 0 to 1; into
-                                          OUTPUT go `features`, float32 [tokens, hidden]
+    vision SETTINGS INPUT OUTPUT          INPUT: .npz with `image`, [height, width, 3] in 0 to 1;
+                                          into OUTPUT go `features`, float32 [tokens, hidden]
     to_maxtext SETTINGS ORIGINAL FOLDER   MaxText's converter makes FOLDER/0/items, in float32
     to_huggingface SETTINGS ORIGINAL OUT  the way back, of the checkpoint that SETTINGS name
     parameters_only SETTINGS STATE FOLDER FOLDER/run/checkpoints/0/items of a training state
 
-The converters take a model's sizes from a table of published ones; here they are those of ORIGINAL's
-config.json. They read safetensors files with torch; here with numpy, the same values.
+The converters take a model's sizes from a table of published ones; here they are those of
+ORIGINAL's config.json. They read safetensors files with torch; here with numpy, the same values.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,15 @@ RUN = (
 
 
 def arguments(settings: Path, **more: object) -> list[str]:
-    """A command line of MaxText: its base config, how we run it, and the printed settings."""
+    """A command line of MaxText: its base config, how we run it, and the printed settings.
+
+    `more` counts most; None takes a setting away.
+    """
     import maxtext
 
     base = Path(next(iter(maxtext.__path__))) / "configs" / "base.yml"
-    printed = json.loads(settings.read_text(encoding="utf-8")) | more
-    return [str(base), *RUN, *(f"{key}={value}" for key, value in printed.items())]
+    told = json.loads(settings.read_text(encoding="utf-8")) | more
+    return [str(base), *RUN, *(f"{key}={one}" for key, one in told.items() if one is not None)]
 
 
 def module(name: str, *given: str) -> None:
@@ -65,7 +68,7 @@ def load(settings: Path, batch: int, length: int) -> Any:
     from maxtext.utils import model_creation_utils
 
     more = {"per_device_batch_size": batch, "max_target_length": length}
-    more |= {"base_output_directory": settings.parent}
+    more |= {"base_output_directory": settings.parent.absolute()}
     config = pyconfig.initialize(["maxtext", *arguments(settings, **more)])
     loaded = model_creation_utils.from_pretrained(config)
     return loaded[0] if isinstance(loaded, tuple) else loaded
@@ -79,18 +82,21 @@ def mesh(model: Any) -> Any:
 def logits(settings: Path, given: Path, out: Path) -> None:
     """Writes the logits of the tokens in `given`."""
     import jax.numpy as jnp
+    from flax import nnx
 
     ids = jnp.asarray(np.load(given)["ids"], jnp.int32)
     model = load(settings, *ids.shape)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     with mesh(model):
-        found = model(
-            ids,
-            positions,
-            decoder_segment_ids=jnp.ones_like(ids),
-            enable_dropout=False,
-            model_mode="train",
-        )
+        found = nnx.jit(
+            lambda model: model(
+                ids,
+                positions,
+                decoder_segment_ids=jnp.ones_like(ids),
+                enable_dropout=False,
+                model_mode="train",
+            )
+        )(model)
     found = found[0] if isinstance(found, tuple) else found
     np.savez(out, logits=np.asarray(found, np.float32))
 
@@ -111,15 +117,15 @@ def vision(settings: Path, given: Path, out: Path) -> None:
 
 def train(settings: Path, folder: Path) -> None:
     """Three steps of MaxText's trainer on its synthetic data; every step is saved."""
-    more = {"base_output_directory": folder, "steps": STEPS, "checkpoint_period": 1}
+    more = {"base_output_directory": folder.absolute(), "steps": STEPS, "checkpoint_period": 1}
     more |= {"per_device_batch_size": 1, "max_target_length": 64, "learning_rate": 1e-3}
     module("maxtext.trainers.pre_train.train", *arguments(settings, **more))
 
 
 def parameters_only(settings: Path, state: Path, folder: Path) -> None:
     """MaxText makes a checkpoint of parameters alone, in bfloat16, of a training state."""
-    more = {"load_parameters_path": "", "load_full_state_path": state}
-    more |= {"base_output_directory": folder}
+    more = {"load_parameters_path": None, "load_full_state_path": state.absolute()}
+    more |= {"base_output_directory": folder.absolute()}
     module("maxtext.utils.generate_param_only_checkpoint", *arguments(settings, **more))
 
 
@@ -127,7 +133,7 @@ def to_maxtext(settings: Path, original: Path, folder: Path) -> None:
     """MaxText's converter makes FOLDER/0/items of a Hugging Face checkpoint."""
     from maxtext.checkpoint_conversion import to_maxtext as converter
 
-    given = arguments(settings, load_parameters_path="", base_output_directory=folder)
+    given = arguments(settings, load_parameters_path=None, base_output_directory=folder.absolute())
     _sizes_of(original, settings, converter.HF_MODEL_CONFIGS)
     read = converter.load_hf_dict_from_safetensors
     converter.load_hf_dict_from_safetensors = lambda *names, **kinds: read(
@@ -147,7 +153,7 @@ def to_huggingface(settings: Path, original: Path, out: Path) -> None:
     from absl import flags
     from maxtext.checkpoint_conversion import to_huggingface as converter
 
-    given = arguments(settings, base_output_directory=out)
+    given = arguments(settings, base_output_directory=out.absolute())
     _sizes_of(original, settings, converter.HF_MODEL_CONFIGS)
     converter.AutoProcessor = converter.AutoTokenizer
     flags.FLAGS(["maxtext", f"--hf_model_path={original}"])
@@ -163,9 +169,21 @@ def _sizes_of(original: Path, settings: Path, configs: dict[str, Any]) -> None:
 
 COMMANDS = (logits, train, vision, to_maxtext, to_huggingface, parameters_only)
 
+
+def main(words: list[str]) -> int:
+    """Runs the commands, set apart by `+`; the exit code is how many of them failed."""
+    failed = 0
+    while words:
+        end = words.index("+") if "+" in words else len(words)
+        name, *paths = words[:end]
+        words = words[end + 1 :]
+        try:
+            {one.__name__: one for one in COMMANDS}[name](*map(Path, paths))
+        except Exception:
+            traceback.print_exc()
+            failed += 1
+    return failed
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", choices=[one.__name__ for one in COMMANDS])
-    parser.add_argument("paths", nargs="+", type=Path)
-    chosen = parser.parse_args()
-    globals()[chosen.command](*chosen.paths)
+    sys.exit(main(sys.argv[1:]))
