@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -55,11 +54,6 @@ def arguments(settings: Path, **more: object) -> list[str]:
     base = Path(next(iter(maxtext.__path__))) / "configs" / "base.yml"
     told = json.loads(settings.read_text(encoding="utf-8")) | more
     return [str(base), *RUN, *(f"{key}={one}" for key, one in told.items() if one is not None)]
-
-
-def module(name: str, *given: str) -> None:
-    """Runs a module of MaxText as its users do."""
-    subprocess.run([sys.executable, "-m", name, *given], check=True)
 
 
 def load(settings: Path, batch: int, length: int) -> Any:
@@ -117,16 +111,25 @@ def vision(settings: Path, given: Path, out: Path) -> None:
 
 def train(settings: Path, folder: Path) -> None:
     """Three steps of MaxText's trainer on its synthetic data; every step is saved."""
+    from maxtext.trainers.pre_train import train as trainer
+
     more = {"base_output_directory": folder.absolute(), "steps": STEPS, "checkpoint_period": 1}
     more |= {"per_device_batch_size": 1, "max_target_length": 64, "learning_rate": 1e-3}
-    module("maxtext.trainers.pre_train.train", *arguments(settings, **more))
+    trainer.main(["maxtext", *arguments(settings, **more)])
 
 
 def parameters_only(settings: Path, state: Path, folder: Path) -> None:
-    """MaxText makes a checkpoint of parameters alone, in bfloat16, of a training state."""
+    """MaxText makes a checkpoint of parameters alone, in bfloat16, of a training state.
+
+    Its script reads the random state of its own trainer only with that one's kind of numbers.
+    """
+    import jax
+    from maxtext.utils import generate_param_only_checkpoint
+
+    jax.config.update("jax_default_prng_impl", "unsafe_rbg")
     more = {"load_parameters_path": None, "load_full_state_path": state.absolute()}
     more |= {"base_output_directory": folder.absolute()}
-    module("maxtext.utils.generate_param_only_checkpoint", *arguments(settings, **more))
+    generate_param_only_checkpoint.main(["maxtext", *arguments(settings, **more)])
 
 
 def to_maxtext(settings: Path, original: Path, folder: Path) -> None:
