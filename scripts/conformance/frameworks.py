@@ -8,7 +8,8 @@ the lists NAME.txt and NAME.in of what is installed there. NAME.py has two comma
     train SETTINGS FOLDER          three steps on made-up tokens, from what SETTINGS load; the
                                    framework saves below FOLDER, at the row's `trained`
 
-Several commands, set apart by `+`, run one after the other; a failed one does not stop the others.
+Several commands, set apart by `+`, run one after the other; a failed one does not stop the others:
+asked.py does that. It is run by `python -P`, so that `import NAME` finds the framework.
 SETTINGS is a JSON object, what `to-native --json` calls `settings`: every value as it is printed.
 For a trained checkpoint the judge puts its path in the place of the converted one's. Everything is
 computed in float32, at full precision, on the CPU.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -69,23 +68,8 @@ def train(settings: Path, folder: Path) -> None:
     gm.ckpts.save_params(params, (folder / "params").absolute(), wait_until_finished=True)
 
 
-COMMANDS = (logits, train)
-
-
-def main(words: list[str]) -> int:
-    """Runs the commands, set apart by `+`; the exit code is how many of them failed."""
-    failed = 0
-    while words:
-        end = words.index("+") if "+" in words else len(words)
-        name, *paths = words[:end]
-        words = words[end + 1 :]
-        try:
-            {one.__name__: one for one in COMMANDS}[name](*map(Path, paths))
-        except Exception:
-            traceback.print_exc()
-            failed += 1
-    return failed
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.path.append(str(Path(__file__).parent))
+    from asked import run
+
+    sys.exit(run(sys.argv[1:], logits, train))

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -152,13 +151,19 @@ def to_maxtext(settings: Path, original: Path, folder: Path) -> None:
 
 
 def to_huggingface(settings: Path, original: Path, out: Path) -> None:
-    """MaxText's converter makes the Hugging Face checkpoint OUT of one of MaxText's."""
+    """MaxText's converter makes the Hugging Face checkpoint OUT of one of MaxText's.
+
+    It collects garbage after every tensor; what stands before is put out of the way of that.
+    """
+    import gc
+
     from absl import flags
     from maxtext.checkpoint_conversion import to_huggingface as converter
 
     given = arguments(settings, base_output_directory=out.absolute())
     _sizes_of(original, settings, converter.HF_MODEL_CONFIGS)
     converter.AutoProcessor = converter.AutoTokenizer
+    gc.freeze()
     flags.FLAGS(["maxtext", f"--hf_model_path={original}"])
     converter.main(["maxtext", *given])
 
@@ -170,23 +175,8 @@ def _sizes_of(original: Path, settings: Path, configs: dict[str, Any]) -> None:
     configs[name] = AutoConfig.from_pretrained(original)
 
 
-COMMANDS = (logits, train, vision, to_maxtext, to_huggingface, parameters_only)
-
-
-def main(words: list[str]) -> int:
-    """Runs the commands, set apart by `+`; the exit code is how many of them failed."""
-    failed = 0
-    while words:
-        end = words.index("+") if "+" in words else len(words)
-        name, *paths = words[:end]
-        words = words[end + 1 :]
-        try:
-            {one.__name__: one for one in COMMANDS}[name](*map(Path, paths))
-        except Exception:
-            traceback.print_exc()
-            failed += 1
-    return failed
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.path.append(str(Path(__file__).parent))
+    from asked import run
+
+    sys.exit(run(sys.argv[1:], logits, train, vision, to_maxtext, to_huggingface, parameters_only))
