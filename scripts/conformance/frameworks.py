@@ -81,6 +81,12 @@ package index, gives the router of 26B-A4B an input that is normalised already, 
 transformers is compared with that done to it too, and as it is. `gm.ckpts.save_params` returns
 before the checkpoint is complete unless it is told `wait_until_finished=True`."""
 
+TUNIX = """\
+The language model, which is all that 0.1.7 has; for 12B it has no config yet, so 31B's is printed
+with 12B's sizes. Its trainer is `PeftTrainer`, with all parameters trained. 0.1.7 gives the router
+of 26B-A4B an input that is normalised already, which its repository has mended since: transformers
+is compared with that done to it too, and as it is."""
+
 FRAMEWORKS = {
     one.name: one
     for one in (
@@ -108,6 +114,16 @@ FRAMEWORKS = {
             note=GEMMA,
             computes={"26b-a4b": "router normalised twice"},
             mended={"router normalised twice": "4.1.0"},
+        ),
+        Framework(
+            name="tunix",
+            title="Tunix",
+            package="google-tunix",
+            layout="tunix",
+            models=dict.fromkeys(ALL, UNSCANNED),
+            trained="checkpoints",
+            note=TUNIX,
+            computes={"26b-a4b": "router normalised twice"},
         ),
     )
 }

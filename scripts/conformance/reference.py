@@ -83,7 +83,7 @@ def _output_table_in_bfloat16(model: Any) -> None:
 
 
 def _router_normalised_twice(model: Any) -> None:
-    """gemma 4.0.1, gm/nn/gemma4/_modules.py: the router gets what the experts' norm gives."""
+    """gemma 4.0.1 and Tunix 0.1.7: the router gets what the norm before the experts gives."""
     for layer in model.model.language_model.layers:
         norm = layer.pre_feedforward_layernorm_2
         layer.router.register_forward_pre_hook(lambda _, given, norm=norm: (norm(given[0]),))

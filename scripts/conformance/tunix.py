@@ -13,11 +13,11 @@ with the N of tests/cases.py.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import gzip
 import hashlib
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def load(settings: Path) -> Any:
     return known["model"]
 
 
-def run(model: Any, ids: Any) -> np.ndarray:
+def computed(model: Any, ids: Any) -> np.ndarray:
     """The logits [batch length vocab] of tokens that see all before them."""
     given = inputs(np.asarray(ids, np.int32))
     found, _ = model(given["input_tokens"], given["positions"], None, given["attention_mask"])
@@ -73,7 +73,7 @@ def inputs(ids: np.ndarray) -> dict[str, Any]:
 
 def logits(settings: Path, given: Path, out: Path) -> None:
     """Writes the logits of the tokens in `given`."""
-    np.savez(out, logits=run(load(settings), np.load(given)["ids"]))
+    np.savez(out, logits=computed(load(settings), np.load(given)["ids"]))
 
 
 def train(settings: Path, folder: Path) -> None:
@@ -118,7 +118,7 @@ def record(original: Path, out: Path) -> None:
     out.with_suffix(".json.gz").write_bytes(gzip.compress(text, mtime=0))
     wide = create_model_from_safe_tensors(str(original), config, dtype=jax.numpy.float32)
     ids = np.random.default_rng(1).integers(80, config.num_embed, RECORDED).astype(np.int32)
-    np.savez_compressed(out.with_suffix(".npz"), ids=ids, logits=run(wide, ids)[..., ::EVERY])
+    np.savez_compressed(out.with_suffix(".npz"), ids=ids, logits=computed(wide, ids)[..., ::EVERY])
 
 
 def saved(items: Path) -> dict[str, np.ndarray]:
@@ -173,11 +173,8 @@ def config_of(original: Path) -> Any:
     )
 
 
-COMMANDS = (logits, train, record)
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", choices=[one.__name__ for one in COMMANDS])
-    parser.add_argument("paths", nargs="+", type=Path)
-    chosen = parser.parse_args()
-    globals()[chosen.command](*chosen.paths)
+    sys.path.append(str(Path(__file__).parent))
+    from asked import run
+
+    sys.exit(run(sys.argv[1:], logits, train, record))
