@@ -92,9 +92,7 @@ def test_figures_meet_the_limits(name):
         assert 0 < value <= LIMITS[sense] and math.isfinite(value)
     framework = found["framework"]
     if found["layout"] not in TESTS or found["family"] == "12b":
-        assert (
-            framework is None
-        )  # nobody's framework wrote one here; Tunix' are in docs/conformance.md
+        assert framework is None  # none of them wrote one that is among those files
     else:
         assert framework["arrays"] > 20
         assert 0 < framework["kl"] <= LIMITS["framework"]
