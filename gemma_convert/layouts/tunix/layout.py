@@ -13,8 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gemma_convert.checkpoint.native_folder import NativeFolder
 from gemma_convert.checkpoint.orbax_layout import OrbaxLayout, bare_names
-from gemma_convert.errors import SourceError
+from gemma_convert.errors import SourceError, some
 from gemma_convert.files.given_settings import GivenSettings
 from gemma_convert.layouts.tunix.names import EMBEDDING
 from gemma_convert.layouts.tunix.settings import read_settings, settings_files, tunix_settings
@@ -39,18 +40,21 @@ class Tunix(OrbaxLayout):
     name = "tunix"
     framework = "Tunix"
 
-    def stored(self, arrays: Iterable[str]) -> Mapping[str, str]:
+    def find(self, folder: NativeFolder) -> Path | None:
         """Raises SourceError where adapters stand in the tree, beside the weights or alone."""
-        names = list(arrays)
-        adapters = [name for name in names if _ADAPTER.search(name)]
-        if adapters:
-            raise SourceError(
-                "The checkpoint holds LoRA adapters, which are no part of a model's weights yet.",
-                where=f"{len(adapters)} arrays",
-                found=adapters[0],
-                do="merge them in Tunix, and save the model without them",
-            )
-        found = bare_names(names, EMBEDDING)
+        for tree, arrays in folder.trees.items():
+            adapters = [name for name in arrays if _ADAPTER.search(name)]
+            if adapters:
+                raise SourceError(
+                    "The checkpoint holds LoRA adapters, which are not in the weights yet.",
+                    where=tree,
+                    found=some(adapters),
+                    do="merge them in Tunix, and save the model without them",
+                )
+        return super().find(folder)
+
+    def stored(self, arrays: Iterable[str]) -> Mapping[str, str]:
+        found = bare_names(arrays, EMBEDDING)
         if not any(map(_LAYER.match, found)):
             return {}
         return {name + _VALUE: path for name, path in found.items()}
