@@ -66,6 +66,7 @@ def test_a_figure_passes_within_its_limit_alone():
     assert Row("moved", 0.1, 1e-3, least=True).passed
     assert not Row("moved", 0.0, 1e-3, least=True).passed
     assert Row("only told", 4.0, None).passed
+    assert not Row("only told", None, None).passed
 
 
 def test_a_deviation_ends_with_the_release_that_mends_it():
