@@ -31,10 +31,10 @@ class Row:
     @property
     def passed(self) -> bool:
         """Whether the figure is within its limit; one without a limit is only told."""
-        if self.limit is None:
-            return True
         if self.figure is None:
             return False
+        if self.limit is None:
+            return True
         return self.figure >= self.limit if self.least else self.figure <= self.limit
 
 

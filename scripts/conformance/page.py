@@ -69,6 +69,15 @@ def _section(framework: Framework, own: Records) -> Iterator[str]:
     yield from (f"## {framework.title}", "")
     if framework.note:
         yield from (framework.note, "")
+    measured = {(one["model"], one["scanned"]) for one in own}
+    missing = [
+        _column({"model": model, "scanned": scanned})
+        for model, forms in framework.models.items()
+        for scanned in forms
+        if (model, scanned) not in measured
+    ]
+    if missing:
+        yield from (f"Not measured yet: {', '.join(missing)}.", "")
     if not own:
         return
     yield "| | limit | " + " | ".join(map(_column, own)) + " |"
