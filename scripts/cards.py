@@ -51,7 +51,13 @@ MODELS = {
     "26b-a4b": "gemma-4-26B-A4B-it",
     "31b": "gemma-4-31B-it",
 }
-FORMS = (("maxtext", False), ("maxtext", True), ("gemma-jax", False), ("fast-llm", False))
+FORMS = (
+    ("maxtext", False),
+    ("maxtext", True),
+    ("gemma-jax", False),
+    ("fast-llm", False),
+    ("tunix", False),
+)
 LIBRARIES = (
     "gemma-convert",
     "jax",

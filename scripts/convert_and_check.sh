@@ -2,7 +2,7 @@
 # Converts one checkpoint to a native layout and checks its logits; exits with logit-check's code.
 #   scripts/convert_and_check.sh MODEL HF_PATH OUT [LAYOUT]
 # MODEL is e2b, e4b, 12b, 26b-a4b or 31b; HF_PATH a folder or a repository of the hub; LAYOUT is
-# maxtext (default), gemma-jax or fast-llm. MaxText gets OUT/unscanned and, but for e2b and e4b,
+# maxtext (default), gemma-jax, fast-llm or tunix. MaxText gets OUT/unscanned and, but for e2b and e4b,
 # OUT/scanned; the others get OUT/LAYOUT.
 # GEMMA_CONVERT is the command (default: gemma-convert); CHECK_OPTIONS goes to logit-check.
 set -euo pipefail

@@ -16,7 +16,13 @@ CASES = (
 )
 """Every (model, scanned) that MaxText has, but for 12B: its text is like 31B's."""
 
-LAYOUTS_OF_12B = (("maxtext", False), ("maxtext", True), ("gemma-jax", False), ("fast-llm", False))
+LAYOUTS_OF_12B = (
+    ("maxtext", False),
+    ("maxtext", True),
+    ("gemma-jax", False),
+    ("fast-llm", False),
+    ("tunix", False),
+)
 """(layout, scanned) of 12B, which goes through end-to-end tests alone (test_unified.py)."""
 
 SHALLOW = {"e2b": 10, "e4b": 12, "12b": 6, "26b-a4b": 6, "31b": 6}

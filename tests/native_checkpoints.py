@@ -73,6 +73,8 @@ def arrays_of(folder: Path, layout: str) -> Arrays:
         return read_safetensors(folder)
     if layout == "gemma-jax":
         return flat(nested_tree(folder))
+    if layout == "tunix":
+        return flat(nested_tree(folder / "0" / "model_params"))
     return restore(folder / "0" / "items")
 
 

@@ -51,7 +51,12 @@ def changed(source: Path, folder: Path, *path: str, to: object) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("layout", ["maxtext", "gemma-jax"])
+def sees(layout: str, family: str) -> bool:
+    """Whether the vision tower of a model goes along."""
+    return layout == "gemma-jax" or (layout == "maxtext" and family in ("26b-a4b", "31b"))
+
+
+@pytest.mark.parametrize("layout", ["maxtext", "gemma-jax", "tunix"])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_model_is_the_named_one(name, layout):
     """Every key is known, and the framework is told nothing that its named model says already."""
@@ -59,7 +64,7 @@ def test_a_published_model_is_the_named_one(name, layout):
     check_keys(config, False, (), Path("config.json"))
     facts = load_facts(layout)
     architecture = parse_architecture(config, Path("config.json"))
-    vision = architecture.family in ("26b-a4b", "31b") or layout == "gemma-jax"
+    vision = sees(layout, architecture.family)
     told = facts.told(architecture, vision=vision)
     assert bool(told) == (architecture.family == "12b")  # it has no name of its own there
 
@@ -232,7 +237,7 @@ def test_patterns_of_layers():
     assert pattern.split()[5:] == ["full", "sliding", "full"]  # the last is full, and no pattern is
 
 
-@pytest.mark.parametrize("layout", ["maxtext", "gemma-jax"])
+@pytest.mark.parametrize("layout", ["maxtext", "gemma-jax", "tunix"])
 def test_every_fact_that_is_read_has_a_row(layout):
     rows = {row.hf for row in load_facts(layout).rows}
     for name in PUBLISHED:
@@ -264,18 +269,19 @@ def told(layout: str, config: dict, tensors: Mapping[str, TensorSpec]) -> Mappin
     if layout == "fast-llm":
         load_facts(layout).told(architecture, vision=False)
         return fast_llm_metadata(architecture, {})
-    vision = architecture.family in ("26b-a4b", "31b") or layout == "gemma-jax"
+    vision = sees(layout, architecture.family)
     return load_facts(layout).told(architecture, vision=vision)
 
 
 CHANGED = [
     (layout, name, key)
-    for layout in ("maxtext", "gemma-jax", "fast-llm")
+    for layout in ("maxtext", "gemma-jax", "fast-llm", "tunix")
     for name in PUBLISHED
     for key in config_keys().facts
     if key.split(".")[-1] in section_of(load_config(name), key)
     and not (layout == "fast-llm" and (name in (E2B, E4B) or is_of_vision(key)))
     and not (layout == "maxtext" and name in (E2B, E4B, UNIFIED) and is_of_vision(key))
+    and not (layout == "tunix" and is_of_vision(key))
     and not (name == UNIFIED and key.startswith("vision_config."))
 ]
 """Towers that a layout has no place for are carried, with their facts."""

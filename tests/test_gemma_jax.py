@@ -577,3 +577,19 @@ def test_an_export_without_leftovers_of_shared_layers(shallow, converted, tmp_pa
     assert not differing(found, expected)
     assert len(found) < len(read_safetensors(source))
     passes(tmp_path / "back", converted(source, "gemma-jax"))
+
+
+def test_the_dense_mlp_of_a_mixture_is_told_by_its_own_name_too(shallow, tmp_path):
+    """The library sizes it by moe_dense_hidden_dim, and a dense model's by hidden_dim."""
+    for family, names in (
+        ("26b-a4b", ["hidden_dim", "moe_dense_hidden_dim"]),
+        ("31b", ["hidden_dim"]),
+    ):
+        source = shallow(family, text_only=True)
+        report = to_native(source, tmp_path / family, layout="gemma-jax", dry_run=True)
+        fields = dict(re.findall(r"(\w+)=(\d+)", report.settings["config"]))
+        mlp = read_architecture(source).text.layers[0].mlp
+        told = [
+            key for key, value in fields.items() if key.endswith("hidden_dim") and int(value) == mlp
+        ]
+        assert told == names

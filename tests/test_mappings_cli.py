@@ -303,6 +303,11 @@ TABLE_LINES = {
         "vision_encoder/transformer/stacked_layers/block/attn/kv_einsum/clip_{bound} [vit_layers]\t"
         "vision_clipped\tone for all of kv, which are equal",
     ),
+    "tunix": (
+        "converted\tmodel.language_model.embed_tokens.weight [vocab embed]\t"
+        "embedder/input_embedding/value [vocab embed]\t\t",
+        "carried\tmodel.audio_tower.*\t\t\tTunix has no audio tower",
+    ),
     "fast-llm": (
         "refused\tmodel.language_model.per_layer_projection_norm.weight\t\tple\t"
         "Fast-LLM has no per-layer embeddings",

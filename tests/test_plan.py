@@ -294,7 +294,12 @@ SHAPES = {
 
 @pytest.mark.parametrize(
     ("layout", "framework"),
-    [("maxtext", "MaxText"), ("gemma-jax", "The gemma library"), ("fast-llm", "Fast-LLM")],
+    [
+        ("maxtext", "MaxText"),
+        ("gemma-jax", "The gemma library"),
+        ("fast-llm", "Fast-LLM"),
+        ("tunix", "Tunix"),
+    ],
 )
 @pytest.mark.parametrize("text", [False, True])
 def test_the_embedders_of_12b_are_carried_with_a_reason(layout, framework, text):
@@ -892,6 +897,11 @@ OTHER_PLANS = [
     ("fast-llm", A4B, 1013, 602, 0, 356),
     ("fast-llm", DENSE, 1188, 722, 0, 356),
     ("fast-llm", UNIFIED, 677, 578, 0, 11),
+    ("tunix", E2B, 2011, 565, 0, 1411),
+    ("tunix", E4B, 2130, 677, 0, 1411),
+    ("tunix", A4B, 1013, 632, 0, 356),
+    ("tunix", DENSE, 1188, 782, 0, 356),
+    ("tunix", UNIFIED, 677, 626, 0, 11),
 ]
 OTHERS = pytest.mark.parametrize(("layout", "name"), [plan[:2] for plan in OTHER_PLANS])
 
@@ -986,6 +996,28 @@ OTHER_SHAPES = {
         "layer_47/mlp/linear/w": (15360, 3840),
         "embedder/mm_input_projection/w": None,
         "embedder/audio_input_projection/w": None,
+    },
+    ("tunix", E2B): {
+        "embedder/input_embedding/value": (262144, 1536),
+        "embedder/per_layer_input_embedding/value": (262144, 35, 256),
+        "embedder/per_layer_model_projection/w/value": (1536, 35, 256),
+        "layers/4/attn/kv_einsum/w/value": (2, 1, 1536, 512),
+        "layers/34/attn/kv_einsum/w/value": (2, 1, 1536, 512),
+        "layers/34/attn/attn_vec_einsum/w/value": (8, 512, 1536),
+        "layers/14/mlp/gate_proj/kernel/value": (1536, 6144),
+        "layers/15/mlp/up_proj/kernel/value": (1536, 12288),
+        "layers/15/mlp/down_proj/kernel/value": (12288, 1536),
+        "layers/0/skip_scale/value": (1,),
+        "layers/35/skip_scale/value": None,
+    },
+    ("tunix", A4B): {
+        "layers/0/moe/gating_einsum/value": (128, 2, 704, 2816),
+        "layers/0/moe/linear/value": (128, 704, 2816),
+        "layers/0/moe/router_logits/value": (2816, 128),
+        "layers/0/mlp/gate_proj/kernel/value": (2816, 2112),
+        "layers/4/attn/kv_einsum/w/value": (2, 8, 2816, 256),
+        "layers/5/attn/k_einsum/w/value": (2, 2816, 512),
+        "layers/5/attn/kv_einsum/w/value": None,
     },
     ("fast-llm", UNIFIED): {
         "decoder.47.mixer.key_value.weight/weights": (512, 3840),

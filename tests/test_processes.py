@@ -129,9 +129,9 @@ def test_shares_are_of_about_equal_bytes(shallow, small_blocks):
 
 @pytest.mark.share(2)
 @pytest.mark.parametrize("options", [{}, {"ocdbt": False}, {"scan_layers": True}])
-@pytest.mark.parametrize("layout", ["maxtext", "gemma-jax"])
+@pytest.mark.parametrize("layout", ["maxtext", "gemma-jax", "tunix"])
 def test_three_processes_make_what_one_makes(shallow, tmp_path, small_blocks, layout, options):
-    if layout == "gemma-jax" and "scan_layers" in options:
+    if layout != "maxtext" and "scan_layers" in options:
         options = {"dtype": "float32"}
     source = shallow("26b-a4b", scanned="scan_layers" in options)
     to_native(source, tmp_path / "one", layout=layout, **options)

@@ -59,8 +59,9 @@ def stored(s3, hf):
         ("maxtext", {"ocdbt": False, "scan_layers": True}, ("load_parameters_path", "{}/0/items")),
         ("gemma-jax", {}, ("params", 'gm.ckpts.load_params("{}")')),
         ("fast-llm", {}, ("pretrained.path", "{}")),
+        ("tunix", {}, ("params", 'CheckpointManager("{}").maybe_restore(model)')),
     ],
-    ids=["maxtext zarr", "gemma-jax", "fast-llm"],
+    ids=["maxtext zarr", "gemma-jax", "fast-llm", "tunix"],
 )
 def test_there_and_back_again(s3, hf, place, tmp_path, layout, options, loaded_by):
     out = f"{URL}/{place}"

@@ -15,15 +15,24 @@ from gemma_convert import SourceError, logit_check, to_hf, to_native, verify
 from gemma_convert.model.config import read_architecture
 from gemma_convert.model.facts import facts_of
 
-FILES = {"maxtext": "maxtext.yml", "gemma-jax": "gemma.json", "fast-llm": "metadata.yaml"}
-SETTINGS = {"maxtext": "models/gemma4-31b.yml", "gemma-jax": "gemma.json"}
+FILES = {
+    "maxtext": "maxtext.yml",
+    "gemma-jax": "gemma.json",
+    "fast-llm": "metadata.yaml",
+    "tunix": "tunix.json",
+}
+SETTINGS = {
+    "maxtext": "models/gemma4-31b.yml",
+    "gemma-jax": "gemma.json",
+    "tunix": "tunix.json",
+}
 
 
 def edited(out: Path, layout: str, **values: object) -> None:
     """Puts values into the settings file of a checkpoint."""
     file = out / SETTINGS[layout]
     settings = yaml.safe_load(file.read_text())
-    (settings["config"] if layout == "gemma-jax" else settings).update(values)
+    settings.get("config", settings).update(values)
     file.write_text(json.dumps(settings))
 
 
@@ -49,6 +58,8 @@ def test_odd_values_in_settings_are_messages(shallow, converted, tmp_path, layou
         ("gemma-jax", "gemma.json", "{"),
         ("gemma-jax", "gemma.json", '{"model": 3, "config": {}}'),
         ("gemma-jax", "gemma.json", '{"model": "gm.nn.Gemma4_31B", "config": 1}'),
+        ("tunix", "tunix.json", '{"model": "gemma4_31b"}'),
+        ("tunix", "tunix.json", '{"model": "gemma3_27b", "config": {}}'),
     ],
 )
 def test_broken_settings_are_messages(shallow, converted, tmp_path, layout, file, text):
@@ -130,6 +141,15 @@ KEYS = {
         "global_base_frequency": f"{_ROPE}.full_attention.rope_theta",
         "global_rope_proportion": f"{_ROPE}.full_attention.partial_rotary_factor",
     },
+    "tunix": {
+        "sliding_window_size": "text_config.sliding_window",
+        "final_logit_softcap": "text_config.final_logit_softcapping",
+        "num_experts_per_tok": "text_config.top_k_experts",
+        "local_base_frequency": f"{_ROPE}.sliding_attention.rope_theta",
+        "local_rope_proportion": f"{_ROPE}.sliding_attention.partial_rotary_factor",
+        "global_base_frequency": f"{_ROPE}.full_attention.rope_theta",
+        "global_rope_proportion": f"{_ROPE}.full_attention.partial_rotary_factor",
+    },
     "fast-llm": {
         "window_size": "text_config.sliding_window",
         "final_logit_softcap": "text_config.final_logit_softcapping",
@@ -145,7 +165,7 @@ KEYS = {
 """Layout → the framework's key of each fact that its forward pass reads → key of config.json."""
 
 CASES = [(layout, key) for layout, keys in KEYS.items() for key in keys]
-MODELS = {"maxtext": "models/gemma4-26b.yml", "gemma-jax": "gemma.json"}
+MODELS = {"maxtext": "models/gemma4-26b.yml", "gemma-jax": "gemma.json", "tunix": "tunix.json"}
 
 
 @pytest.fixture

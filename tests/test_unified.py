@@ -18,6 +18,7 @@ from native_checkpoints import CARRIED, arrays_of, differing, edited, passes, su
 from PIL import Image
 from test_cli import fails, run
 from trees import read_safetensors
+from tunix_by_hand import tunix_tree
 
 from gemma_convert import SourceError, inspect, to_hf, to_native
 from gemma_convert.layouts.gemma_jax.settings import gemma_jax_settings
@@ -30,7 +31,12 @@ from gemma_convert.tiny import make_tiny
 from gemma_convert.tiny.tokenizer import FIRST_BYTE
 
 EMBEDDERS = sorted(name for name in load_tensors(UNIFIED) if ".language_model." not in name)
-FRAMEWORKS = {"maxtext": "MaxText", "gemma-jax": "The gemma library", "fast-llm": "Fast-LLM"}
+FRAMEWORKS = {
+    "maxtext": "MaxText",
+    "gemma-jax": "The gemma library",
+    "fast-llm": "Fast-LLM",
+    "tunix": "Tunix",
+}
 EVERY = pytest.mark.parametrize(("layout", "scanned"), LAYOUTS_OF_12B)
 KL_LIMIT = 1e-9
 """Largest KL of a token: 4.3e-11 was seen."""
@@ -51,7 +57,8 @@ def by_hand(source: Path, layout: str, scanned: bool) -> dict[str, np.ndarray]:
     hf, architecture = read_safetensors(source), read_architecture(source)
     if layout == "maxtext":
         return maxtext_tree(hf, architecture, scanned)
-    return {"gemma-jax": gemma_jax_tree, "fast-llm": fast_llm_tensors}[layout](hf, architecture)
+    made = {"gemma-jax": gemma_jax_tree, "fast-llm": fast_llm_tensors, "tunix": tunix_tree}
+    return made[layout](hf, architecture)
 
 
 # There and back.

@@ -35,7 +35,7 @@ from gemma_convert.stores.orbax.finding import METADATA
 from gemma_convert.stores.remote.locations import local
 from gemma_convert.stores.weights import is_huggingface, open_weights
 
-_LAYER = re.compile(r"(?:layers[._]|layer_|decoder\.)(\d{1,4})[./]", re.ASCII)
+_LAYER = re.compile(r"(?:layers?[._/]|decoder\.)(\d{1,4})[./]", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -240,14 +240,15 @@ def _family(specs: Mapping[str, TensorSpec]) -> str | None:
     """The model that the names of the tensors speak of."""
     if any("vision_embedder" in name or "VisionEmbedder" in name for name in specs):
         return "12b"
-    if any("MoeBlock_0" in n or ".experts." in n or "mlp2" in n or ".routed." in n for n in specs):
+    if any("per_expert_scale" in name for name in specs):
         return "26b-a4b"
+    text = [name for name in specs if "vision" not in name and "audio" not in name]
     if any("per_layer_input_gate" in name for name in specs):
-        text = [name for name in specs if "vision" not in name and "audio" not in name]
         gates = {specs[n].shape for n in text if re.search(r"wi_0|gate_proj|gating_einsum", n)}
         return "e2b" if len(gates) > 1 else "e4b"
-    known = ("decoder", "layer_0", "model.layers", "language_model")
-    return "31b" if any(word in name for name in specs for word in known) else None
+    known = ("decoder", "language_model")
+    named = any(_LAYER.search(name) or any(word in name for word in known) for name in text)
+    return "31b" if named else None
 
 
 def _layers(specs: Mapping[str, TensorSpec]) -> int | None:

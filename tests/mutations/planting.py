@@ -19,6 +19,7 @@ MODULES = {
     "maxtext": "layouts.maxtext.forward",
     "gemma_jax": "layouts.gemma_jax.forward",
     "fast_llm": "layouts.fast_llm.forward",
+    "tunix": "layouts.tunix.forward",
 }
 """All that may know a function by its name is imported before it is replaced."""
 

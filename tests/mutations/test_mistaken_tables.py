@@ -20,6 +20,7 @@ from maxtext_by_hand import maxtext_tree
 from native_checkpoints import arrays_of, differing
 from record import REPORT
 from trees import read_safetensors
+from tunix_by_hand import tunix_tree
 
 from gemma_convert import GemmaConvertError, SourceError, logit_check, to_native
 from gemma_convert.mapping import table
@@ -178,6 +179,62 @@ GEMMA_JAX_SMALL = {
         "[conv_frequency conv_time conv_in conv_out]",
     ),
 }
+TUNIX = {
+    "query: heads and embed exchanged": (
+        'q_einsum/w/value [heads embed head_dim]"',
+        'q_einsum/w/value [embed heads head_dim]"',
+    ),
+    "kv behind the heads": (
+        "kv_einsum/w/value [kv kv_heads embed head_dim]",
+        "kv_einsum/w/value [kv_heads kv embed head_dim]",
+    ),
+    "gate and up crossed": ('gate_up = ["gate", "up"]', 'gate_up = ["up", "gate"]'),
+    "down: axes exchanged": (
+        "down_proj/kernel/value [mlp embed]",
+        "down_proj/kernel/value [embed mlp]",
+    ),
+    "experts: gate_up behind their width": (
+        "moe/gating_einsum/value [experts gate_up expert_mlp embed]",
+        "moe/gating_einsum/value [experts expert_mlp gate_up embed]",
+    ),
+    "router: axes exchanged": (
+        "router_logits/value [embed experts]",
+        "router_logits/value [experts embed]",
+    ),
+    "router's scale stored as the norm before the experts": (
+        r"moe/router_scale/value((?:.*\n){2}.*)moe_pre_ffw_norm/scale/value",
+        r"moe_pre_ffw_norm/scale/value\1moe/router_scale/value",
+    ),
+    "norms of the branches crossed": (
+        r"dense_post_ffw_norm(.*\n.*)moe_post_ffw_norm",
+        r"moe_post_ffw_norm\1dense_post_ffw_norm",
+    ),
+    "norms around attention crossed": (
+        r'"pre_attention_norm(.*\n.*)"post_attention_norm',
+        r'"post_attention_norm\1"pre_attention_norm',
+    ),
+    "query norm stored as key norm": ("attn/_query_norm/scale", "attn/_key_norm/scale"),
+    "embedding scaled": (
+        'input_embedding/value [vocab embed]" }',
+        'input_embedding/value [vocab embed]", scale = "embed" }',
+    ),
+    "a row left out": (r'  \{ hf = "router.scale".*\n', ""),
+    "no leaf below a parameter": ("skip_scale/value [1]", "skip_scale [1]"),
+}
+TUNIX_SMALL = {
+    "filled with another number": (
+        'kv_einsum/w/value [kv kv_heads embed head_dim]", fill = 0',
+        'kv_einsum/w/value [kv kv_heads embed head_dim]", fill = 1',
+    ),
+    "per-layer embeddings: layers behind ple": (
+        "per_layer_input_embedding/value [ple_vocab layers ple]",
+        "per_layer_input_embedding/value [ple_vocab ple layers]",
+    ),
+    "per-layer gate read as its projection": (
+        r"per_layer_input_gate/w/value \[embed ple(.*\n.*)per_layer_projection/w/value \[ple embed",
+        r"per_layer_projection/w/value [ple embed\1per_layer_input_gate/w/value [embed ple",
+    ),
+}
 FAST_LLM = {
     "kv behind the heads": ("[(kv kv_heads head_dim) embed]", "[(kv_heads kv head_dim) embed]"),
     "query: head_dim before heads": (
@@ -232,6 +289,10 @@ def cases():
         ("gemma-jax", {}, "26b-a4b", GEMMA_JAX, "gemma-jax"),
         ("gemma-jax", {}, "e2b", GEMMA_JAX_SMALL, "gemma-jax"),
         ("fast-llm", {}, "26b-a4b", FAST_LLM, "fast-llm"),
+        ("tunix", {}, "26b-a4b", {**INVENTORY, **OF_MIXTURE}, "huggingface"),
+        ("tunix", {}, "e2b", OF_SMALL, "huggingface"),
+        ("tunix", {}, "26b-a4b", TUNIX, "tunix"),
+        ("tunix", {}, "e2b", TUNIX_SMALL, "tunix"),
     ]
     for layout, options, family, mistakes, file in everywhere:
         for name, how in mistakes.items():
@@ -274,6 +335,8 @@ def by_hand(source, layout, scanned):
         return fast_llm_tensors(hf, architecture)
     if layout == "gemma-jax":
         return gemma_jax_tree(hf, architecture)
+    if layout == "tunix":
+        return tunix_tree(hf, architecture)
     return maxtext_tree(hf, architecture, scanned) | _maxtext_vision_norms(hf, architecture)
 
 

@@ -39,6 +39,12 @@ CASES = [
         if not name.startswith(TOWERS)
     ],
     *[
+        ("tunix", {}, family, name, plant)
+        for family, mistakes in (("26b-a4b", OF_MOE), ("e2b", OF_SMALL))
+        for name, plant in mistakes.items()
+        if not name.startswith(TOWERS)
+    ],
+    *[
         ("fast-llm", {}, "26b-a4b", name, plant)
         for name, plant in OF_MOE.items()
         if not name.startswith(TOWERS)

@@ -106,6 +106,8 @@ def _fields(name: str, architecture: Architecture, told: dict[str, Fact]) -> dic
         fields["kv_cache_sharing_config"] = f"dataclasses.replace({sharing}, {fraction})"
     if architecture.text.double_wide_mlp and {"hidden_dim", "use_double_wide_mlp"} & set(told):
         fields["override_kv_shared_ffw_hidden"] = 2 * architecture.text.layers[0].mlp
+    if architecture.text.moe and "hidden_dim" in told:
+        fields["moe_dense_hidden_dim"] = told["hidden_dim"]
     if architecture.unified:
         fields["vision_encoder"] = None
     return fields

@@ -1,0 +1,98 @@
+"""Tunix on disk: an Orbax step folder `0/model_params` with the state of its NNX model.
+
+What `tunix.sft.checkpoint_manager.CheckpointManager` of google-tunix 0.1.7 writes and restores
+(OCDBT, zarr v2): numbers of layers are keys of a dict, and below each parameter stands a leaf
+`value`. Trees without these leaves, as `nnx.to_pure_dict` gives them, are read as well.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gemma_convert.checkpoint.native_folder import NativeFolder
+from gemma_convert.checkpoint.orbax_layout import OrbaxLayout, bare_names
+from gemma_convert.errors import SourceError, some
+from gemma_convert.files.given_settings import GivenSettings
+from gemma_convert.layouts.tunix.names import EMBEDDING
+from gemma_convert.layouts.tunix.settings import read_settings, settings_files, tunix_settings
+from gemma_convert.mapping.native_facts import Settings
+from gemma_convert.mapping.plan import Plan
+from gemma_convert.model.architecture import Architecture
+from gemma_convert.stores.orbax.writer import OrbaxFormat, OrbaxWriter, write_checkpoint_metadata
+
+if TYPE_CHECKING:
+    from gemma_convert.forward.native_model import NativeModel
+    from gemma_convert.layouts.registry import RunnableLayout
+
+STEP, ITEM = "0", "model_params"
+
+_LAYER = re.compile(r"layers/\d+/", re.ASCII)
+_ADAPTER = re.compile(r"\blayers/\d+/.*_lora_[ab](/value)?$", re.ASCII)
+_VALUE = "/value"
+_HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
+
+
+class Tunix(OrbaxLayout):
+    name = "tunix"
+    framework = "Tunix"
+
+    def find(self, folder: NativeFolder) -> Path | None:
+        """Raises SourceError where adapters stand in the tree, beside the weights or alone."""
+        for tree, arrays in folder.trees.items():
+            adapters = [name for name in arrays if _ADAPTER.search(name)]
+            if adapters:
+                raise SourceError(
+                    "The checkpoint holds LoRA adapters, which are not in the weights yet.",
+                    where=tree,
+                    found=some(adapters),
+                    do="merge them in Tunix, and save the model without them",
+                )
+        return super().find(folder)
+
+    def stored(self, arrays: Iterable[str]) -> Mapping[str, str]:
+        found = bare_names(arrays, EMBEDDING)
+        if not any(map(_LAYER.match, found)):
+            return {}
+        return {name + _VALUE: path for name, path in found.items()}
+
+    def open_model(self, where: Path, architecture: Architecture) -> NativeModel:
+        from gemma_convert.layouts.tunix.model import open_model
+
+        return open_model(where, architecture)
+
+    def create(self, folder: Path, plan: Plan, form: OrbaxFormat, part: int = 0) -> TunixWriter:
+        return TunixWriter(folder / STEP, plan, replace(form, zarr3=False), part)
+
+    def settings(self, plan: Plan, target: Path) -> dict[str, str]:
+        return tunix_settings(plan, target)
+
+    def settings_files(self, plan: Plan, target: Path) -> dict[str, str]:
+        del target
+        return settings_files(plan)
+
+    def read_settings(
+        self, where: Path, given: GivenSettings, architecture: Architecture | None
+    ) -> Settings:
+        return read_settings(where, given, architecture)
+
+
+class TunixWriter(OrbaxWriter):
+    """The item folder of a step, without an optimizer state: Tunix begins one of its own."""
+
+    def __init__(self, step: Path, plan: Plan, form: OrbaxFormat, part: int) -> None:
+        super().__init__(step / ITEM, form, part)
+        self._step = step
+        self.declare({name: (target.spec, target.chunk) for name, target in plan.targets.items()})
+
+    def complete(self, started_ns: int, parts: int = 1) -> None:
+        self.merge(parts)
+        self.write_tree({})
+        write_checkpoint_metadata(self._step, {ITEM: _HANDLER}, {}, started_ns)
+
+
+if TYPE_CHECKING:
+    _: RunnableLayout = Tunix()

@@ -1,0 +1,33 @@
+"""Tunix' checkpoints as the native side of a check, run by JAX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gemma_convert.forward.jax_layout import JaxLayout
+from gemma_convert.forward.jax_model import JaxModel
+from gemma_convert.forward.orbax_tree import LIBRARIES
+from gemma_convert.layouts.tunix import forward
+from gemma_convert.layouts.tunix.names import EMBEDDING
+from gemma_convert.layouts.tunix.shapes import check_shapes, text_axes
+from gemma_convert.layouts.tunix.tree import open_tree, restore_tree, tree_facts
+from gemma_convert.model.architecture import Architecture
+
+LAYOUT = JaxLayout(
+    name="tunix",
+    libraries=LIBRARIES,
+    embedding=EMBEDDING,
+    scaled=False,
+    forward=forward,
+    facts=tree_facts,
+    restore=restore_tree,
+    open=open_tree,
+    check_shapes=check_shapes,
+    axes=text_axes,
+    towers={},
+)
+
+
+def open_model(items: Path, architecture: Architecture) -> JaxModel:
+    """The tree in an Orbax item folder. Raises SourceError where it does not fit."""
+    return JaxModel(items, architecture, LAYOUT)

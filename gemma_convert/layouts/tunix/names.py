@@ -1,0 +1,3 @@
+"""Names of Tunix' own tree that tell it from others."""
+
+EMBEDDING = "embedder/input_embedding"

@@ -1,0 +1,129 @@
+"""The frameworks: what each is called, which models it knows, where it saves, what it differs in.
+
+A framework NAME has besides its row here the file NAME.py, which runs in its own environment, and
+the lists NAME.txt and NAME.in of what is installed there. NAME.py has two commands:
+
+    logits SETTINGS INPUT OUTPUT   INPUT: .npz with `ids`, int64 [batch, length]; into OUTPUT, .npz,
+                                   go `logits`, float32 [batch, length, vocab]
+    train SETTINGS FOLDER          three steps on made-up tokens, from what SETTINGS load; the
+                                   framework saves below FOLDER, at the row's `trained`
+
+Several commands, set apart by `+`, run one after the other; a failed one does not stop the others:
+asked.py does that. It is run by `python -P`, so that `import NAME` finds the framework.
+SETTINGS is a JSON object, what `to-native --json` calls `settings`: every value as it is printed.
+For a trained checkpoint the judge puts its path in the place of the converted one's. Everything is
+computed in float32, at full precision, on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+UNSCANNED, EITHER = (False,), (False, True)
+
+
+@dataclass(frozen=True)
+class Framework:
+    """A framework that judges.
+
+    `models` has the forms of each model that it knows: scanned or not. `converted` and `trained`
+    are the paths that its settings name, below a conversion and below the folder of `train`.
+    `towers` has the forms that are converted with their towers; others are the text model alone.
+    `limit` bounds the KL divergence of every token, in nats. `computes` says by model what its
+    release computes otherwise than transformers (`reference.DEVIATIONS`); what was mended later
+    stands in `mended` with the first release that is right. `note` is told on the page.
+    """
+
+    name: str
+    title: str
+    package: str
+    layout: str
+    models: Mapping[str, tuple[bool, ...]]
+    trained: str
+    converted: str = "."
+    limit: float = 1e-5
+    towers: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
+    companions: tuple[str, ...] = ("jax", "flax", "orbax-checkpoint")
+    computes: Mapping[str, str] = field(default_factory=dict)
+    mended: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+
+    def sees(self, model: str, scanned: bool) -> bool:
+        """Whether towers are converted too."""
+        return scanned in self.towers.get(model, ())
+
+    def deviation(self, model: str, version: str) -> str | None:
+        """The name of what this release computes otherwise for a model."""
+        name = self.computes.get(model)
+        if name is None or _numbers(version) >= _numbers(self.mended.get(name, "9999")):
+            return None
+        return name
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(one) for one in version.split(".") if one.isdigit())
+
+
+ALL = ("e2b", "e4b", "12b", "26b-a4b", "31b")
+
+MAXTEXT = """\
+26B-A4B and 31B are converted unscanned without and scanned with their vision tower; for 12B it has
+no name of its own yet, so 31B's is printed. It casts the output table to bfloat16 whatever `dtype`
+says, so transformers is compared with that done to it too, and as it is. Its vision tower has heads
+of hidden / heads, and fixed images of 2,520 patches of 16: the tiny models' towers are made so. Its
+two converters take a model's sizes from a table of published ones; they are told the tiny ones
+here, and read safetensors files with numpy instead of torch."""
+
+GEMMA = """\
+The language model runs; towers are converted and loaded with it. Version 4.0.1, the newest on the
+package index, gives the router of 26B-A4B an input that is normalised already, which 4.1.0 mends:
+transformers is compared with that done to it too, and as it is. `gm.ckpts.save_params` returns
+before the checkpoint is complete unless it is told `wait_until_finished=True`."""
+
+TUNIX = """\
+The language model, which is all that 0.1.7 has; for 12B it has no config yet, so 31B's is printed
+with 12B's sizes. Its trainer is `PeftTrainer`, with all parameters trained. 0.1.7 gives the router
+of 26B-A4B an input that is normalised already, which its repository has mended since: transformers
+is compared with that done to it too, and as it is."""
+
+FRAMEWORKS = {
+    one.name: one
+    for one in (
+        Framework(
+            name="maxtext",
+            title="MaxText",
+            package="maxtext",
+            layout="maxtext",
+            models={"e2b": UNSCANNED, "e4b": UNSCANNED}
+            | dict.fromkeys(("12b", "26b-a4b", "31b"), EITHER),
+            towers=dict.fromkeys(("26b-a4b", "31b"), (True,)),
+            converted="0/items",
+            trained="run/checkpoints/2/items",
+            note=MAXTEXT,
+            computes=dict.fromkeys(ALL, "output table in bfloat16"),
+        ),
+        Framework(
+            name="gemma",
+            title="gemma",
+            package="gemma",
+            layout="gemma-jax",
+            models=dict.fromkeys(ALL, UNSCANNED),
+            towers=dict.fromkeys(("e2b", "e4b", "26b-a4b", "31b"), UNSCANNED),
+            trained="params",
+            note=GEMMA,
+            computes={"26b-a4b": "router normalised twice"},
+            mended={"router normalised twice": "4.1.0"},
+        ),
+        Framework(
+            name="tunix",
+            title="Tunix",
+            package="google-tunix",
+            layout="tunix",
+            models=dict.fromkeys(ALL, UNSCANNED),
+            trained="checkpoints",
+            note=TUNIX,
+            computes={"26b-a4b": "router normalised twice"},
+        ),
+    )
+}

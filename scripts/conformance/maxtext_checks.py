@@ -1,0 +1,133 @@
+"""MaxText's own converters, vision tower and parameters-only checkpoints, against ours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import reference
+from case import Case
+
+import gemma_convert
+
+TRIED = {("e2b", False), ("e4b", False), ("26b-a4b", True), ("31b", True)}
+"""Models and forms whose converters are tried: one of each model that they know."""
+STATE = "run/checkpoints/2/items"
+UNIT = 2.0**-22
+"""Two units in the last place of a float32: the two divide by √hidden in different ways."""
+ROUNDED = 2.0**-7
+"""MaxText rounds to bfloat16, by 2⁻⁸ of a value at most. Of the embedding, rounded × √hidden, to-hf
+takes the bfloat16 that gives the same again, as the original had one: as much once more."""
+
+
+def commands(case: Case) -> list[tuple[object, ...]]:
+    """What MaxText is asked besides logits and training."""
+    given: list[tuple[object, ...]] = []
+    if case.sees:
+        size = _patch_size(case.original)
+        np.savez(case.folder / "picture.npz", image=reference.picture(size))
+        given.append(("vision", "settings.json", "picture.npz", "seen.npz"))
+    if (case.model, case.scanned) in TRIED:
+        given.append(("to_huggingface", "trained.json", case.original, "theirs"))
+        given.append(("to_maxtext", "settings.json", case.original, "made"))
+        given.append(("parameters_only", "settings.json", STATE, "alone"))
+    return given
+
+
+def compare(case: Case) -> None:
+    """The rows of what `commands` gave."""
+    if case.sees:
+        case.compare(
+            "its features of an image, against transformers', as a share of the largest",
+            1e-5,
+            lambda: _share(reference.features(case.original), case.array("seen.npz", "features")),
+        )
+    if (case.model, case.scanned) in TRIED:
+        case.compare(
+            "arrays of its to_maxtext whose bits are not ours",
+            0,
+            lambda: _different(
+                _tree(case.folder / "made/0/items"), _tree(case.folder / "converted/0/items")
+            ),
+        )
+        case.compare(
+            "tensors of its to_huggingface, of the trained weights, whose bits are not ours",
+            1,
+            lambda: _different(_tensors(case.folder / "theirs"), _tensors(case.exported)),
+        )
+        case.compare(
+            "those, the embedding, as a share of a value",
+            UNIT,
+            lambda: _furthest(_tensors(case.folder / "theirs"), _tensors(case.exported)),
+        )
+        case.compare(
+            "its parameters-only checkpoint, exported, against the trained one, as a share",
+            ROUNDED,
+            lambda: _furthest(_parameters_only(case), _tensors(case.exported)),
+        )
+
+
+def _patch_size(checkpoint: Path) -> int:
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    return int(config["vision_config"]["patch_size"])
+
+
+def _share(expected: np.ndarray, found: np.ndarray) -> float:
+    return float(abs(found - expected).max() / abs(expected).max())
+
+
+def _different(theirs: Mapping[str, np.ndarray], ours: Mapping[str, np.ndarray]) -> float:
+    """How many arrays of theirs ours has not, or with another shape, dtype or bit."""
+    same = [
+        name
+        for name, array in theirs.items()
+        if name in ours
+        and ours[name].shape == array.shape
+        and ours[name].dtype == array.dtype
+        and ours[name].tobytes() == array.tobytes()
+    ]
+    if not theirs:
+        raise ValueError("there are no arrays")
+    return len(theirs) - len(same)
+
+
+def _furthest(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> float:
+    """The largest difference of a value found, as a share of the expected one."""
+    shares = [
+        np.max(
+            abs(array - expected[name]) / np.maximum(abs(expected[name]), np.finfo(np.float32).tiny)
+        )
+        for name, array in found.items()
+    ]
+    return float(max(shares))
+
+
+def _parameters_only(case: Case) -> Mapping[str, np.ndarray]:
+    out = case.folder / "alone-exported"
+    alone = case.folder / "alone/run/checkpoints/0/items"
+    gemma_convert.to_hf(alone, out, like=case.original, dtype="float32")
+    return _tensors(out)
+
+
+def _tree(items: Path) -> dict[str, np.ndarray]:
+    """The arrays of a checkpoint of parameters, as Orbax reads it."""
+    import jax
+    from orbax import checkpoint
+
+    tree = checkpoint.PyTreeCheckpointer().restore(items.absolute())
+    leaves: list[tuple[Any, Any]] = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def _tensors(checkpoint: Path) -> dict[str, np.ndarray]:
+    """The tensors of a Hugging Face checkpoint, as safetensors reads it."""
+    from safetensors.numpy import load_file
+
+    return {
+        name: tensor
+        for file in checkpoint.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
