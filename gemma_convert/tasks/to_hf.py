@@ -213,7 +213,7 @@ class _Job:
             changed_arrays=checkpoint.changed_arrays,
             added_files=checkpoint.added_files,
             changed_facts={} if checkpoint.facts is None else dict(checkpoint.facts.changed),
-            made_from_settings=checkpoint.original.made,
+            made_from_settings=checkpoint.original.made and checkpoint.native.adapter is None,
             largest_decode_bytes=checkpoint.native.largest_chunk(list(self.plan.targets)),
             files=tuple(sorted({*map(str, export.files), *export.edited})),
             seconds=seconds,
