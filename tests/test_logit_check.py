@@ -305,7 +305,7 @@ def test_options_are_checked_before_anything_runs(dense, native, golden):
         logit_check(dense.hf, native, golden=golden, images=[Path("cat.png")])
     assert "--image" in caught.value.do
     with pytest.raises(SourceError, match="no Orbax checkpoint"):
-        logit_check(dense.hf, dense.hf)
+        logit_check(dense.hf, golden)
 
 
 @pytest.mark.parametrize(
@@ -467,6 +467,6 @@ def test_exit_codes(tiny, converted, picture, tmp_path, monkeypatch, capsys):
     assert "error: The image does not exist." in capsys.readouterr().err
     assert code(source, converted(source, "fast-llm"), "--image", picture) == 2
     assert "vision tower" in capsys.readouterr().err
-    assert code(source, tmp_path) == 3
+    assert code(source, tmp_path / "nothing") == 3
     assert code(*check, "--image", picture, "--golden", tmp_path / "golden") == 2
     assert "--audio" in capsys.readouterr().err

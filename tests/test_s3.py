@@ -77,6 +77,7 @@ def test_there_and_back_again(s3, hf, place, tmp_path, layout, options, loaded_b
     assert sums(tmp_path / "back") == sums(hf)
 
 
+@pytest.mark.large
 def test_a_distributed_checkpoint_of_torch(s3, hf, place, tmp_path):
     folder = save_distcp(tmp_path / "d", {"model": state_of(hf)}, halves(0))
     copy_others(hf, folder)

@@ -124,8 +124,9 @@ class WatchedTower:
         yield step
         with self._running():
             _, moved = self._call(noisy, self._given, self._noise(step))
-        exact = _on_host(made["soft tokens"])[: len(moved)]
-        self.soft_errors = relative(exact, _on_host(moved))
+        noisy_tokens = _on_host(moved)
+        exact = _on_host(made["soft tokens"])[: len(noisy_tokens)]
+        self.soft_errors = relative(exact, noisy_tokens)
 
     def mistake(self, found: Found) -> str | None:
         """What is wrong with a part of the last step, seen in its real rows; None: not known."""
