@@ -18,7 +18,7 @@ from gemma_convert.forward.prompt import Prompt
 from gemma_convert.layouts.gemma_jax import forward as gemma_jax
 from gemma_convert.layouts.gemma_jax import tree as gemma_jax_orbax
 from gemma_convert.layouts.gemma_jax.forward import GemmaJaxLayer, GemmaJaxWeights
-from gemma_convert.layouts.gemma_jax.shapes import check_shapes
+from gemma_convert.layouts.gemma_jax.shapes import TREE
 from gemma_convert.logits.divergence import compare
 from gemma_convert.model.config import parse_architecture, read_architecture
 
@@ -86,7 +86,7 @@ def test_forward_over_a_stored_tree_is_that_of_transformers(tiny, family, tmp_pa
     items = tmp_path / "items"
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(items, tree)
-    check_shapes(gemma_jax_orbax.tree_facts(items), text, items)
+    TREE.check_shapes(gemma_jax_orbax.tree_facts(items), text, items)
     ids = np.random.default_rng(1).integers(80, text.vocab, (2, 40)).astype(np.int32)
     model = Gemma4ForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
@@ -380,10 +380,10 @@ def test_shapes_that_do_not_fit_are_named(case, kind, tmp_path):
         writer.save(tmp_path / "items", one.tree)
     facts = gemma_jax_orbax.tree_facts(tmp_path / "items")
     text = one.text
-    check_shapes(facts, text, tmp_path)
+    TREE.check_shapes(facts, text, tmp_path)
     for path in facts:
         with pytest.raises(SourceError, match=f"{path} is missing"):
-            check_shapes({p: fact for p, fact in facts.items() if p != path}, text, tmp_path)
+            TREE.check_shapes({p: fact for p, fact in facts.items() if p != path}, text, tmp_path)
     first = text.layers[0]
     wrong = [
         (replace(text, vocab=95), r"embedding is \[94, \d+\] instead of \[95, \d+\]"),
@@ -398,7 +398,7 @@ def test_shapes_that_do_not_fit_are_named(case, kind, tmp_path):
         wrong.append((replace(text, experts=6), "layer_0/mlp/router_logits/w"))
     for other, message in wrong:
         with pytest.raises(SourceError, match=message):
-            check_shapes(facts, other, tmp_path)
+            TREE.check_shapes(facts, other, tmp_path)
 
 
 # The library's own trees
@@ -409,7 +409,7 @@ def test_shapes_that_do_not_fit_are_named(case, kind, tmp_path):
 def test_the_librarys_own_trees_give_its_own_logits(oracle, family):
     items = oracle / "gemma_jax" / family
     text = read_architecture(oracle / "hf" / family).text
-    check_shapes(gemma_jax_orbax.tree_facts(items), text, items)
+    TREE.check_shapes(gemma_jax_orbax.tree_facts(items), text, items)
     tree = gemma_jax_orbax.restore_tree(items, gemma_jax.text_modules(text))
     saved = load_file(oracle / "logits" / f"gemma_jax_{family}.safetensors")
     theirs = load_file(oracle / "logits" / f"transformers_{family}.safetensors")

@@ -17,7 +17,7 @@ from gemma_convert import SourceError
 from gemma_convert.forward.arithmetic import rms_norm
 from gemma_convert.layouts.tunix import forward as tunix
 from gemma_convert.layouts.tunix.forward import TunixLayer, TunixWeights
-from gemma_convert.layouts.tunix.shapes import check_shapes, text_axes
+from gemma_convert.layouts.tunix.shapes import TREE
 from gemma_convert.layouts.tunix.tree import open_tree, restore_tree, tree_facts
 from gemma_convert.model.config import read_architecture
 
@@ -61,7 +61,7 @@ def test_tunix_own_logits(shallow, converted, monkeypatch, family):
     source = shallow(family)
     text = read_architecture(source).text
     items = items_of(converted(source, "tunix"))
-    check_shapes(tree_facts(items), text, items)
+    TREE.check_shapes(tree_facts(items), text, items)
     recorded = np.load(RECORDED / f"{family}.npz")
     tree = restore_tree(items, tunix.text_modules(text))
     if text.moe:
@@ -88,11 +88,11 @@ def test_layers_that_share_keys_never_look_at_their_own(shallow):
 def test_shapes_that_do_not_fit_are_named(shallow, converted, tmp_path, family):
     text = read_architecture(shallow(family)).text
     facts = tree_facts(items_of(converted(shallow(family), "tunix")))
-    check_shapes(facts, text, tmp_path)
-    assert text_axes(text).keys() == facts.keys()
+    TREE.check_shapes(facts, text, tmp_path)
+    assert TREE.text_axes(text).keys() == facts.keys()
     for path in facts:
         with pytest.raises(SourceError, match=f"{path} is missing"):
-            check_shapes({p: facts[p] for p in facts if p != path}, text, tmp_path)
+            TREE.check_shapes({p: facts[p] for p in facts if p != path}, text, tmp_path)
     first = text.layers[0]
     for other, message in (
         (replace(text, vocab=95), r"embedder/input_embedding is \[\d+, \d+\] instead of \[95"),
@@ -101,7 +101,7 @@ def test_shapes_that_do_not_fit_are_named(shallow, converted, tmp_path, family):
         (replace(text, layers=(replace(first, mlp=8), *text.layers[1:])), "mlp/down_proj/kernel"),
     ):
         with pytest.raises(SourceError, match=message):
-            check_shapes(facts, other, tmp_path)
+            TREE.check_shapes(facts, other, tmp_path)
 
 
 def test_a_tree_is_left_in_its_file_or_read(shallow, converted):

@@ -7,7 +7,8 @@ that does not fit is refused by name before anything runs, rather than by a line
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
@@ -47,6 +48,45 @@ def lengths(text: TextArchitecture, layer: Layer | None = None) -> dict[str, int
 def shape_of(axes: Axes, length: Mapping[str, int]) -> Shape:
     """The lengths of `axes`."""
     return tuple(length[axis] for axis in axes)
+
+
+@dataclass(frozen=True)
+class TreeAxes:
+    """The axes of the arrays in a tree whose layers stand apart.
+
+    `outer` are those of a model outside of its layers, `layer` those of one layer below `prefix`
+    and its number: (path, axes) of every array that the framework asks for.
+    """
+
+    prefix: str
+    outer: Callable[[TextArchitecture], Iterable[tuple[str, Axes]]]
+    layer: Callable[[TextArchitecture, Layer], Iterable[tuple[str, Axes]]]
+
+    def check_shapes(
+        self, facts: Mapping[str, ArrayFacts], text: TextArchitecture, where: Path
+    ) -> None:
+        """Nothing where every array is there and fits `text`; towers are not looked at.
+
+        Raises SourceError that names the arrays that do not fit.
+        """
+        wanted = {path: shape_of(axes, lengths(text)) for path, axes in self.outer(text)}
+        for layer in text.layers:
+            for name, axes in self.layer(text, layer):
+                path = f"{self.prefix}{layer.index}/{name}"
+                wanted[path] = shape_of(axes, lengths(text, layer))
+        check_fit(facts, wanted, self.prefix, text, where)
+
+    def text_axes(self, text: TextArchitecture) -> dict[str, Axes]:
+        """The axes of every array, by path."""
+        found = dict(self.outer(text))
+        for layer in text.layers:
+            for name, axes in self.layer(text, layer):
+                found[f"{self.prefix}{layer.index}/{name}"] = axes
+        return found
+
+    def layer_axes(self, text: TextArchitecture, layer: Layer) -> dict[str, Axes]:
+        """The axes of a layer's arrays, by path below it."""
+        return dict(self.layer(text, layer))
 
 
 def check_fit(

@@ -22,7 +22,7 @@ from gemma_convert.forward.decoder import Norm, Params, at
 from gemma_convert.forward.native_model import Dtype
 from gemma_convert.forward.prompt import Prompt
 from gemma_convert.forward.sharding import Axes, gather, place
-from gemma_convert.layouts.gemma_jax.shapes import layer_axes
+from gemma_convert.layouts.gemma_jax.shapes import TREE
 from gemma_convert.model.architecture import TextArchitecture
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class GemmaJaxWeights:
         return GemmaJaxLayer(layer_params(self.tree, self.text, index))
 
     def layer_axes(self, index: int) -> Mapping[str, Axes]:
-        return layer_axes(self.text, self.text.layers[index])
+        return TREE.layer_axes(self.text, self.text.layers[index])
 
     def final_scale(self) -> Float[Array, " embed"]:
         return place(at(self.tree, "final_norm", "scale"))

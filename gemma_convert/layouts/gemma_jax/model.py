@@ -10,7 +10,7 @@ from gemma_convert.forward.jax_model import JaxModel
 from gemma_convert.forward.orbax_tree import LIBRARIES
 from gemma_convert.forward.tree import Tree
 from gemma_convert.layouts.gemma_jax import audio, forward, vision
-from gemma_convert.layouts.gemma_jax.shapes import check_shapes, text_axes
+from gemma_convert.layouts.gemma_jax.shapes import TREE
 from gemma_convert.layouts.gemma_jax.tree import open_tree, restore_tree, tree_facts
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.prompts.images import ImageSequence
@@ -34,8 +34,8 @@ LAYOUT = JaxLayout(
     facts=tree_facts,
     restore=restore_tree,
     open=open_tree,
-    check_shapes=check_shapes,
-    axes=text_axes,
+    check_shapes=TREE.check_shapes,
+    axes=TREE.text_axes,
     towers={
         "vision": Tower(
             _see, vision.axes, (("vision_encoder",), ("embedder", "mm_input_projection"))

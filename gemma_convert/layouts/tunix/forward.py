@@ -21,7 +21,7 @@ from gemma_convert.forward.decoder import Norm, Params, at
 from gemma_convert.forward.native_model import Dtype
 from gemma_convert.forward.prompt import Prompt
 from gemma_convert.forward.sharding import Axes, gather, place
-from gemma_convert.layouts.tunix.shapes import layer_axes
+from gemma_convert.layouts.tunix.shapes import TREE
 from gemma_convert.model.architecture import TextArchitecture
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class TunixWeights:
         return TunixLayer(layer_params(self.tree, self.text, index))
 
     def layer_axes(self, index: int) -> Mapping[str, Axes]:
-        return layer_axes(self.text, self.text.layers[index])
+        return TREE.layer_axes(self.text, self.text.layers[index])
 
     def final_scale(self) -> Float[Array, " embed"]:
         return place(at(self.tree, "final_norm", "scale"))

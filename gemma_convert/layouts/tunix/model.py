@@ -9,7 +9,7 @@ from gemma_convert.forward.jax_model import JaxModel
 from gemma_convert.forward.orbax_tree import LIBRARIES
 from gemma_convert.layouts.tunix import forward
 from gemma_convert.layouts.tunix.names import EMBEDDING
-from gemma_convert.layouts.tunix.shapes import check_shapes, text_axes
+from gemma_convert.layouts.tunix.shapes import TREE
 from gemma_convert.layouts.tunix.tree import open_tree, restore_tree, tree_facts
 from gemma_convert.model.architecture import Architecture
 
@@ -22,8 +22,8 @@ LAYOUT = JaxLayout(
     facts=tree_facts,
     restore=restore_tree,
     open=open_tree,
-    check_shapes=check_shapes,
-    axes=text_axes,
+    check_shapes=TREE.check_shapes,
+    axes=TREE.text_axes,
     towers={},
 )
 

@@ -5,44 +5,11 @@ Layout: `tunix/models/gemma4/model.py` and `moe.py` of google-tunix 0.1.7.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 
-from gemma_convert.forward.shapes import Shape, check_fit, lengths, shape_of
+from gemma_convert.forward.shapes import TreeAxes
 from gemma_convert.forward.sharding import Axes
-from gemma_convert.forward.tree import ArrayFacts
 from gemma_convert.model.architecture import Layer, TextArchitecture
-
-
-def check_shapes(facts: Mapping[str, ArrayFacts], text: TextArchitecture, where: Path) -> None:
-    """Nothing where every array that Tunix asks for is there and fits `text`.
-
-    It asks for the keys and values of every layer, also of those that share another's. Raises
-    SourceError that names the arrays that do not fit.
-    """
-    check_fit(facts, dict(_text_shapes(text)), "layers/", text, where)
-
-
-def text_axes(text: TextArchitecture) -> dict[str, Axes]:
-    """The axes of every array that Tunix asks for, by path."""
-    found = dict(_outer_axes(text))
-    for layer in text.layers:
-        for name, axes in _layer_axes(text, layer):
-            found[f"layers/{layer.index}/{name}"] = axes
-    return found
-
-
-def layer_axes(text: TextArchitecture, layer: Layer) -> dict[str, Axes]:
-    """The axes of a layer's arrays by path below it."""
-    return dict(_layer_axes(text, layer))
-
-
-def _text_shapes(text: TextArchitecture) -> Iterator[tuple[str, Shape]]:
-    for path, axes in _outer_axes(text):
-        yield path, shape_of(axes, lengths(text))
-    for layer in text.layers:
-        for name, axes in _layer_axes(text, layer):
-            yield f"layers/{layer.index}/{name}", shape_of(axes, lengths(text, layer))
 
 
 def _outer_axes(text: TextArchitecture) -> Iterator[tuple[str, Axes]]:
@@ -85,3 +52,7 @@ def _mixture_axes() -> Iterator[tuple[str, Axes]]:
     yield "moe/router_logits", ("embed", "experts")
     yield "moe/router_scale", ("embed",)
     yield "moe/per_expert_scale", ("experts",)
+
+
+TREE = TreeAxes("layers/", _outer_axes, _layer_axes)
+"""Keys and values are asked for of every layer, also of those that share another's."""
