@@ -47,6 +47,7 @@ python312() {
 # Makes environments/NAME, unless it stands there from the same list of packages. A folder that has
 # no list was made by somebody else, and is taken as it is.
 #   NAME.txt: every package with its version   NAME.in: what --latest asks for
+# What is `# built` is made from its sources, by the packages that stand there.
 environment() {
   local lists=$root/scripts/conformance/$1 folder=$environments/$1 wanted python
   [ -x "$folder/bin/python" ] && [ ! -f "$folder/installed" ] && return
@@ -58,11 +59,15 @@ environment() {
   if [ "$releases" = latest ]; then
     sed -n 's/ *# alone$//p' "$lists.in" > "$folder/alone.txt"
     "$folder/bin/python" -m pip install --quiet --no-deps --requirement "$folder/alone.txt"
-    grep -v -e '# alone$' "$lists.in" > "$folder/others.txt"
+    grep -v -e '# alone$' -e '# built$' "$lists.in" > "$folder/others.txt"
     "$folder/bin/python" -m pip install --quiet --requirement "$folder/others.txt"
+    sed -n 's/ *# built$//p' "$lists.in" > "$folder/built.txt"
   else
-    "$folder/bin/python" -m pip install --quiet --no-deps --requirement "$lists.txt"
+    grep -v -e '# built$' "$lists.txt" > "$folder/others.txt"
+    "$folder/bin/python" -m pip install --quiet --no-deps --requirement "$folder/others.txt"
+    sed -n 's/ *# built$//p' "$lists.txt" > "$folder/built.txt"
   fi
+  "$folder/bin/python" -m pip install --quiet --no-deps --no-build-isolation --requirement "$folder/built.txt"
   echo "$wanted" > "$folder/installed"
 }
 

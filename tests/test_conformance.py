@@ -97,14 +97,15 @@ def test_a_newer_record_takes_the_place_of_the_older():
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_a_framework_has_its_script_and_its_two_lists(name):
     assert (HERE / f"{name.replace('-', '_')}.py").is_file()
-    pinned = (HERE / f"{name}.txt").read_text(encoding="utf-8").split()
-    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in pinned)
+    pinned = (HERE / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    commit = r"[\w.-]+ @ git\+https://github\.com/[\w/-]+@[0-9a-f]{40}  # built"
+    assert all(re.fullmatch(rf"[\w.-]+==[\w.]+|{commit}", line) for line in pinned)
     asked = [
         re.split(r"[\[ ]", line)[0].replace("_", "-").lower()
         for line in (HERE / f"{name}.in").read_text(encoding="utf-8").splitlines()
         if not line.startswith("#")
     ]
-    assert set(asked) <= {line.split("==")[0].replace("_", "-").lower() for line in pinned}
+    assert set(asked) <= {re.split("==| @", line)[0].replace("_", "-").lower() for line in pinned}
     assert FRAMEWORKS[name].package in asked
     assert set(FRAMEWORKS[name].models) <= set(ALL)
 

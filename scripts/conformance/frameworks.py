@@ -1,7 +1,8 @@
 """The frameworks: what each is called, which models it knows, where it saves, what it differs in.
 
-A framework NAME has besides its row here the file NAME.py, which runs in its own environment, and
-the lists NAME.txt and NAME.in of what is installed there. NAME.py has two commands:
+A framework NAME has besides its row here the file NAME.py (`_` for `-`), which runs in its own
+environment, and the lists NAME.txt and NAME.in of what is installed there. NAME.py has two
+commands:
 
     logits SETTINGS INPUT OUTPUT   INPUT: .npz with `ids`, int64 [batch, length]; into OUTPUT, .npz,
                                    go `logits`, float32 [batch, length, vocab]
@@ -87,6 +88,11 @@ with 12B's sizes. Its trainer is `PeftTrainer`, with all parameters trained. 0.1
 of 26B-A4B an input that is normalised already, which its repository has mended since: transformers
 is compared with that done to it too, and as it is."""
 
+FAST_LLM = """\
+It is on no package index, so a commit of its repository is installed. Its own `fast-llm train gpt`
+trains, on random tokens on the CPU; what it exports needs `optimizer_state: false`, since with the
+optimizer's state it ends in an error of its own at Gemma 4's layer scalars."""
+
 FRAMEWORKS = {
     one.name: one
     for one in (
@@ -124,6 +130,16 @@ FRAMEWORKS = {
             trained="checkpoints",
             note=TUNIX,
             computes={"26b-a4b": "router normalised twice"},
+        ),
+        Framework(
+            name="fast-llm",
+            title="Fast-LLM",
+            package="fast-llm",
+            layout="fast-llm",
+            models=dict.fromkeys(("12b", "26b-a4b", "31b"), UNSCANNED),
+            trained="run/export/fast_llm/3",
+            companions=("torch", "safetensors"),
+            note=FAST_LLM,
         ),
     )
 }

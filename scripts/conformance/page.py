@@ -37,9 +37,6 @@ All in float32 on the CPU, compiled by XLA without optimising, with the fewest l
 every kind of them. Limits of logits bound the largest Kullback-Leibler divergence of a token, in
 nats; a mistake in the mapping costs 2e-3 to 15. `.github/workflows/conformance.yml` runs `--latest`
 every week.
-
-Fast-LLM is not among them: it is on no package index. What the tests compare with are checkpoints
-and logits that Fast-LLM 0.4.0 wrote ([cards](cards/index.md)).
 """
 
 
