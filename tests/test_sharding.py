@@ -323,16 +323,18 @@ def test_every_array_of_a_tree_has_named_axes_of_its_own_shape(jobs, name):
     architecture = read_architecture(Path(jobs[name]["hf"]))
     folder = Path(jobs[name]["native"])
     if layout == "maxtext":
-        from gemma_convert.layouts.maxtext import shapes
         from gemma_convert.layouts.maxtext import vision as tower
+        from gemma_convert.layouts.maxtext.shapes import text_axes
 
         facts = maxtext_orbax.tree_facts(folder / "0" / "items")
     else:
-        from gemma_convert.layouts.gemma_jax import shapes
         from gemma_convert.layouts.gemma_jax import vision as tower
+        from gemma_convert.layouts.gemma_jax.shapes import TREE
+
+        text_axes = TREE.text_axes
 
         facts = gemma_jax_orbax.tree_facts(folder)
-    axes = dict(shapes.text_axes(architecture.text))
+    axes = dict(text_axes(architecture.text))
     if layout == "gemma-jax" or family != "e2b":
         axes |= tower.axes(architecture)
     if layout == "gemma-jax" and architecture.audio is not None:
