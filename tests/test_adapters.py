@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -17,7 +18,7 @@ from native_checkpoints import nested_tree, sums
 from test_cli import fails, run
 from trees import flatten, read_safetensors
 
-from gemma_convert import SourceError, UsageError, inspect, to_hf, to_native, verify
+from gemma_convert import SourceError, TargetError, UsageError, inspect, to_hf, to_native, verify
 from gemma_convert.engine.merged import MergedTensors
 from gemma_convert.model.adapter import read_adapter
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
@@ -117,7 +118,8 @@ def test_names_of_the_text_model_alone(model, tmp_path):
     to_hf(tmp_path / "out", tmp_path / "back")
     assert sums(tmp_path / "back") == sums(source)
     merged = to_native(source, tmp_path / "merged", merge=True).adapter
-    assert merged == {"rank": RANK, "alpha": ALPHA, "merged": True, "weights": len(found) // 2}
+    facts = {"rank": RANK, "alpha": ALPHA, "merged": True, "base": str(model)}
+    assert merged == facts | {"weights": len(found) // 2}
 
 
 # What MaxText trained has no sidecar.
@@ -209,6 +211,60 @@ def test_rslora_is_scaled_by_the_root_of_its_rank(model, tmp_path):
     assert float(report.settings["lora.lora_alpha"]) == pytest.approx(ALPHA * RANK**0.5)
 
 
+# What stands already.
+
+
+def test_exports_are_verified_replaced_and_continued(adapter, tmp_path):
+    out, back = tmp_path / "out", tmp_path / "back"
+    to_native(adapter, out)
+    to_hf(out, back)
+    assert verify(back, against=out).passed
+    assert to_hf(out, back, resume=True).already_complete
+    to_hf(out, back, overwrite=True)
+    assert sums(back) == sums(adapter)
+    (back / "notes.txt").write_text("mine")
+    with pytest.raises(TargetError) as caught:
+        to_hf(out, back, overwrite=True)
+    assert "notes.txt" in caught.value.found
+    (back / "notes.txt").unlink()
+    flip(back / "adapter_model.safetensors")
+    assert not verify(back, against=out).passed
+
+
+def test_a_merged_checkpoint_is_proved_with_its_adapter(adapter, model, tmp_path):
+    out, plain = tmp_path / "out", tmp_path / "plain"
+    to_native(adapter, out, merge=True)
+    assert verify(out, against=adapter).passed and not verify(out, against=model).passed
+    assert to_native(adapter, out, merge=True, resume=True).already_complete
+    other = save(tmp_path / "other", model, matrices(model, seed=1))
+    assert not verify(out, against=other).passed
+    with pytest.raises(TargetError, match="exists"):
+        to_native(other, out, merge=True, resume=True)
+    to_native(model, plain)
+    with pytest.raises(TargetError, match="exists"):  # the model without it is another one
+        to_native(adapter, plain, merge=True, resume=True)
+
+
+def test_the_target_is_apart_from_both(adapter, model, tmp_path):
+    for inside in (adapter, model):
+        with pytest.raises(TargetError, match="in one another"):
+            to_native(adapter, inside / "out", merge=True)
+        assert not (inside / "out").exists()
+
+
+def test_from_one_form_of_maxtext_into_another(adapter, model, tmp_path):
+    to_native(adapter, tmp_path / "one")
+    to_native(tmp_path / "one", tmp_path / "two", ocdbt=False)
+    to_hf(tmp_path / "two", tmp_path / "back")
+    assert sums(tmp_path / "back") == sums(adapter)
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+
+
 # Mistakes.
 
 
@@ -272,7 +328,9 @@ REFUSED = {
     "peft_type": "LOHA",
     "r": "4",
     "lora_alpha": None,
+    "use_rslora": "no",
 }
+ODD = (None, True, 0, -1, 1e30, 10**400, "x", "", [], {}, [[]], "a\x1b[31m\n", 2**70, 0.5)
 
 
 @pytest.mark.parametrize("key", REFUSED)
@@ -282,6 +340,60 @@ def test_a_config_of_another_kind(model, tmp_path, key):
         with pytest.raises(SourceError, match=f"key {key}"):
             to_native(source, tmp_path / "out", **more)
     assert not (tmp_path / "out").exists()
+
+
+def test_odd_values_are_messages(adapter, model, tmp_path):
+    file = adapter / "adapter_config.json"
+    config = json.loads(file.read_text())
+    for key in (*config, "bias", "use_rslora", "rank_pattern", "init_lora_weights"):
+        for value in ODD:
+            file.write_text(json.dumps(config | {key: value}))
+            for merge in (False, True):
+                with contextlib.suppress(SourceError):
+                    to_native(adapter, tmp_path / "out", base=model, merge=merge, dry_run=True)
+
+
+BROKEN = {
+    "none": lambda a: {},
+    "scalar": lambda a: {"lora_A": np.array(1, np.float32)},
+    "vector": lambda a: {"lora_A": a[0].copy()},
+    "scalar B": lambda a: {"lora_B": np.array(1, np.float32)},
+    "integers": lambda a: {"lora_A": a.astype(np.int8)},
+    "nothing in it": lambda a: {"lora_A": a[:0].copy()},
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_broken_matrices_are_messages(model, tmp_path, how):
+    found = matrices(model, ("q_proj",))
+    name = next(name for name in found if "lora_A" in name)
+    changes = BROKEN[how](found[name])
+    found |= {name.replace("lora_A", letter): value for letter, value in changes.items()}
+    source = save(tmp_path / "adapter", model, found if changes else {})
+    for merge in (False, True):
+        with pytest.raises(SourceError):
+            to_native(source, tmp_path / "out", merge=merge)
+
+
+def test_two_pairs_for_one_weight(model, tmp_path):
+    found = matrices(model, ("q_proj",))
+    twice = {name.replace("language_model.", ""): found[name] for name in list(found)[:2]}
+    source = save(tmp_path / "adapter", model, found | twice)
+    with pytest.raises(SourceError, match="change the same weight"):
+        to_native(source, tmp_path / "out", merge=True)
+
+
+def test_a_model_that_leads_elsewhere_is_not_read(adapter, model, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    (base / "config.json").unlink()
+    (base / "config.json").symlink_to(model / "config.json")
+    file = adapter / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    for merge in (False, True):
+        with pytest.raises(SourceError, match="link"):
+            to_native(adapter, tmp_path / "out", merge=merge)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +455,7 @@ def test_a_base_model_that_is_not_here(model, tmp_path):
 
 def test_options_that_are_for_adapters(model, converted, tmp_path):
     message = fails(2, "to-native", model, tmp_path / "o", "--format", "maxtext", "--merge")
-    assert "--merge are for a SRC that is an adapter" in message
+    assert "--merge is for a SRC that is an adapter" in message
     assert "--base is for an adapter" in fails(
         2, "to-hf", converted(model, "maxtext"), tmp_path / "o", "--base", model
     )

@@ -27,6 +27,7 @@ from PIL import Image
 from gemma_convert.cli.app import main
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.logits import check as check_module
+from gemma_convert.logits import opened as opened_module
 from gemma_convert.logits.check import logit_check
 from gemma_convert.logits.golden_writing import save_golden
 from gemma_convert.logits.limit import choose_limit, find_lossy_rows
@@ -155,13 +156,13 @@ def test_one_wrong_scalar_fails_and_its_token_is_named(dense, tmp_path):
 
 
 def test_window_is_seen_only_by_the_long_sequence(dense, native, monkeypatch):
-    original = check_module.open_model
+    original = opened_module.open_model
 
     def with_window(folder, architecture):
         text = replace(architecture.text, window=39)
         return original(folder, replace(architecture, text=text))
 
-    monkeypatch.setattr(check_module, "open_model", with_window)
+    monkeypatch.setattr(opened_module, "open_model", with_window)
     report = logit_check(dense.hf, native)
     assert not report.passed and report.divergence.worst.position >= 7
 

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import xxhash
 
 from gemma_convert.arrays.values import Array
+
+
+def checksum_of(pieces: Iterable[memoryview]) -> str:
+    """xxh3_128 of bytes that come in pieces."""
+    digest = xxhash.xxh3_128()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def checksum(values: Array) -> str:

@@ -20,6 +20,7 @@ from gemma_convert.files.json_file import read_object
 from gemma_convert.mapping.declared import layout_names
 from gemma_convert.mapping.rows import Files
 from gemma_convert.mapping.table import load_table
+from gemma_convert.model.adapter import is_adapter
 from gemma_convert.model.huggingface_files import INDEX, SINGLE
 
 Strangers = Callable[[Path], list[str]]
@@ -45,7 +46,7 @@ _OWN = "|".join(
     )
 )
 _HUGGING_FACE = (
-    r"model(-\d{5}-of-\d{5})?\.safetensors",
+    r"(model(-\d{5}-of-\d{5})?|adapter_model)\.safetensors|adapter_config\.json",
     re.escape(INDEX),
     r"(config|generation_config|processor_config|preprocessor_config)\.json",
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|chat_template)\.json",
@@ -67,9 +68,10 @@ def beside_native(folder: Path) -> list[str]:
 
 def beside_huggingface(folder: Path, writes: Iterable[str] = ()) -> list[str]:
     """What stands in `folder` beside a Hugging Face checkpoint, and files that we would write."""
-    if not (folder / "config.json").is_file() or not any(
+    model = (folder / "config.json").is_file() and any(
         (folder / name).is_file() for name in (SINGLE, INDEX)
-    ):
+    )
+    if not model and not is_adapter(folder):
         raise _no_checkpoint(folder, "Hugging Face checkpoint")
     return _others(folder, _HUGGING_FACE, _with_folders(writes))
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gemma_convert.errors import SourceError
+from gemma_convert.files.confined import NEVER_READ, check_confined
 from gemma_convert.model.adapter import is_adapter, named_base, read_adapter, refuse_beside_matrices
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import read_architecture
@@ -35,7 +36,7 @@ def architecture_of(folder: Path, names: Iterable[str], base: Path | None) -> Ar
 def named_folder(folder: Path) -> Path:
     """The folder that the adapter in `folder` names as its base model.
 
-    Raises SourceError where it names none that is here.
+    Nothing is fetched on an adapter's word. Raises SourceError where it names none that is here.
     """
     named = named_base(folder)
     if named is None or not Path(named).is_dir():
@@ -45,4 +46,5 @@ def named_folder(folder: Path) -> Path:
             found=named,
             do="name its folder, or owner/name on the hub, with --base; config.json is enough",
         )
+    check_confined(Path(named), passed_over=NEVER_READ)
     return Path(named)

@@ -16,7 +16,7 @@ from gemma_convert.mapping.adapted import adapter_table
 from gemma_convert.mapping.inventory import hf_tensors
 from gemma_convert.model.adapter import ADAPTER_CONFIG, Adapter, adapter_config
 from gemma_convert.model.architecture import Architecture
-from gemma_convert.model.config import read_architecture
+from gemma_convert.model.config import read_architecture, read_config
 from gemma_convert.model.huggingface_files import ADAPTER
 from gemma_convert.stores.safetensors.naming import Naming
 from gemma_convert.stores.safetensors.writer import output_shard
@@ -69,7 +69,10 @@ def adapter_original(native: NativeSource, base: AdapterBase | None, stack: Exit
     made = output_shard(ADAPTER, specs, {"format": "pt"}, names)
     shard = Shard(made.file, made.header, made.tensors, made.size, 0)
     naming, files = Naming(names, (_WRAPPER,)), [Path(ADAPTER_CONFIG)]
-    return Original(folder, architecture, (shard,), naming, files, None, made=True)
+    described = read_config(base.folder)
+    return Original(
+        folder, architecture, (shard,), naming, files, None, base_config=described, made=True
+    )
 
 
 def _specs(native: NativeSource, architecture: Architecture) -> dict[str, TensorSpec]:

@@ -18,13 +18,14 @@ import numpy as np
 from gemma_convert.arrays.dtypes import TensorSpec, numpy_dtype
 from gemma_convert.arrays.values import Array
 from gemma_convert.checkpoint import sidecar
-from gemma_convert.checkpoint.adapter_base import KEPT_BASE, architecture_of
+from gemma_convert.checkpoint.adapter_base import KEPT_BASE, architecture_of, named_folder
 from gemma_convert.checkpoint.manifest import MANIFEST, read_manifest
 from gemma_convert.errors import SourceError
 from gemma_convert.files.json_file import read_object, read_regular
 from gemma_convert.mapping.region import Box
 from gemma_convert.model.adapter import is_adapter
 from gemma_convert.model.architecture import Architecture
+from gemma_convert.model.config import read_config
 from gemma_convert.model.huggingface_files import INDEX
 from gemma_convert.stores.safetensors.header import MAX_HEADER_BYTES, parse_header
 from gemma_convert.stores.safetensors.naming import Naming, find_naming
@@ -54,6 +55,8 @@ class Original:
     checksums: Mapping[str, str] = field(default_factory=dict)
     manifest: Mapping[str, Any] = field(default_factory=dict)
     """The manifest of the sidecar; empty for a Hugging Face folder."""
+    base_config: bytes | None = None
+    """Of an adapter: config.json of its base model."""
     made: bool = False
     """Whether there is no original, and settings alone say what it would have been."""
 
@@ -101,14 +104,14 @@ class Original:
         return shaped[within] if spec.shape else shaped
 
 
-def open_original(native: Path, like: Path | None) -> Original:
+def open_original(native: Path, like: Path | None, base: Path | None = None) -> Original:
     """The original of the native checkpoint `native`: what `like` names, or else its own sidecar.
 
     `like` is a Hugging Face folder or a converted checkpoint with a sidecar. Raises SourceError
     where there is neither.
     """
     if like is not None and is_huggingface(like):
-        return _from_folder(like, _kept_base(sidecar.sidecar_root(native)))
+        return _from_folder(like, base or _kept_base(sidecar.sidecar_root(native)))
     if like is not None and not like.is_dir():
         raise SourceError("There is no such checkpoint.", where=like)
     root = sidecar.sidecar_root(native if like is None else like)
@@ -127,12 +130,14 @@ def _from_folder(folder: Path, base: Path | None) -> Original:
     reader = open_weights(folder)
     try:
         files, _ = sidecar.other_files(folder, reader.own_files)
-        base = base if is_adapter(folder) else None
+        base = (base or named_folder(folder)) if is_adapter(folder) else None
         architecture = architecture_of(folder, reader.specs, base)
+        config = None if base is None else read_config(base)
     except BaseException:
         reader.close()
         raise
-    return Original(folder, architecture, reader.shards, reader.naming, files, reader)
+    shards, naming = reader.shards, reader.naming
+    return Original(folder, architecture, shards, naming, files, reader, base_config=config)
 
 
 def _from_sidecar(root: Path) -> Original:
@@ -156,8 +161,10 @@ def _from_sidecar(root: Path) -> Original:
         stored = SafetensorsFolder(own, [sidecar.CARRIED])
     try:
         names = [tensor.name for shard in shards for tensor in shard.tensors]
-        architecture = architecture_of(folder, names, _kept_base(root))
-        original = Original(folder, architecture, shards, naming, files, stored)
+        base = _kept_base(root)
+        architecture = architecture_of(folder, names, base)
+        config = None if base is None else read_config(base)
+        original = Original(folder, architecture, shards, naming, files, stored, base_config=config)
         exceptions = read_exceptions(own, original.specs)
     except BaseException:
         if stored is not None:

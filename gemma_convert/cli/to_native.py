@@ -182,7 +182,7 @@ def command(
             processes=together,
         )
         checked = verify and not dry_run and together.leads
-        proof = _verified(source, target, merge) if checked else None
+        proof = _verified(source, target, base) if checked else None
         together.step()
     if not together.leads:
         return
@@ -205,7 +205,7 @@ def command(
         show(f"  {shlex.quote(f'{key}={value}')}")
 
 
-def _verified(source: str, target: str, merged: bool) -> VerifyReport:
+def _verified(source: str, target: str, base: str | None) -> VerifyReport:
     """A report on what was written; raises CheckFailedError where it is not what was read."""
     from gemma_convert.errors import CheckFailedError
     from gemma_convert.layouts.registry import is_native
@@ -214,9 +214,10 @@ def _verified(source: str, target: str, merged: bool) -> VerifyReport:
     from gemma_convert.tasks.verify import verify
 
     with ExitStack() as stack:
-        sealed = merged or is_native(local(source, stack))
-        against = None if sealed else source
-    report = verify(target, against=against, progress=ProgressBar)
+        against = None if is_native(local(source, stack)) else source
+    report = verify(
+        target, against=against, base=None if against is None else base, progress=ProgressBar
+    )
     if not report.passed:
         name, how = next(iter(report.different.items()))
         raise CheckFailedError(
@@ -242,11 +243,8 @@ def _summary(report: ToNativeReport) -> Facts:
         f"{report.tensors_converted} ({human_bytes(report.bytes_read)}) into "
         f"{report.arrays_written} arrays ({human_bytes(report.bytes_written)})",
     )
-    if report.adapter is not None:
-        words = "merged, rank {rank}, alpha {alpha:g}: {weights} weights changed"
-        if not report.adapter["merged"]:
-            words = "rank {rank}, alpha {alpha:g}, for {weights} weights"
-        table.add_row("adapter", words.format(**report.adapter))
+    for label, text in _adapter(report):
+        table.add_row(label, text)
     table.add_row("carried", f"{report.tensors_carried} ({human_bytes(report.bytes_carried)})")
     for why, count in report.carried_why.items():
         table.add_row("", f"{count}: {why}")
@@ -276,6 +274,18 @@ def _summary(report: ToNativeReport) -> Facts:
             f"peak memory {human_bytes(report.peak_memory_bytes)}",
         )
     return table
+
+
+def _adapter(report: ToNativeReport) -> Iterator[tuple[str, str]]:
+    adapter = report.adapter
+    if adapter is None:
+        return
+    words = "merged, rank {rank}, alpha {alpha:g}: {weights} weights changed"
+    if not adapter["merged"]:
+        words = "rank {rank}, alpha {alpha:g}, for {weights} weights"
+    yield "adapter", words.format(**adapter)
+    if adapter["base"] is not None:
+        yield "base model", str(adapter["base"])
 
 
 def _arrays(report: ToNativeReport) -> Iterator[str]:

@@ -23,6 +23,10 @@ def command(
         str | None,
         typer.Option(help="What it was converted from; the seal in its manifest by default."),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Of an adapter given with --against: its model, if not where it says."),
+    ] = None,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
@@ -41,7 +45,7 @@ def command(
     from gemma_convert.tasks.verify import verify
 
     reuse_large_blocks()
-    report = verify(path, against=against, settings=settings or (), progress=ProgressBar)
+    report = verify(path, against=against, base=base, settings=settings or (), progress=ProgressBar)
     if as_json:
         show_json(report.as_json())
     else:

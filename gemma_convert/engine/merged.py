@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gemma_convert.arrays.dtypes import TensorSpec, numpy_dtype
+from gemma_convert.arrays.dtypes import CONVERTED, TensorSpec, numpy_dtype
 from gemma_convert.arrays.values import Array
 from gemma_convert.engine.transfer import HuggingFaceTensors
 from gemma_convert.errors import SourceError, some
@@ -93,6 +93,14 @@ def _modules(
 ) -> dict[str, tuple[str, str]]:
     """Weight of the base model → the names of its matrices A and B."""
     found: dict[str, tuple[str, str]] = {}
+    for name, spec in matrices.items():
+        if spec.dtype not in CONVERTED or len(spec.shape) != 2:
+            raise SourceError(
+                "A tensor of the adapter is no matrix of floating-point numbers.",
+                where=f"{where}, tensor {name}",
+                expected=f"{', '.join(CONVERTED)}, two dimensions",
+                found=f"{spec.dtype} {list(spec.shape)}",
+            )
     for name in matrices:
         module = name.removesuffix(_A).removesuffix(_B)
         a, b, weight = module + _A, module + _B, _weight(module, base)
@@ -111,8 +119,15 @@ def _modules(
                 found=module + _WEIGHT,
                 do="name the model that the adapter was trained on with --base",
             )
-        shapes = [(matrices[b].shape[0], rank), (rank, matrices[a].shape[-1])]
-        wanted = (matrices[b].shape[0], matrices[a].shape[-1])
+        if found.get(weight, (a, b)) != (a, b):
+            raise SourceError(
+                "Two pairs of matrices change the same weight.",
+                where=where,
+                found=f"{found[weight][0]} and {a}",
+                do="save the adapter again, from one model",
+            )
+        wanted = matrices[b].shape[0], matrices[a].shape[1]
+        shapes = [(wanted[0], rank), (rank, wanted[1])]
         if [matrices[b].shape, matrices[a].shape] != shapes or base[weight].shape != wanted:
             raise SourceError(
                 "The matrices of the adapter do not fit the weight that they change.",

@@ -6,7 +6,7 @@ mistakes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
@@ -120,8 +120,15 @@ class Batched(Generic[T]):
         self._given.made = found
 
 
-class Streamed(VocabularySlices, Protocol):
+class Staged(VocabularySlices, Protocol):
     """A side that is run layer by layer; `stages` must have come to its end before `logits`."""
+
+    def stages(self) -> Iterator[States]:
+        """The states of each sequence: embedded, behind each layer, and behind the final norm."""
+
+
+class Streamed(VocabularySlices, Protocol):
+    """One whose parts may be run by themselves, each on what the reference gives it."""
 
     def stages(self, given: Given | None = None) -> Iterator[States]:
         """The states of each sequence: embedded, behind each layer, and behind the final norm.
@@ -131,8 +138,8 @@ class Streamed(VocabularySlices, Protocol):
         """
 
 
-class NativeModel(Protocol):
-    """A native checkpoint that fits a model's config.json."""
+class ComparedModel(Protocol):
+    """A checkpoint that is compared with the original, whoever runs it."""
 
     folder: Path
     layout: str
@@ -142,8 +149,10 @@ class NativeModel(Protocol):
     """Dtypes that its arrays have."""
     scaled_dtype: str | None
     """Dtype of an embedding that is stored × √embed; None where it is stored as it is."""
-    towers: Mapping[str, Callable[[SoftSequence], Encoder]]
-    """Towers that it holds, vision or audio, and what gives the steps of each for a prompt."""
+
+    @property
+    def towers(self) -> Collection[str]:
+        """The towers that it holds: vision or audio."""
 
     @property
     def device_count(self) -> int:
@@ -155,8 +164,18 @@ class NativeModel(Protocol):
         `check_towers` must have passed. Weights are dropped once the hidden states are known.
         """
 
-    def stream(self, sequences: Sequence[TokenSequence], dtype: Dtype) -> Streamed:
+    def stream(self, sequences: Sequence[TokenSequence], dtype: Dtype) -> Staged:
         """The same, layer by layer: a layer's weights are read when it runs, and dropped."""
+
+
+class NativeModel(ComparedModel, Protocol):
+    """A native checkpoint that fits a model's config.json, run by its layout's forward pass."""
+
+    @property
+    def towers(self) -> Mapping[str, Callable[[SoftSequence], Encoder]]:
+        """Towers that it holds, vision or audio, and what gives the steps of each for a prompt."""
+
+    def stream(self, sequences: Sequence[TokenSequence], dtype: Dtype) -> Streamed: ...
 
     def follow(
         self,
@@ -174,7 +193,7 @@ class NativeModel(Protocol):
         """
 
 
-def check_towers(model: NativeModel, sequences: Sequence[TokenSequence]) -> None:
+def check_towers(model: ComparedModel, sequences: Sequence[TokenSequence]) -> None:
     """Nothing where `model` sees and hears what is in `sequences`. Raises UsageError else."""
     for sequence in sequences:
         if isinstance(sequence, SoftSequence) and sequence.medium.tower not in model.towers:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -22,13 +22,11 @@ from gemma_convert.files.libraries import told_by_library
 from gemma_convert.files.read_once import reading_once
 from gemma_convert.forward.kept_programs import kept_programs
 from gemma_convert.forward.native_model import (
+    ComparedModel,
     Dtype,
     LogitSource,
-    NativeModel,
     check_towers,
 )
-from gemma_convert.layouts.opening import check_seal
-from gemma_convert.layouts.registry import open_model, read_facts
 from gemma_convert.logits.achieved import forward_flops
 from gemma_convert.logits.divergence import Accumulator
 from gemma_convert.logits.drift import TOLERANCE, Drift, drift_of
@@ -37,6 +35,7 @@ from gemma_convert.logits.golden import SLICE_BYTES, Golden, load_golden
 from gemma_convert.logits.layerwise import LayerwiseReference
 from gemma_convert.logits.limit import choose_limit, find_lossy_rows
 from gemma_convert.logits.local import LocalRun
+from gemma_convert.logits.opened import Opened, opened
 from gemma_convert.logits.part_check import LocalCheck
 from gemma_convert.logits.reference import TransformersLogits, reference_config
 from gemma_convert.logits.report import LogitReport
@@ -50,11 +49,8 @@ from gemma_convert.logits.streaming import (
 )
 from gemma_convert.logits.tokens import checked_sequences, worst_predictions
 from gemma_convert.logits.towers import check_each_part
-from gemma_convert.logits.transformers_model import NO_PARTS, TransformersModel
-from gemma_convert.mapping.native_facts import NativeFacts
 from gemma_convert.model.architecture import Architecture
-from gemma_convert.model.config import load_config, read_architecture
-from gemma_convert.model.huggingface_files import CONFIG
+from gemma_convert.model.config import read_architecture
 from gemma_convert.output import note, shown
 from gemma_convert.prompts.images import image_sequences
 from gemma_convert.prompts.sounds import sound_sequences
@@ -66,7 +62,6 @@ from gemma_convert.prompts.text import (
     token_sequences,
 )
 from gemma_convert.stores.remote.locations import local
-from gemma_convert.stores.weights import is_huggingface
 from gemma_convert.tasks.reports import peak_memory
 
 
@@ -151,10 +146,11 @@ def _logit_check(
     architecture = read_architecture(hf)
     if golden is None:
         check_sizes(hf, architecture)
-    facts, model = _opened(native, hf, architecture, settings)
+    side = opened(native, hf, architecture, settings)
+    model = side.model
     stack.enter_context(kept_programs(cache))
     if is_leader():
-        for warning in _fact_warnings(facts, model):
+        for warning in side.warnings:
             note(f"warning: {warning}")
     if lossy_rows is None:
         lossy_rows = find_lossy_rows(model.folder, model.dtypes, model.scaled_dtype, architecture)
@@ -168,17 +164,17 @@ def _logit_check(
         check_towers(model, sequences)
     else:
         sequences = list(stored.sequences)
-    if not is_leader():
+    if not is_leader() and side.native is not None:
         text = architecture.text
         rows = _rows(text.vocab)
         vocab = compared_slices(sequences, vocab=text.vocab, embed=text.embed)
-        model.follow(sequences, dtype, whole_model, rows=rows, vocab=vocab)
+        side.native.follow(sequences, dtype, whole_model, rows=rows, vocab=vocab)
         return LogitReport.from_text(published())
     running = time.monotonic()
     if whole_model:
         found = _run_whole(hf, stored, model, sequences, dtype, architecture)
     else:
-        found = _run_streamed(hf, stored, model, sequences, dtype, architecture, not lossy_rows)
+        found = _run_streamed(hf, stored, side, sequences, dtype, architecture, not lossy_rows)
     longest, window = max(len(one.ids) for one in sequences), architecture.text.window
     divergence, by_token = found.compared.result(), found.compared.tokens()
     if max_kl is None:
@@ -211,7 +207,7 @@ def _logit_check(
         lossy_rows=tuple(lossy_rows),
         warnings=(
             *limit.warnings,
-            *_fact_warnings(facts, model),
+            *side.warnings,
             *_window_warning(longest, window),
             *found.known,
         ),
@@ -229,19 +225,6 @@ def _logit_check(
     return report
 
 
-def _opened(
-    native: Path, hf: Path, architecture: Architecture, settings: GivenSettings
-) -> tuple[NativeFacts | None, NativeModel]:
-    """What is compared with the original in `hf`, and the facts that it runs by, if not its own."""
-    if is_huggingface(native):
-        if settings:
-            raise UsageError("--settings are for a native checkpoint; this has a config.json.")
-        return None, TransformersModel(native, architecture)
-    check_seal(native)
-    facts = read_facts(native, load_config(hf), hf / CONFIG, settings)
-    return facts, open_model(native, architecture if facts is None else facts.architecture)
-
-
 @dataclass(frozen=True)
 class _Run:
     compared: Accumulator
@@ -257,7 +240,7 @@ class _Run:
 def _run_streamed(
     hf: Path,
     golden: Golden | None,
-    model: NativeModel,
+    side: Opened,
     sequences: Sequence[TokenSequence],
     dtype: Dtype,
     architecture: Architecture,
@@ -268,20 +251,18 @@ def _run_streamed(
     `exact` says that the native checkpoint holds no rounded values.
     """
     noise = dtype if exact else "bfloat16"
-    ours, text = model.stream(sequences, dtype), architecture.text
+    text, native = architecture.text, side.native
     tolerance = TOLERANCE if noise == "float32" else None
-    if golden is not None:
-        stored = GoldenSlices(golden)
-        run_in_step(stored, ours, tolerance)
-        compared = compare_slices(stored, ours, sequences, vocab=text.vocab, embed=text.embed)
-        return _Run(compared, None, None, None, stored.device, ours.device)
+    if golden is not None or process_count() > 1 or native is None:
+        other = LayerwiseReference(hf, sequences) if golden is None else GoldenSlices(golden)
+        staged = side.model.stream(sequences, dtype)
+        drift = run_in_step(other, staged, tolerance)
+        compared = compare_slices(other, staged, sequences, vocab=text.vocab, embed=text.embed)
+        return _Run(compared, drift, None, None, other.device, staged.device)
     reference = LayerwiseReference(hf, sequences)
-    if process_count() > 1 or isinstance(model, TransformersModel):
-        drift = run_in_step(reference, ours, tolerance)
-        compared = compare_slices(reference, ours, sequences, vocab=text.vocab, embed=text.embed)
-        return _Run(compared, drift, None, None, reference.device, ours.device)
+    ours = native.stream(sequences, dtype)
     of_towers: Dtype = "float32" if exact else "bfloat16"  # they are never run in another dtype
-    towers = check_each_part(reference, model.towers, sequences, of_towers)
+    towers = check_each_part(reference, native.towers, sequences, of_towers)
     run = LocalRun(reference, ours, sequences, noise, towers.soft_errors)
     drift = drift_of(run.stages(), tolerance)
     slices = compared_slices(sequences, vocab=text.vocab, embed=text.embed)
@@ -297,7 +278,7 @@ def _run_streamed(
 def _run_whole(
     hf: Path,
     golden: Golden | None,
-    model: NativeModel,
+    model: ComparedModel,
     sequences: Sequence[TokenSequence],
     dtype: Dtype,
     architecture: Architecture,
@@ -363,21 +344,6 @@ def _matching_golden(path: Path, hf: Path, architecture: Architecture) -> Golden
     return golden
 
 
-def _fact_warnings(facts: NativeFacts | None, model: NativeModel) -> Iterator[str]:
-    if isinstance(model, TransformersModel):
-        yield NO_PARTS
-        yield from model.differences
-    if facts is None:
-        return
-    if not facts.settings.written:
-        yield (
-            "Nothing says by which settings the native checkpoint is run: it ran by those of "
-            f"{facts.settings.model}. Name others with --settings."
-        )
-    for key, how in facts.differences.items():
-        yield f"The two sides run by different facts: {key} is {how}."
-
-
 def _window_warning(longest: int, window: int) -> tuple[str, ...]:
     if longest > window:
         return ()
@@ -387,7 +353,7 @@ def _window_warning(longest: int, window: int) -> tuple[str, ...]:
     )
 
 
-def _versions(golden: Golden | None, model: NativeModel) -> dict[str, str]:
+def _versions(golden: Golden | None, model: ComparedModel) -> dict[str, str]:
     names = {"gemma-convert", "numpy", *model.libraries}
     found = {"python": platform.python_version()}
     found |= {} if golden is None else golden.versions

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from gemma_convert.files.library_path import library_path
-from gemma_convert.forward.native_model import Logits, States, Streamed, VocabularySlices
+from gemma_convert.forward.native_model import Logits, Staged, VocabularySlices
 from gemma_convert.logits.divergence import Accumulator
 from gemma_convert.logits.drift import Drift, measure_drift
 from gemma_convert.logits.golden import Golden
@@ -51,15 +50,8 @@ class GoldenSlices:
                 yield np.concatenate([one[:, part.start : part.stop] for one in stored])
 
 
-class Staged(VocabularySlices, Protocol):
-    """A reference that is run layer by layer."""
-
-    def stages(self) -> Iterator[States]:
-        """The states of each sequence: embedded, behind each layer, and behind the final norm."""
-
-
 def run_in_step(
-    reference: Staged | GoldenSlices, native: Streamed, tolerance: float | None
+    reference: Staged | GoldenSlices, native: Staged, tolerance: float | None
 ) -> Drift | None:
     """Runs the layers; the drift, or None where the reference is logits alone."""
     if not isinstance(reference, GoldenSlices):

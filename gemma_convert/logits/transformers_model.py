@@ -6,22 +6,19 @@ config.json, so that nothing but weights and facts can differ.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
 
 from gemma_convert.engine.joined import process_count
 from gemma_convert.errors import SourceError, UsageError, short
-from gemma_convert.forward.encoder import Encoder
-from gemma_convert.forward.native_model import Dtype, Given, LogitSource, States, Streamed
+from gemma_convert.forward.native_model import Dtype, LogitSource, Staged
 from gemma_convert.logits.layerwise import LayerwiseReference
 from gemma_convert.logits.reference import TransformersLogits
 from gemma_convert.logits.sizes import check_sizes
 from gemma_convert.mapping.table import HUGGINGFACE
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import read_architecture
-from gemma_convert.prompts.soft import SoftSequence
 from gemma_convert.prompts.text import TokenSequence
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 
@@ -50,9 +47,9 @@ class TransformersModel:
             self.dtypes = frozenset(spec.dtype for spec in reader.specs.values())
         sees = self.architecture.vision or self.architecture.vision_embedder
         hears = self.architecture.audio or self.architecture.audio_embedder
-        self.towers: Mapping[str, Callable[[SoftSequence], Encoder]] = {
-            name: _within for name, tower in (("vision", sees), ("audio", hears)) if tower
-        }
+        self.towers = frozenset(
+            name for name, tower in (("vision", sees), ("audio", hears)) if tower
+        )
         self._check_same_model()
 
     @property
@@ -71,20 +68,9 @@ class TransformersModel:
         _check_dtype(dtype)
         return TransformersLogits(self.folder, sequences)
 
-    def stream(self, sequences: Sequence[TokenSequence], dtype: Dtype) -> Streamed:
+    def stream(self, sequences: Sequence[TokenSequence], dtype: Dtype) -> Staged:
         _check_dtype(dtype)
-        return _Stream(self.folder, sequences)
-
-    def follow(
-        self,
-        sequences: Sequence[TokenSequence],
-        dtype: Dtype,
-        whole_model: bool,
-        *,
-        rows: int,
-        vocab: Sequence[slice],
-    ) -> None:
-        raise NotImplementedError("one process runs it")
+        return LayerwiseReference(self.folder, sequences)
 
     def _check_same_model(self) -> None:
         ours, theirs = self.architecture.text, self._original.text
@@ -97,18 +83,6 @@ class TransformersModel:
                 expected=words[0],
                 found=words[1],
             )
-
-
-class _Stream(LayerwiseReference):
-    """Layer by layer; nothing is run beside it."""
-
-    def stages(self, given: Given | None = None) -> Iterator[States]:  # type: ignore[override]
-        del given
-        yield from super().stages()
-
-
-def _within(_: SoftSequence) -> NoReturn:
-    raise NotImplementedError("transformers runs its towers within the model")
 
 
 def _check_dtype(dtype: Dtype) -> None:

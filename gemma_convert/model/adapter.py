@@ -19,6 +19,7 @@ from gemma_convert.model.huggingface_files import ADAPTER, INDEX, SINGLE
 ADAPTER_CONFIG = "adapter_config.json"
 MAX_CONFIG_BYTES = 16 << 20
 MAX_RANK = 1 << 16
+MAX_ALPHA = 1e9
 
 _OTHERS: Mapping[str, str] = {
     "use_dora": "DoRA scales every row by a magnitude of its own, for which no layout has a place",
@@ -95,9 +96,12 @@ def read_adapter(folder: Path) -> Adapter:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= MAX_RANK:
         raise _unlike(where, "r", f"a rank from 1 to {MAX_RANK}", rank)
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-        raise _unlike(where, "lora_alpha", "a number", alpha)
-    scale = rank**0.5 if config.get("use_rslora") else 1.0
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < MAX_ALPHA:
+        raise _unlike(where, "lora_alpha", f"a number above 0 and below {MAX_ALPHA:g}", alpha)
+    stabilised = config.get("use_rslora", False)
+    if not isinstance(stabilised, bool | None):
+        raise _unlike(where, "use_rslora", "true or false", stabilised)
+    scale = rank**0.5 if stabilised else 1.0
     return Adapter(rank, alpha * scale)
 
 
@@ -108,8 +112,11 @@ def named_base(folder: Path) -> str | None:
 
 
 def refuse_beside_matrices(names: Iterable[str], where: Path) -> None:
-    """Nothing where all tensors are matrices A and B; SourceError names the first other."""
-    for name in names:
+    """Nothing where there are matrices A and B alone; SourceError names the first other tensor."""
+    listed = list(names)
+    if not listed:
+        raise SourceError("The adapter holds no tensor.", where=where)
+    for name in listed:
         found = next((why for part, why in _BESIDE_MATRICES.items() if part in name.split(".")), "")
         if found or not name.endswith((".lora_A.weight", ".lora_B.weight")):
             raise SourceError(

@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import xxhash
 from numpy.typing import NDArray
 
+from gemma_convert.arrays.checksums import checksum_of
 from gemma_convert.arrays.dtypes import TensorSpec
 from gemma_convert.errors import SourceError
 from gemma_convert.stores.open_files import OpenFiles
@@ -103,10 +103,7 @@ class TensorFolder(ABC):
 
     def checksum(self, name: str) -> str:
         """xxh3_128 of a whole tensor."""
-        digest = xxhash.xxh3_128()
-        for piece in self.pieces(name):
-            digest.update(piece)
-        return digest.hexdigest()
+        return checksum_of(self.pieces(name))
 
     def check_unchanged(self) -> None:
         """Raises SourceError where a file is not what it was when it was opened."""

@@ -102,7 +102,7 @@ def _same_native(job: Conversion) -> bool:
     if manifest.get("files_sha256") != listed:
         return False
     if not is_native(job.source):
-        return verify(job.target, against=job.source).passed
+        return verify(job.target, against=job.source, base=job.base).passed
     known = {name: entry["xxh3_128"] for name, entry in manifest["tensors"].items()}
     ours = dict(job.original.checksums)
     return bool(ours) and known == ours and verify(job.target).passed and verify(job.source).passed

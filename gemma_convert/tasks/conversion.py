@@ -34,8 +34,8 @@ class Conversion:
 
     Of a native source that is `checkpoint`, `native_arrays` are those that are read, `exceptions`
     those that stay true, and `rounded` counts, while it is read, values whose root cannot be
-    divided away exactly. Of an adapter `base_config` is config.json of its base model; `merged` are
-    the tensors of a model into which one is merged.
+    divided away exactly. Of an adapter `base` is its model; `merged` are the tensors of a model
+    into which one is merged.
     """
 
     source: Path
@@ -52,7 +52,7 @@ class Conversion:
     native_arrays: Sequence[str] = ()
     exceptions: Mapping[str, tuple[Array, Array]] = field(default_factory=dict)
     rounded: Mapping[str, int] = field(default_factory=dict)
-    base_config: bytes | None = None
+    base: Path | None = None
     merged: MergedTensors | None = None
 
     def needed_bytes(self) -> int:
@@ -86,6 +86,11 @@ class Conversion:
         if adapter is None:
             return None
         return {**asdict(adapter), "merged": False, "weights": len(self.original.specs) // 2}
+
+    def _told_adapter(self) -> dict[str, object] | None:
+        adapter = self.adapter()
+        base = None if self.base is None else shown(self.base)
+        return None if adapter is None else {**adapter, "base": base}
 
     def lossy_rows(self, result: TransferResult) -> tuple[LossyRow, ...]:
         """Rows that the dtype policy rounds, or that lose a root that they were multiplied by."""
@@ -137,7 +142,7 @@ class Conversion:
             bytes_per_second=0.0 if dry_run else plan.source_bytes / seconds,
             peak_memory_bytes=peak_memory(),
             sealed=checkpoint is not None and checkpoint.arrays is not None,
-            adapter=self.adapter(),
+            adapter=self._told_adapter(),
             changed_arrays=() if checkpoint is None else checkpoint.changed_arrays,
             plan=plan,
         )

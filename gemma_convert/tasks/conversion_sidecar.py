@@ -41,9 +41,9 @@ def write_sidecar(
     _carry_other_dtypes(job, result)
     digests = sidecar.copy_files(job.original.folder, folder, job.original.files)
     sidecar.write_headers(own, job.original.shards)
-    if job.base_config is not None:
+    if job.original.base_config is not None:
         (own / KEPT_BASE).mkdir()
-        (own / KEPT_BASE / CONFIG).write_bytes(job.base_config)
+        (own / KEPT_BASE / CONFIG).write_bytes(job.original.base_config)
     names = job.carried(result)
     specs = {name: spec for name, spec in job.tensors.specs.items() if name in names}
     carried = sidecar.write_carried(own, specs, job.tensors.pieces, progress)

@@ -10,6 +10,7 @@ from pathlib import Path
 from gemma_convert.arrays.dtypes import DTypePolicy
 from gemma_convert.checkpoint import sidecar
 from gemma_convert.checkpoint.adapter_base import architecture_of, named_folder
+from gemma_convert.checkpoint.adapter_original import AdapterBase
 from gemma_convert.checkpoint.original import Original
 from gemma_convert.engine.huggingface_view import plan_relayout
 from gemma_convert.engine.merged import MergedTensors
@@ -67,10 +68,12 @@ def plan_conversion(
     Raises SourceError for a source that cannot be converted, UsageError for options that it or the
     layout does not take.
     """
-    adapted = is_adapter(source)
-    if (options.base is not None or options.merge) and not adapted:
-        raise UsageError("--base and --merge are for a SRC that is an adapter.", found=source)
-    if is_native(source):
+    adapted, native = is_adapter(source), is_native(source)
+    if options.merge and not adapted:
+        raise UsageError("--merge is for a SRC that is an adapter of PEFT.", found=source)
+    if options.base is not None and not adapted and not native:
+        raise UsageError("--base is for a SRC that is an adapter.", found=source)
+    if native:
         job = _from_native(source, target, options, stack)
     elif options.like is not None and not is_distcp(source):
         raise UsageError("--like is for a native SRC; this one is its own original.")
@@ -115,8 +118,9 @@ def _of_adapter(
     check_keys(load_config(base), text_only, options.ignored_facts, base / CONFIG)
     reader = stack.enter_context(open_weights(source))
     original = _original(source, source, architecture_of(source, reader.specs, base), reader)
+    original.base_config = read_config(base)
     job = _conversion(source, target, options, original, reader, unchanged)
-    job.base_config = read_config(base)
+    job.base = base
     return job
 
 
@@ -129,6 +133,7 @@ def _merged(
     facts = read_adapter(adapter)
     matrices = stack.enter_context(open_weights(adapter))
     merged = MergedTensors(job.tensors, matrices, facts)
+    job.source, job.base = adapter, base
     job.tensors, job.merged = merged, merged
     job.identity = {**job.identity, "adapter": _opened(matrices), "scaling": facts.scaling}
     return job
@@ -145,6 +150,10 @@ def _base(
     if options.base is None:
         return named_folder(adapter)
     return local(options.base, stack, config_only=config_only)
+
+
+def _adapter_base(base: str | Path, stack: ExitStack) -> AdapterBase:
+    return AdapterBase(local(base, stack, config_only=True), str(base))
 
 
 def _unchanged(source: Path, like: Path) -> Unchanged:
@@ -216,6 +225,7 @@ def _from_native(
         block_bytes=options.block_bytes,
         accept=options.accept,
         settings=options.settings,
+        base=None if options.base is None else _adapter_base(options.base, stack),
     )
     native, original = checkpoint.native, checkpoint.original
     plan, view = plan_relayout(

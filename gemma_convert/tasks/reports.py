@@ -54,7 +54,7 @@ class ToNativeReport:
     changed_arrays: tuple[str, ...] = ()
     """Arrays of such a source that are not what was sealed: trained since, or damaged."""
     adapter: dict[str, object] | None = None
-    """Of an adapter: `rank`, `alpha`, whether it was `merged`, and the number of `weights`."""
+    """Of an adapter: `rank`, `alpha`, whether it was `merged`, how many `weights`, `base`."""
     already_complete: bool = False
     """With `resume`: the target was there, and is what this run would have written."""
     plan: Plan | None = None

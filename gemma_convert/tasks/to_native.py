@@ -109,7 +109,8 @@ def _run(
         )
     if dry_run:
         return job.report(TransferResult(), started, dry_run=True)
-    check_apart(job.source, job.target)
+    for source in (job.source, *([] if job.base is None else [job.base])):
+        check_apart(source, job.target)
     if publication.resume and conversion_stands(job):
         report = job.report(TransferResult(), started, dry_run=False)
         return replace(report, already_complete=True, bytes_per_second=0.0)

@@ -11,6 +11,7 @@ from pathlib import Path
 from gemma_convert.engine.comparing import Comparison
 from gemma_convert.engine.publishing import ProgressFactory
 from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.model.adapter import is_adapter
 from gemma_convert.output import shown
 from gemma_convert.stores.remote.locations import local
 from gemma_convert.stores.weights import is_huggingface
@@ -52,6 +53,7 @@ def verify(
     path: str | Path,
     *,
     against: str | Path | None = None,
+    base: str | Path | None = None,
     settings: Sequence[str] = (),
     progress: ProgressFactory | None = None,
 ) -> VerifyReport:
@@ -69,9 +71,10 @@ def verify(
     with ExitStack() as stack:
         folder = local(path, stack)
         other = None if against is None else local(against, stack)
+        model = None if base is None else local(base, stack)
         found = Comparison()
         try:
-            _compare(folder, other, settings, found, progress)
+            _compare(folder, other, model, settings, found, progress)
         except SourceError as error:
             if not found.different:
                 raise
@@ -91,10 +94,15 @@ def verify(
 def _compare(
     folder: Path,
     other: Path | None,
+    base: Path | None,
     settings: Sequence[str],
     found: Comparison,
     progress: ProgressFactory | None,
 ) -> None:
+    if base is not None and (other is None or is_huggingface(folder) or not is_adapter(other)):
+        raise UsageError(
+            "--base is the model of an adapter.", do="name the adapter with --against as well"
+        )
     if settings and (other is None or not is_huggingface(folder)):
         raise UsageError(
             "--settings are what an export was made by.",
@@ -103,7 +111,7 @@ def _compare(
     if not is_huggingface(folder):
         verify_seal(folder, other, found, progress)
         if other is not None:
-            verify_original(folder, other, found, progress)
+            verify_original(folder, other, base, found, progress)
     elif other is None:
         raise UsageError(
             "A Hugging Face folder is verified against what it was made from.",

@@ -23,6 +23,7 @@ from gemma_convert.files.confined import NEVER_READ
 from gemma_convert.layouts.opening import Checkpoint, open_checkpoint
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.region import Box, slices
+from gemma_convert.model.adapter import is_adapter
 from gemma_convert.model.config import read_architecture
 from gemma_convert.stores.remote.mirror import file_size
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
@@ -46,7 +47,7 @@ def verify_export(
                 "The native checkpoint has no sidecar, so nothing says what config.json, tokenizer "
                 "and other files are to be: they are not compared."
             )
-        text_only = read_architecture(path).text_only
+        text_only = not is_adapter(path) and read_architecture(path).text_only
         if text_only and not sealed:
             checkpoint = replace(checkpoint, native=checkpoint.native.without_towers())
         plan = plan_native(checkpoint.native, checkpoint.original)

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import threading
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
+from gemma_convert.arrays.checksums import checksum_of
 from gemma_convert.arrays.dtypes import DTypePolicy, TensorSpec
 from gemma_convert.arrays.values import Array
 from gemma_convert.checkpoint import sidecar
+from gemma_convert.checkpoint.adapter_base import named_folder
 from gemma_convert.checkpoint.native import NativeSource, plan_native
 from gemma_convert.checkpoint.original import Original, open_original, read_exceptions
 from gemma_convert.engine.casting import Casting, listed_values
 from gemma_convert.engine.comparing import Comparing, Comparison
+from gemma_convert.engine.merged import MergedTensors
 from gemma_convert.engine.publishing import ProgressFactory, progress_bar
 from gemma_convert.engine.resumable import filling
-from gemma_convert.engine.transfer import Transfer
+from gemma_convert.engine.transfer import HuggingFaceTensors, Transfer
 from gemma_convert.errors import SourceError
 from gemma_convert.layouts.registry import open_native
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.region import Box
+from gemma_convert.model.adapter import is_adapter, read_adapter
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 from gemma_convert.stores.weights import open_weights
 from gemma_convert.tasks.verify_seal import compare_carried, verify_metadata
@@ -32,14 +37,26 @@ OPEN_ARRAYS, CACHE_BYTES = 2, 48 << 20
 
 
 def verify_original(
-    path: Path, source: Path, found: Comparison, progress: ProgressFactory | None
+    path: Path,
+    source: Path,
+    base: Path | None,
+    found: Comparison,
+    progress: ProgressFactory | None,
 ) -> None:
-    """Compares the arrays and the sidecar of the native checkpoint at `path` with `source`."""
-    with (
-        open_native(path) as native,
-        open_weights(source) as reader,
-        open_original(native.folder, source) as original,
-    ):
+    """Compares the arrays and the sidecar of the native checkpoint at `path` with `source`.
+
+    Of an adapter `base` is the model, if not the one that it names; where the checkpoint is a
+    model, it is compared with that model, the adapter merged into it.
+    """
+    with ExitStack() as stack:
+        native = stack.enter_context(open_native(path))
+        merged = is_adapter(source) and native.adapter is None
+        folder = (base or named_folder(source)) if merged else source
+        reader: HuggingFaceTensors = stack.enter_context(open_weights(folder))
+        if merged:
+            matrices = stack.enter_context(open_weights(source))
+            reader = MergedTensors(reader, matrices, read_adapter(source))
+        original = stack.enter_context(open_original(native.folder, folder, base))
         plan = _stored_plan(plan_native(native, original), native)
         stored, casting = _Stored(native, found), Casting(plan.rounded)
         writer = Comparing(stored.read, found)
@@ -49,19 +66,19 @@ def verify_original(
             for box, values in filling(target):
                 writer.write(name, box, values)
         for name, other in plan.equal.items():
-            found.note(name, reader.tensors[name].spec.nbytes)
-            if reader.checksum(name) != reader.checksum(other):
+            found.note(name, reader.specs[name].nbytes)
+            if checksum_of(reader.pieces(name)) != checksum_of(reader.pieces(other)):
                 found.differ(name, f"is not {other}")
         verify_metadata(native, plan, found)
         root = sidecar.sidecar_root(native.folder)
         if root is not None:
             own = root / sidecar.FOLDER / sidecar.OWN
-            _compare_files(root / sidecar.FOLDER, source, original, found)
+            _compare_files(root / sidecar.FOLDER, folder, original, found)
             whole = [name for name, losses in casting.losses.items() if losses.whole]
 
             def same(carried: SafetensorsFolder, name: str) -> bool:
                 alike = carried.specs[name] == reader.specs[name]
-                return alike and carried.checksum(name) == reader.checksum(name)
+                return alike and carried.checksum(name) == checksum_of(reader.pieces(name))
 
             compare_carried(own, [*plan.carried, *whole], same, found)
             _compare_exceptions(own, original, casting, found)

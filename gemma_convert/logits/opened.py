@@ -1,0 +1,61 @@
+"""What is compared with the original: a native checkpoint, or another Hugging Face one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma_convert.errors import UsageError
+from gemma_convert.files.given_settings import GivenSettings
+from gemma_convert.forward.native_model import ComparedModel, NativeModel
+from gemma_convert.layouts.opening import check_seal
+from gemma_convert.layouts.registry import open_model, read_facts
+from gemma_convert.logits.transformers_model import NO_PARTS, TransformersModel
+from gemma_convert.mapping.native_facts import NativeFacts
+from gemma_convert.model.architecture import Architecture
+from gemma_convert.model.config import load_config
+from gemma_convert.model.huggingface_files import CONFIG
+from gemma_convert.stores.weights import is_huggingface
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An open checkpoint; `warnings` say where it runs by other facts than the original.
+
+    `native` is the model too, where its layout's forward pass runs it; None where transformers
+    does.
+    """
+
+    model: ComparedModel
+    native: NativeModel | None
+    warnings: tuple[str, ...]
+
+
+def opened(folder: Path, hf: Path, architecture: Architecture, settings: GivenSettings) -> Opened:
+    """What is compared with the original in `hf`.
+
+    Raises SourceError where it cannot be read, is damaged or is another model, UsageError for
+    settings where nothing has any.
+    """
+    if is_huggingface(folder):
+        if settings:
+            raise UsageError("--settings are for a native checkpoint; this has a config.json.")
+        model = TransformersModel(folder, architecture)
+        return Opened(model, None, (NO_PARTS, *model.differences))
+    check_seal(folder)
+    facts = read_facts(folder, load_config(hf), hf / CONFIG, settings)
+    native = open_model(folder, architecture if facts is None else facts.architecture)
+    return Opened(native, native, tuple(_other_facts(facts)))
+
+
+def _other_facts(facts: NativeFacts | None) -> Iterator[str]:
+    if facts is None:
+        return
+    if not facts.settings.written:
+        yield (
+            "Nothing says by which settings the native checkpoint is run: it ran by those of "
+            f"{facts.settings.model}. Name others with --settings."
+        )
+    for key, how in facts.differences.items():
+        yield f"The two sides run by different facts: {key} is {how}."
