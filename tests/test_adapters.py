@@ -19,6 +19,7 @@ from test_cli import fails, run
 from trees import flatten, read_safetensors
 
 from gemma_convert import SourceError, TargetError, UsageError, inspect, to_hf, to_native, verify
+from gemma_convert.engine import merged as merged_module
 from gemma_convert.engine.merged import MergedTensors
 from gemma_convert.model.adapter import read_adapter
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
@@ -191,7 +192,8 @@ def test_merged(shallow, tmp_path, family):
         assert np.array_equal(after[name], wanted.astype(ml_dtypes.bfloat16)), name
 
 
-def test_merged_values_do_not_depend_on_blocks(adapter, model):
+def test_merged_values_do_not_depend_on_blocks(adapter, model, monkeypatch):
+    monkeypatch.setattr(merged_module, "PIECE_VALUES", 1000)
     name = "model.language_model.layers.0.self_attn.o_proj.weight"
     with SafetensorsFolder(model) as base, SafetensorsFolder(adapter) as changes:
         merged = MergedTensors(base, changes, read_adapter(adapter))
@@ -451,6 +453,9 @@ def test_a_base_model_that_is_not_here(model, tmp_path):
     message = fails(3, "to-native", source, tmp_path / "out", "--format", "maxtext")
     assert "--base" in message and "somebody/model" in message
     to_native(source, tmp_path / "out", base=model / "config.json")
+    for resume in (False, True):
+        again = to_native(source, tmp_path / "m", base=model, merge=True, resume=resume)
+        assert again.already_complete == resume
 
 
 def test_options_that_are_for_adapters(model, converted, tmp_path):

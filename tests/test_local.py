@@ -134,9 +134,9 @@ def test_mistakes_are_named_where_they_are_and_nowhere_else(shallow, tmp_path, d
     report = logit_check(source, tmp_path / "out", tokens=24, dtype=dtype)
     assert not report.passed
     assert {one.name for one in report.local.failed} == NAMED.keys()
-    assert report.local.failed[0].times > 10 * FACTOR
+    assert min(one.times for one in report.local.failed) > 5 * FACTOR
     said = {one.name: one.mistake for one in report.local.failed if one.mistake is not None}
-    assert "layer 1, output projection" in said
+    assert list(said) == list(NAMED)[:2], "the first two stages that fail are looked into"
     assert all(NAMED[part] in mistake for part, mistake in said.items())
 
 

@@ -1,12 +1,14 @@
 """A Hugging Face checkpoint with an adapter merged into it, as the tensors of one checkpoint.
 
 A merged value is weight + scaling · (B · A), computed in float64 and rounded once to the dtype of
-the weight; it does not depend on how the tensor is cut into blocks.
+the weight. Rows are taken in pieces that begin at fixed places, so that it does not depend on how
+the tensor is cut into blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,10 @@ _A, _B, _WEIGHT = ".lora_A.weight", ".lora_B.weight", ".weight"
 _WHOLE_TEXT, _TEXT_ALONE = "model.language_model.", "model."
 
 
+PIECE_VALUES = 1 << 20
+"""Most values that are in memory in float64; a piece has one row at the least."""
+
+
 class MergedTensors:
     """The tensors of `base`, with what the `matrices` of an adapter add to them.
 
@@ -35,6 +41,7 @@ class MergedTensors:
         refuse_beside_matrices(matrices.specs, matrices.folder)
         self._base, self._matrices, self.adapter = base, matrices, adapter
         self._modules = _modules(base.specs, matrices.specs, adapter.rank, matrices.folder)
+        self._matrices_of = lru_cache(1)(self._both)
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -74,12 +81,20 @@ class MergedTensors:
         spec = self.specs[name]
         values = data.view(numpy_dtype(spec.dtype))
         width, first = spec.shape[1], offset // spec.itemsize
-        rows = slice(first // width, -(-(first + values.size) // width))
+        last, rows = first + values.size, max(1, PIECE_VALUES // spec.shape[1])
+        a, b = self._matrices_of(name)
+        for top in range(first // width // rows * rows, -(-last // width), rows):
+            delta = (b[top : top + rows] @ a).reshape(-1)
+            begin = top * width
+            low, high = max(first, begin), min(last, begin + delta.size)
+            part = values[low - first : high - first]
+            changed = part.astype(np.float64)
+            changed += self.adapter.scaling * delta[low - begin : high - begin]
+            part[...] = changed.astype(part.dtype)
+
+    def _both(self, name: str) -> tuple[Array, Array]:
         a, b = (self._whole(matrix) for matrix in self._modules[name])
-        delta = (b[rows] @ a).reshape(-1)[first - rows.start * width :][: values.size]
-        values[...] = (values.astype(np.float64) + self.adapter.scaling * delta).astype(
-            values.dtype
-        )
+        return a, b
 
     def _whole(self, name: str) -> Array:
         tensor = self._matrices.tensors[name]

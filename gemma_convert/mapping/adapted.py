@@ -76,7 +76,7 @@ def adapter_table(layout: str, version: str | None = None) -> Table:
         for pair in _native_pair(row, form, inventory)
     )
     carried = (pair for row in table.carried for pair in _carried_pair(row, inventory))
-    scanned = {} if form.scanned is None else {"scanned": _never(table, form.scanned)}
+    scanned = {} if form.scanned is None else {"scanned": _never(form.scanned)}
     return replace(
         table,
         rows=tuple(rows),
@@ -143,5 +143,6 @@ def _carried_pair(row: CarriedRow, inventory: Inventory) -> Iterator[CarriedRow]
             yield replace(row, name=name)
 
 
-def _never(table: Table, why: str) -> Placement:
-    return replace(table.placements["scanned"], refused=((ALWAYS, why),))
+def _never(why: str) -> Placement:
+    """A placement of scanned layers that no adapter has."""
+    return Placement("scanned", "layers", 0, ((ALWAYS, why),), ())

@@ -1,7 +1,7 @@
 """The native layouts that are installed, by their entry points; no module of theirs is imported.
 
 A package declares a layout in the group `gemma_convert.layouts`: its name, and the object or class
-that `gemma_convert.layouts.registry` loads when the layout is used. The three of this package are
+that `gemma_convert.layouts.registry` loads when the layout is used. Those of this package are
 declared in its own pyproject.toml.
 """
 
