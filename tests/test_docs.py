@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import importlib
 import os
 import pickle
 import re
@@ -24,6 +26,7 @@ from documents import PAGES, ROOT, SHELLS, Block, Command, blocks, code_spans, c
 from filelock import FileLock
 from test_cli import run, run_apart
 
+import gemma_convert
 from gemma_convert import inspect
 from gemma_convert.logits import check
 from gemma_convert.prompts import text
@@ -31,6 +34,7 @@ from gemma_convert.tasks.mappings import list_mappings
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import docs_hook
 from commands_page import commands, page
 
 OPTIONS = {one.name: one.options | {"--help"} for one in commands()}
@@ -46,7 +50,11 @@ FOLDERS = {
 
 OF_OTHERS = {
     "--check": "scripts/commands_page.py",
+    "--build-arg": "docker",
     "--constraint": "pip",
+    "--from": "uvx",
+    "--rm": "docker",
+    "--spec": "pipx",
     "--every": "scripts/test.sh",
     "--full": "scripts/benchmark.py",
     "--gigabytes": "scripts/benchmark.py",
@@ -65,6 +73,9 @@ OF_OTHERS = {
 REMOTE = re.compile(r"(?:s3|gs)://")
 FILE = re.compile(r"# ([\w-]+/[\w/.-]+\.(?:toml|py))\n")
 """The first line of a block that is a file."""
+
+BUILD = ("docker", "build", "-t", "gemma-convert", ".")
+RUNNERS = (("pipx", "run"), ("uvx",), ("docker", "run"))
 
 PACKAGES = Path("packages")
 """Where a page installs packages of its own, which processes started later find."""
@@ -174,7 +185,7 @@ def _prepare(line: str, block: Block) -> None:
 
 
 def _run(one: Command, block: Block) -> None:
-    program, *arguments = one.words
+    program, *arguments = _unwrapped(one.words)
     if program == "gemma-convert":
         _run_ours(one, arguments, block)
     elif program == "pip":
@@ -189,6 +200,13 @@ def _run(one: Command, block: Block) -> None:
             assert set(chosen.strip("]").split(",")) - {""} <= known.keys(), one.text
     else:
         _exists(one, block)
+
+
+def _unwrapped(words: tuple[str, ...]) -> tuple[str, ...]:
+    """The command that pipx, uv or a container runs, as if it were installed here."""
+    if words[:2] in RUNNERS or words[:1] in RUNNERS:
+        return words[words.index("gemma-convert") :]
+    return words
 
 
 def _install(folder: Path) -> None:
@@ -210,6 +228,8 @@ def _install(folder: Path) -> None:
 def _exists(one: Command, block: Block) -> None:
     """A line that names a script or a test of this repository: all of them are there."""
     program, *arguments = one.words
+    if one.words == BUILD:
+        return
     ours = [word for word in (program, *arguments) if word.startswith(("scripts/", "tests/"))]
     assert ours, f"{block.where}: cannot be run: {one.text}"
     assert program.startswith(("scripts/", ".venv/bin/")), f"{block.where}: {one.text}"
@@ -338,3 +358,59 @@ def test_the_table_of_what_is_supported_is_that_of_the_layouts():
         for one in list_mappings(model=model).formats
     }
     assert said == found
+
+
+def test_every_public_name_has_its_place_and_an_example():
+    """On one page: a heading, what the docstring says, and a block in which the name stands."""
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^### (\S+)\n(.*?)(?=^##|\Z)", text, re.MULTILINE | re.DOTALL))
+    sections = {name.replace("\\", ""): body for name, body in sections.items()}
+    assert sections.keys() == set(gemma_convert.__all__)
+    for name, body in sections.items():
+        assert f"::: gemma_convert.{name}\n" in body or name == "__version__"
+        (example, *_) = re.findall(r"^```python\n(.*?)^```", body, re.MULTILINE | re.DOTALL)
+        used = {
+            node.attr if isinstance(node, ast.Attribute) else node.id
+            for node in ast.walk(ast.parse(example))
+            if isinstance(node, ast.Attribute | ast.Name)
+        }
+        assert name in used, name
+
+
+def test_the_names_that_stay_are_all_there():
+    text = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"^\| commands \| (.*) \|$", text, re.MULTILINE)
+    assert set(re.findall(r"`([\w-]+)`", row)) == OPTIONS.keys()
+    for variable in re.findall(r"`([A-Z_]{4,})`", text.split("| environment |")[1].split("\n")[0]):
+        package = (ROOT / "gemma_convert").rglob("*.py")
+        assert any(variable in file.read_text(encoding="utf-8") for file in package), variable
+    own = (ROOT / "docs" / "adding-a-layout.md").read_text(encoding="utf-8")
+    needed = set(re.findall(r"\bgemma_convert\.(?:checkpoint|forward)\.\w+", own))
+    needed.add("gemma_convert.checkpoint.orbax_layout")
+    assert set(re.findall(r"^- `(gemma_convert[\w.]+)`$", text, re.MULTILINE)) == needed
+    for module in needed:
+        importlib.import_module(module)
+
+
+def test_each_answer_leads_to_a_test_that_shows_it():
+    text = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
+    for answer in text.split("\n## ")[1:]:
+        *_, last = answer.strip().split("\n\n")
+        assert last.startswith("Shown by "), answer.partition("\n")[0]
+        assert docs_hook.LINK.search(last)
+        assert not docs_hook.LINK.sub("", last).replace("Shown by", "").strip(" ,.and")
+        for said, name, file in docs_hook.LINK.findall(last):
+            assert said == file
+            assert name.startswith("test_")
+            assert f"def {name}(" in docs_hook.source(file, name)
+
+
+def test_the_site_has_the_tests_below_the_answers():
+    one = "[`test_docs.py::test_the_site_has_the_tests_below_the_answers`](../tests/test_docs.py)"
+    page = docs_hook.on_page_markdown(f"Before.\n\nShown by {one}.\n\nBehind.")
+    shown, below = page.split("\n\n??? example ")
+    assert shown.endswith("Shown by `test_docs.py::test_the_site_has_the_tests_below_the_answers`.")
+    assert "    def test_the_site_has_the_tests_below_the_answers():\n        one = " in below
+    assert below.endswith("\n    ```\n\nBehind.")
+    with pytest.raises(KeyError):
+        docs_hook.source("test_docs.py", "test_that_there_is_none")

@@ -1,4 +1,4 @@
-"""Files that others copy: the example of a CI job, our own workflow, the citation."""
+"""Files that others copy: the example of a CI job, our own workflows, the citation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 import pytest
 import yaml
-from documents import ROOT, command
+from documents import ROOT, blocks, command
 from test_docs import OPTIONS
 
 from gemma_convert.version import __version__
@@ -15,8 +15,12 @@ EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.yml"))
 WORKFLOWS = [*EXAMPLES, *sorted((ROOT / ".github" / "workflows").glob("*.yml"))]
 
 
+ACTION = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
+OURS = ("./", "OWNER/gemma-convert@v1")
+"""The action, as this repository's workflows and as others use it."""
+
 OF_OTHERS = (
-    "pip install 'gemma-convert[check]'",
+    "pip install .",
     'cat build/report/conformance.md >> "$GITHUB_STEP_SUMMARY"',
 )
 
@@ -30,28 +34,53 @@ def run_lines(document: dict) -> list[str]:
 def test_workflows_are_whole(file):
     document = yaml.safe_load(file.read_text(encoding="utf-8"))
     assert {"name", "jobs", True} <= document.keys()  # YAML reads the key `on` as true
-    assert run_lines(document)
     for job in document["jobs"].values():
         assert job["runs-on"]
         for step in job["steps"]:
             assert ("uses" in step) != ("run" in step)
-            assert re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step.get("uses", "a/b@v1"))
+            used = step.get("uses", "./")
+            assert used in OURS or re.fullmatch(r"[\w-]+/[\w-]+@(release/)?v\d+", used)
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda one: one.name)
 def test_run_lines_are_real_commands(file):
-    ours = 0
     for line in run_lines(yaml.safe_load(file.read_text(encoding="utf-8"))):
         program, *words = command(line).words
         if program == "gemma-convert":
             given = {word for word in words if word.startswith("--")}
             assert given <= OPTIONS[words[0]], line
-            ours += 1
         elif program.startswith("scripts/"):
             assert (ROOT / program).is_file(), line
         else:
             assert line in OF_OTHERS
-    assert ours > 3 or file not in EXAMPLES
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda one: one.name)
+def test_the_action_is_given_what_it_takes(file):
+    document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    steps = [step for job in document["jobs"].values() for step in job["steps"]]
+    uses = [step for step in steps if step.get("uses") in OURS]
+    for step in uses:
+        assert "source" in step["with"]
+        assert step["with"].keys() <= ACTION["inputs"].keys()
+        more = step["with"].get("options", "").split()
+        assert {word.partition("=")[0] for word in more} <= OPTIONS["to-native"]
+    assert uses or file not in EXAMPLES
+
+
+def test_the_page_says_what_the_action_takes():
+    page = ROOT / "docs" / "checking.md"
+    (block,) = [one for one in blocks(page) if one.language == "yaml"]
+    (step,) = yaml.safe_load(block.text)
+    assert step["uses"] in OURS
+    assert step["with"].keys() <= ACTION["inputs"].keys()
+    section = page.read_text(encoding="utf-8").split("| input | | default |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| `([\w-]+)` \| .* \| (.*?) ?\|$", section, re.MULTILINE)
+    expected = {
+        name: "required" if one.get("required") else f"`{one['default']}`".replace("``", "")
+        for name, one in ACTION["inputs"].items()
+    }
+    assert dict(rows) == expected
 
 
 def test_our_workflow_tests_every_python_that_is_supported():

@@ -45,7 +45,7 @@ class TinyReport:
 
 def make_tiny(
     family: Family,
-    out: Path,
+    out: str | Path,
     *,
     seed: int = 0,
     layers: int | None = None,
@@ -67,6 +67,7 @@ def make_tiny(
     Raises UsageError for arguments that no checkpoint can have, TargetError where `out`
     exists or cannot be written.
     """
+    out = Path(out)
     _check_choice("family", family, get_args(Family))
     _check_choice("kv_shared", kv_shared, get_args(KVShared))
     _check_choice("dtype", dtype, get_args(DType))

@@ -1,0 +1,40 @@
+"""For mkdocs: below a paragraph that links to tests stands the source of each, folded.
+
+On a page a test is a link, whose words are the name that pytest takes:
+[`test_x.py::test_name`](../tests/test_x.py). So it leads somewhere wherever the page is read. The
+site has no tests, so there the link becomes that name alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+LINK = re.compile(r"\[`([\w/]+\.py)::(\w+)`\]\(\.\./tests/([\w/]+\.py)\)")
+
+
+def source(file: str, name: str) -> str:
+    """The test `name` as it stands in `file`, decorators included; KeyError where there is none."""
+    text = (TESTS / file).read_text(encoding="utf-8")
+    functions = {
+        node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)
+    }
+    found = functions[name]
+    first = min([found.lineno, *(decorator.lineno for decorator in found.decorator_list)])
+    return "\n".join(text.splitlines()[first - 1 : found.end_lineno])
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """The page, with tests in the place of links to them."""
+    return "\n\n".join(map(_with_sources, markdown.split("\n\n")))
+
+
+def _with_sources(paragraph: str) -> str:
+    tests = [(file, name) for _, name, file in LINK.findall(paragraph)]
+    blocks = []
+    for file, name in tests:
+        lines = "\n".join(f"    {line}".rstrip() for line in source(file, name).splitlines())
+        blocks.append(f'??? example "`tests/{file}::{name}`"\n\n    ```python\n{lines}\n    ```')
+    return "\n\n".join([LINK.sub(r"`\1::\2`", paragraph), *blocks])
