@@ -1,8 +1,8 @@
-"""For mkdocs: below a paragraph that links to tests stands the source of each, folded.
+"""For mkdocs: a paragraph of links to tests becomes the source of each, folded.
 
 On a page a test is a link, whose words are the name that pytest takes:
-[`test_x.py::test_name`](../tests/test_x.py). So it leads somewhere wherever the page is read. The
-site has no tests, so there the link becomes that name alone.
+[`test_x.py::test_name`](../tests/test_x.py). So it leads somewhere wherever the page is read; the
+site has no tests that a link could lead to.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 
 def _with_sources(paragraph: str) -> str:
     tests = [(file, name) for _, name, file in LINK.findall(paragraph)]
-    blocks = []
-    for file, name in tests:
-        lines = "\n".join(f"    {line}".rstrip() for line in source(file, name).splitlines())
-        blocks.append(f'??? example "`tests/{file}::{name}`"\n\n    ```python\n{lines}\n    ```')
-    return "\n\n".join([LINK.sub(r"`\1::\2`", paragraph), *blocks])
+    return "\n\n".join(_folded(file, name) for file, name in tests) or paragraph
+
+
+def _folded(file: str, name: str) -> str:
+    lines = "\n".join(f"    {line}".rstrip() for line in source(file, name).splitlines())
+    return f'??? example "Shown by `tests/{file}::{name}`"\n\n    ```python\n{lines}\n    ```'

@@ -408,8 +408,9 @@ def test_each_answer_leads_to_a_test_that_shows_it():
 def test_the_site_has_the_tests_below_the_answers():
     one = "[`test_docs.py::test_the_site_has_the_tests_below_the_answers`](../tests/test_docs.py)"
     page = docs_hook.on_page_markdown(f"Before.\n\nShown by {one}.\n\nBehind.")
-    shown, below = page.split("\n\n??? example ")
-    assert shown.endswith("Shown by `test_docs.py::test_the_site_has_the_tests_below_the_answers`.")
+    before, below = page.split("\n\n??? example ")
+    assert before == "Before."
+    assert below.startswith('"Shown by `tests/test_docs.py::test_the_site_has_the_tests_below')
     assert "    def test_the_site_has_the_tests_below_the_answers():\n        one = " in below
     assert below.endswith("\n    ```\n\nBehind.")
     with pytest.raises(KeyError):
