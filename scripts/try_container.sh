@@ -6,7 +6,7 @@ docker build --tag gemma-convert .
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-convert() { docker run --rm --network none --volume "$folder:/work" --user "$(id -u):$(id -g)" gemma-convert "$@"; }
+convert() { docker run --rm --network none --volume "$folder:/data" --user "$(id -u):$(id -g)" gemma-convert "$@"; }
 convert tiny 31b hf
 convert to-native hf out --format maxtext --scan-layers
 convert verify out --against hf
