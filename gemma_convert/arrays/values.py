@@ -6,6 +6,7 @@ scaled value is multiplied in float32.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,13 @@ from gemma_convert.arrays.dtypes import exact, numpy_dtype
 
 Array = NDArray[Any]
 
-_TILE = 256
+_TILE_ROWS = 256
+_TILE_ROW_BYTES = 1 << 10
+_TILE_GAP = 32
+"""Values between two rows of the scratch, so that they are no power of two apart."""
+
+_SMALL = 1 << 12
+"""Values of a matrix that is turned at once."""
 
 
 def convert(source: Array, target: Array, scale: float | None) -> None:
@@ -116,17 +123,49 @@ def _narrow(source: Array, dtype: str) -> Array:
 
 
 def _copy_bits(source: Array, target: Array) -> None:
-    """target = source, in tiles where the fastest axes of the two differ."""
-    fast, slow = _fastest(target), _fastest(source)
-    if fast is None or slow is None or fast == slow:
+    """target = source, matrix by matrix where the fastest axes of the two differ."""
+    shape = _merged_shape(source, target)
+    source, target = source.reshape(shape), target.reshape(shape)
+    row, column = _fastest(target), _fastest(source)
+    if row is None or column is None or row == column or shape[row] * shape[column] < _SMALL:
         np.copyto(target, source)
         return
-    tile = [slice(None)] * source.ndim
-    for row in range(0, source.shape[slow], _TILE):
-        tile[slow] = slice(row, row + _TILE)
-        for column in range(0, source.shape[fast], _TILE):
-            tile[fast] = slice(column, column + _TILE)
-            np.copyto(target[tuple(tile)], source[tuple(tile)])
+    others = [(slice(None),) if axis in {row, column} else range(n) for axis, n in enumerate(shape)]
+    scratch = np.empty((_TILE_ROWS, _TILE_ROW_BYTES // target.itemsize + _TILE_GAP), target.dtype)
+    for place in itertools.product(*others):
+        pair = source[place], target[place]
+        _transpose(*(pair if row < column else (pair[0].T, pair[1].T)), scratch)
+
+
+def _transpose(source: Array, target: Array, scratch: Array) -> None:
+    """target = source, two matrices; rows of the source and columns of the target are contiguous.
+
+    Strips of rows go into `scratch` as they are and are turned there: rows that lie a power of two
+    apart would drive one another out of the processor's cache.
+    """
+    width = scratch.shape[1] - _TILE_GAP
+    for left in range(0, source.shape[1], width):
+        for top in range(0, source.shape[0], _TILE_ROWS):
+            tile = slice(top, top + _TILE_ROWS), slice(left, left + width)
+            part = source[tile]
+            strip = scratch[: part.shape[0], : part.shape[1]]
+            np.copyto(strip, part)
+            np.copyto(target[tile], strip)
+
+
+def _merged_shape(source: Array, target: Array) -> list[int]:
+    """The shape with every two axes made one that lie one inside the other in both arrays."""
+    shape: list[int] = []
+    inner: tuple[int, ...] = ()
+    for length, *steps in zip(source.shape, source.strides, target.strides, strict=True):
+        if length == 1:
+            continue
+        if shape and inner == tuple(step * length for step in steps):
+            shape[-1] *= length
+        else:
+            shape.append(length)
+        inner = tuple(steps)
+    return shape
 
 
 def _fastest(array: Array) -> int | None:
