@@ -7,6 +7,8 @@ scaled value is multiplied in float32.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,9 @@ _TILE_ROWS = 256
 _TILE_ROW_BYTES = 1 << 10
 _TILE_GAP = 32
 """Values between two rows of the scratch, so that they are no power of two apart."""
+
+PIECE_VALUES = 1 << 16
+"""Values that are cast, scaled and compared at once, so that they stay in the processor's cache."""
 
 _SMALL = 1 << 12
 """Values of a matrix that is turned at once."""
@@ -90,6 +95,20 @@ def count_rounded(values: Array, back: Array, scale: float | None) -> int:
 def may_lose(source: str, target: str, scale: float | None) -> bool:
     """Whether some value of dtype `source` may not come back from `target`."""
     return scale is not None or not exact(source, target)
+
+
+def pieces(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+    """Boxes of an array, in C order and without gaps, each small enough for the cache."""
+    steps = list(shape)
+    for axis in range(len(shape)):
+        inner = prod(shape[axis + 1 :])
+        steps[axis] = min(shape[axis], max(1, PIECE_VALUES // max(1, inner)))
+        if steps[axis] > 1:
+            break
+    starts = [range(0, size, max(1, step)) for size, step in zip(shape, steps, strict=True)]
+    for place in itertools.product(*starts):
+        ends = (min(at + step, size) for at, step, size in zip(place, steps, shape, strict=True))
+        yield tuple(map(slice, place, ends))
 
 
 def lost_places(source: Array, target: Array, scale: float | None) -> Array:

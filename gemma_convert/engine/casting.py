@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gemma_convert.arrays.values import Array, bits, convert, lost_places, may_lose
+from gemma_convert.arrays.values import Array, bits, convert, lost_places, may_lose, pieces
 from gemma_convert.mapping.plan import SourceTensor
 from gemma_convert.mapping.region import Ranges, RegionCopy
 
@@ -58,12 +58,15 @@ class Casting:
         self, copy: RegionCopy, ranges: Ranges, part: Array, values: Array, source: SourceTensor
     ) -> None:
         """Fills `values` with `part` of the source tensor, both in the target's order of axes."""
-        convert(part, values, copy.scale)
         if not may_lose(source.spec.dtype, values.dtype.name, copy.scale):
+            convert(part, values, copy.scale)
             return
-        places = lost_places(part, values, copy.scale)
-        if len(places):
-            self._note(copy, ranges, part, places, source)
+        for piece in pieces(part.shape):
+            convert(part[..., *piece], values[..., *piece], copy.scale)
+            places = lost_places(part[..., *piece], values[..., *piece], copy.scale)
+            if len(places):
+                starts = np.array([span.start for span in piece], np.int64)
+                self._note(copy, ranges, part, places + starts, source)
 
     def _note(
         self, copy: RegionCopy, ranges: Ranges, part: Array, places: Array, source: SourceTensor

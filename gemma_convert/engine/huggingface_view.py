@@ -16,7 +16,7 @@ import numpy as np
 
 from gemma_convert.arrays.buffers import ThreadBuffer
 from gemma_convert.arrays.dtypes import DTypePolicy, TensorSpec, numpy_dtype, widest
-from gemma_convert.arrays.values import Array, convert, count_rounded
+from gemma_convert.arrays.values import Array, convert
 from gemma_convert.checkpoint.native import NativeSource, StoredArray, plan_native
 from gemma_convert.checkpoint.original import Original
 from gemma_convert.engine.restoring import Restorer
@@ -66,11 +66,9 @@ class HuggingFaceView:
         scaled = np.empty(values.shape, numpy_dtype(dtype))
         self._assemble(name, ranges, scaled)
         box = source.region.box(ranges)
-        back = self._restorer.restore(name, box, scaled, source.spec.dtype, scale)
-        lost = count_rounded(scaled, back, scale)
+        lost = self._restorer.fill(name, box, scaled, values, scale)
         if lost:
             self.rounded[name] = self.rounded.get(name, 0) + lost
-        convert(back, values, None)
 
     def in_order(self, name: str) -> bool:
         """Every tensor is put together in the order of its bytes."""

@@ -16,6 +16,7 @@ from gemma_convert.arrays.values import (
     count_rounded,
     keep_exact,
     keep_originals,
+    pieces,
     restore_exactly,
 )
 from gemma_convert.checkpoint.original import Original
@@ -32,7 +33,27 @@ class Restorer:
         self._sorted: dict[str, tuple[Array, Array]] = {}
         self._lock = threading.Lock()
 
-    def restore(
+    def fill(
+        self, origin: str, box: Box, native: Array, values: Array, scale: float | None
+    ) -> int:
+        """Fills `values` with a box of the original's tensor `origin`, piece by piece.
+
+        `native` has the values that the native side holds of the box, in the same order; both are
+        contiguous. How many of these do not come again of what is written.
+        """
+        lengths = tuple(length for _, length in box)
+        native, values, lost = native.reshape(lengths), values.reshape(lengths), 0
+        for piece in pieces(lengths):
+            part = tuple(
+                (start + span.start, span.stop - span.start)
+                for (start, _), span in zip(box, piece, strict=True)
+            )
+            back = self._restore(origin, part, native[..., *piece], values.dtype.name, scale)
+            lost += count_rounded(native[..., *piece], back, scale)
+            convert(back, values[..., *piece], None)
+        return lost
+
+    def _restore(
         self, origin: str, box: Box, native: Array, dtype: str, scale: float | None
     ) -> Array:
         """Values [lengths of `box`] in `dtype` of the original's tensor `origin`.
@@ -114,11 +135,7 @@ class Restoring:
             return
         name, box = copy.target.tensor, copy.target.box(ranges)
         native = np.ascontiguousarray(part)
-        back = self._restorer.restore(
-            self._origins[name], box, native, values.dtype.name, copy.scale
-        )
-        convert(back, values, None)
-        lost = count_rounded(native, back, copy.scale)
+        lost = self._restorer.fill(self._origins[name], box, native, values, copy.scale)
         if lost:
             with self._lock:
                 counts = self.rounded.setdefault(source.region.tensor, {})
