@@ -263,7 +263,7 @@ def test_parts_as_small_as_those_of_real_models_come_back(
     source = shallow(family, scanned, shards=3)
     to_native(source, tmp_path / "native", scan_layers=scanned)
     monkeypatch.setattr(planning, "BLOCK_BYTES", 1000)
-    monkeypatch.setattr("gemma_convert.stores.safetensors.writer.PIECE_BYTES", 1022)
+    monkeypatch.setattr("gemma_convert.stores.safetensors.checked_writer.PIECE_BYTES", 1022)
     monkeypatch.setattr("gemma_convert.stores.safetensors.writer.LET_GO_BYTES", 5000)
     report = to_hf(tmp_path / "native", tmp_path / "back", like=source)
     assert digests(tmp_path / "back") == digests(source)

@@ -11,8 +11,9 @@ import pytest
 import tensorstore as ts
 
 from gemma_convert import to_hf, to_native
+from gemma_convert.mapping.region import contiguous
 from gemma_convert.stores.orbax import raw_chunks as module
-from gemma_convert.stores.orbax.raw_chunks import Place, contiguous, ocdbt_places, raw_chunks
+from gemma_convert.stores.orbax.raw_chunks import Place, ocdbt_places, raw_chunks
 
 SHAPE, CHUNK = (5, 6, 7), (2, 3, 7)
 
@@ -190,6 +191,28 @@ def test_merged_stores_have_their_data_in_the_folder_of_a_process(tmp_path):
     assert any(place.file.startswith("ocdbt.process_0/d/") for place in places.values())
     for place in places.values():
         assert (tmp_path / "items" / place.file).stat().st_size >= place.offset + place.length
+
+
+@pytest.mark.parametrize("dtype", [np.int32, ml_dtypes.bfloat16])
+def test_what_is_written_is_what_tensorstore_writes_and_reads(tmp_path, dtype):
+    """Box by box, each file byte for byte; boxes that are no piece of a chunk are refused."""
+    values = counted(SHAPE, dtype)
+    theirs = store(tmp_path / "theirs", values, CHUNK, ocdbt=False, zarr3=False)
+    ours = store(tmp_path / "ours", np.zeros(SHAPE, dtype), CHUNK, ocdbt=False, zarr3=False)
+    for file in (tmp_path / "ours" / "a.b").glob("[0-9]*"):
+        file.unlink()
+    chunks = raw(tmp_path / "ours", ours, ocdbt=False)
+    assert not chunks.write(((0, 2), (0, 2), (0, 7)), np.ascontiguousarray(values[:2, :2]))
+    for i, j in itertools.product(range(5), range(0, 6, 3)):
+        box = ((i, 1), (j, 3), (0, 7))
+        assert chunks.write(box, np.ascontiguousarray(values[i : i + 1, j : j + 3]))
+    assert np.array_equal(ours.read().result(), values)
+    for file in sorted((tmp_path / "theirs" / "a.b").glob("[0-9]*")):
+        mine = (tmp_path / "ours" / "a.b" / file.name).read_bytes()
+        inside = min(SHAPE[0] - 2 * int(file.name[0]), CHUNK[0]) * 3 * 7 * values.itemsize
+        assert len(mine) == file.stat().st_size
+        assert mine[:inside] == file.read_bytes()[:inside]
+    assert theirs.shape == ours.shape
 
 
 def test_contiguous():

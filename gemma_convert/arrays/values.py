@@ -7,7 +7,7 @@ scaled value is multiplied in float32.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -97,7 +97,7 @@ def may_lose(source: str, target: str, scale: float | None) -> bool:
     return scale is not None or not exact(source, target)
 
 
-def pieces(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+def pieces(shape: tuple[int, ...]) -> Iterator[tuple[Any, ...]]:
     """Boxes of an array, in C order and without gaps, each small enough for the cache."""
     steps = list(shape)
     for axis in range(len(shape)):
@@ -149,7 +149,9 @@ def _copy_bits(source: Array, target: Array) -> None:
     if row is None or column is None or row == column or shape[row] * shape[column] < _SMALL:
         np.copyto(target, source)
         return
-    others = [(slice(None),) if axis in {row, column} else range(n) for axis, n in enumerate(shape)]
+    others: list[Sequence[Any]] = [
+        (slice(None),) if axis in {row, column} else range(n) for axis, n in enumerate(shape)
+    ]
     scratch = np.empty((_TILE_ROWS, _TILE_ROW_BYTES // target.itemsize + _TILE_GAP), target.dtype)
     for place in itertools.product(*others):
         pair = source[place], target[place]

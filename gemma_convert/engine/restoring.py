@@ -33,9 +33,7 @@ class Restorer:
         self._sorted: dict[str, tuple[Array, Array]] = {}
         self._lock = threading.Lock()
 
-    def fill(
-        self, origin: str, box: Box, native: Array, values: Array, scale: float | None
-    ) -> int:
+    def fill(self, origin: str, box: Box, native: Array, values: Array, scale: float | None) -> int:
         """Fills `values` with a box of the original's tensor `origin`, piece by piece.
 
         `native` has the values that the native side holds of the box, in the same order; both are
@@ -48,9 +46,9 @@ class Restorer:
                 (start + span.start, span.stop - span.start)
                 for (start, _), span in zip(box, piece, strict=True)
             )
-            back = self._restore(origin, part, native[..., *piece], values.dtype.name, scale)
-            lost += count_rounded(native[..., *piece], back, scale)
-            convert(back, values[..., *piece], None)
+            back = self._restore(origin, part, native[(..., *piece)], values.dtype.name, scale)
+            lost += count_rounded(native[(..., *piece)], back, scale)
+            convert(back, values[(..., *piece)], None)
         return lost
 
     def _restore(

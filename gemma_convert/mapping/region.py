@@ -21,6 +21,21 @@ def slices(box: Box) -> tuple[slice, ...]:
     return tuple(slice(start, start + length) for start, length in box)
 
 
+def contiguous(box: Box, shape: tuple[int, ...]) -> bool:
+    """Whether the values of `box` stand next to each other in an array of `shape` in C order."""
+    places = zip(box, shape, strict=True)
+    rest = itertools.dropwhile(lambda place: place[0][1] == 1, places)
+    return all(length == size for (_, length), size in list(rest)[1:])
+
+
+def flat_place(box: Box, shape: tuple[int, ...]) -> int:
+    """The place of a box's first value in an array of `shape` in C order."""
+    flat = 0
+    for (start, _), size in zip(box, shape, strict=True):
+        flat = flat * size + start
+    return flat
+
+
 class NotABoxError(ValueError):
     """A region is not one box of the array, since an outer axis of a group is not fixed."""
 

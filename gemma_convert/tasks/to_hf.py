@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,12 +19,14 @@ from gemma_convert.engine.publishing import ProgressFactory, Publication
 from gemma_convert.engine.restoring import Restoring
 from gemma_convert.engine.resumable import SPARE_BYTES, ResumableTransfer
 from gemma_convert.engine.target import check_apart, check_space, check_target
+from gemma_convert.engine.transfer import WORKERS
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.files.identity import Unchanged
 from gemma_convert.layouts.opening import Checkpoint, open_checkpoint
 from gemma_convert.output import Progress, shown
 from gemma_convert.stores.remote.locations import check_remote_options, local, local_target
-from gemma_convert.stores.safetensors.writer import OutputShard, SafetensorsWriter
+from gemma_convert.stores.safetensors.checked_writer import CheckedWriter
+from gemma_convert.stores.safetensors.writer import OutputShard
 from gemma_convert.tasks.completed import export_stands, strangers_of_export
 from gemma_convert.tasks.export_plan import ExportOptions, KVShared, plan_export, reversed_plan
 from gemma_convert.tasks.reports import peak_memory
@@ -245,17 +248,17 @@ class _Checks:
     unchecked: int = 0
     different: list[str] = field(default_factory=list)
 
-    def compare(self, name: str, writer: SafetensorsWriter) -> None:
+    def compare(self, name: str, checksum: str) -> None:
         known = self.known.get(self.origins[name])
         if known is None:
             self.unchecked += 1
-        elif writer.checksum(name) == known:
+        elif checksum == known:
             self.identical += 1
         else:
             self.different.append(name)
 
 
-class _ExportWriter(SafetensorsWriter):
+class _ExportWriter(CheckedWriter):
     """The shards of an export, compared with the manifest when they are complete."""
 
     def __init__(self, folder: Path, shards: Sequence[OutputShard], checks: _Checks) -> None:
@@ -265,6 +268,7 @@ class _ExportWriter(SafetensorsWriter):
     def complete(self, started_ns: int, parts: int = 1) -> None:
         """Compares every tensor."""
         del started_ns, parts
-        for shard in self._shards:
-            for tensor in shard.tensors:
-                self._checks.compare(tensor.name, self)
+        names = [tensor.name for shard in self._shards for tensor in shard.tensors]
+        with ThreadPoolExecutor(WORKERS) as pool:
+            for name, checksum in zip(names, pool.map(self.checksum, names), strict=True):
+                self._checks.compare(name, checksum)

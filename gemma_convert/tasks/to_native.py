@@ -20,7 +20,8 @@ from gemma_convert.engine.target import check_apart, check_space, check_target
 from gemma_convert.errors import UsageError
 from gemma_convert.mapping.table import load_table
 from gemma_convert.output import Progress
-from gemma_convert.stores.orbax.writer import Compression, OrbaxFormat
+from gemma_convert.stores.orbax.writer import OrbaxFormat
+from gemma_convert.stores.orbax.zarr_metadata import Compression
 from gemma_convert.stores.remote.locations import check_remote_options, local, local_target
 from gemma_convert.tasks.completed import conversion_stands
 from gemma_convert.tasks.conversion import Conversion

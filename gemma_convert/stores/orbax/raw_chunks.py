@@ -1,8 +1,9 @@
-"""Reads the uncompressed chunks of an Orbax array straight from their files into a given buffer.
+"""Reads and writes the uncompressed chunks of an Orbax array straight in their files.
 
 tensorstore reads a chunk into fresh memory and copies it from there; one read into memory that is
-used again and again takes about half the time. Where chunks lie is zarr's business (a file each),
-or that of OCDBT, whose tree `tensorstore.ocdbt.dump` shows. What is not plain is left to
+used again and again takes about half the time. It writes one under another name, and renames that,
+though nobody reads a checkpoint that is being made. Where chunks lie is zarr's business (a file
+each), or that of OCDBT, whose tree `tensorstore.ocdbt.dump` shows. What is not plain is left to
 tensorstore: compressed or missing chunks, other orders, values that stand in the tree itself.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -20,7 +21,9 @@ from typing import Any
 from gemma_convert.arrays.values import Array
 from gemma_convert.errors import SourceError
 from gemma_convert.files.library_path import library_path
-from gemma_convert.mapping.region import Box
+from gemma_convert.files.new_file import MODE
+from gemma_convert.files.write_out import start_write_out
+from gemma_convert.mapping.region import Box, contiguous, flat_place
 
 _VALUE = re.compile(r"value:([^:%]*):([^:%]+):(\d+):(\d+)")
 
@@ -38,6 +41,9 @@ class Place:
 
 
 Places = Mapping[str, Place]
+
+Piece = tuple[tuple[int, ...], Box, Box]
+"""A part of one chunk: the chunk's index, the box in the chunk, the box in what is asked for."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +66,51 @@ class RawChunks:
         """
         data = values.reshape(-1).view("u1").data
         pieces = list(self._pieces(box))
-        whole = all(
-            contiguous(inner, self.chunk) and contiguous(outer, values.shape)
-            for _, inner, outer in pieces
-        )
-        return whole and all(
-            self._read_piece(index, inner, data, _flat(outer, values.shape) * self.itemsize)
+        return self._in_pieces(pieces, values.shape) and all(
+            self._read_piece(index, inner, data, flat_place(outer, values.shape) * self.itemsize)
             for index, inner, outer in pieces
         )
 
-    def _pieces(self, box: Box) -> Iterator[tuple[tuple[int, ...], Box, Box]]:
+    def write(self, box: Box, values: Array) -> bool:
+        """Whether `values`, contiguous, stand in the files of the chunks; False where they may not.
+
+        That is so where a part of a chunk is not one piece of its file. What no box fills of a
+        chunk is zero. Raises OSError.
+        """
+        data = values.reshape(-1).view("u1").data
+        pieces = list(self._pieces(box))
+        if not self._in_pieces(pieces, values.shape):
+            return False
+        for index, inner, outer in pieces:
+            start = flat_place(outer, values.shape) * self.itemsize
+            size = prod(length for _, length in inner) * self.itemsize
+            self._write_piece(index, inner, data[start : start + size])
+        return True
+
+    def _in_pieces(self, pieces: Sequence[Piece], shape: tuple[int, ...]) -> bool:
+        """Whether each piece is contiguous both in its chunk and in the values [*shape]."""
+        return all(
+            contiguous(inner, self.chunk) and contiguous(outer, shape) for _, inner, outer in pieces
+        )
+
+    def _write_piece(self, index: tuple[int, ...], inner: Box, data: memoryview) -> None:
+        path = self.folder / self._name(index)
+        size, offset = (
+            prod(self.chunk) * self.itemsize,
+            flat_place(inner, self.chunk) * self.itemsize,
+        )
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, MODE)
+        try:
+            if len(data) < size:
+                os.ftruncate(descriptor, size)
+            done = 0
+            while done < len(data):
+                done += os.pwrite(descriptor, data[done:], offset + done)
+            start_write_out(descriptor, offset, len(data))
+        finally:
+            os.close(descriptor)
+
+    def _pieces(self, box: Box) -> Iterator[Piece]:
         """The chunks that `box` meets: index, part in the chunk, part in the box."""
         spans = [
             range(start // chunk, -(-(start + length) // chunk))
@@ -88,7 +129,7 @@ class RawChunks:
         if place is None:
             return False
         size = prod(self.chunk) * self.itemsize
-        offset = _flat(inner, self.chunk) * self.itemsize
+        offset = flat_place(inner, self.chunk) * self.itemsize
         length = prod(length for _, length in inner) * self.itemsize
         try:
             descriptor = os.open(self.folder / place.file, os.O_RDONLY | os.O_CLOEXEC)
@@ -106,9 +147,12 @@ class RawChunks:
             os.close(descriptor)
 
     def _place(self, index: tuple[int, ...]) -> Place | None:
-        name = self.separator.join([*([self.prefix] if self.prefix else []), *map(str, index)])
-        key = f"{self.key}/{name or '0'}"
+        key = self._name(index)
         return Place(key, 0, None) if self.places is None else self.places.get(key)
+
+    def _name(self, index: tuple[int, ...]) -> str:
+        name = self.separator.join([*([self.prefix] if self.prefix else []), *map(str, index)])
+        return f"{self.key}/{name or '0'}"
 
 
 def raw_chunks(
@@ -184,20 +228,6 @@ def _parse(location: str) -> Place:
     if match is None or file.is_absolute() or ".." in file.parts:
         raise ValueError(location)
     return Place(str(file), int(match[3]), int(match[4]))
-
-
-def contiguous(box: Box, shape: tuple[int, ...]) -> bool:
-    """Whether the values of `box` stand next to each other in an array of `shape` in C order."""
-    places = zip(box, shape, strict=True)
-    rest = itertools.dropwhile(lambda place: place[0][1] == 1, places)
-    return all(length == size for (_, length), size in list(rest)[1:])
-
-
-def _flat(box: Box, shape: tuple[int, ...]) -> int:
-    flat = 0
-    for (start, _), size in zip(box, shape, strict=True):
-        flat = flat * size + start
-    return flat
 
 
 def _fill(descriptor: int, data: memoryview, offset: int) -> bool:

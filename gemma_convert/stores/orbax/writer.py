@@ -14,26 +14,24 @@ import os
 import re
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma_convert.arrays.checksums import checksum
-from gemma_convert.arrays.dtypes import TensorSpec, numpy_dtype
+from gemma_convert.arrays.dtypes import TensorSpec
 from gemma_convert.errors import TargetError
 from gemma_convert.files.value_file import ValuesFrom
 from gemma_convert.mapping.notation import split_path
 from gemma_convert.mapping.region import Box, slices
+from gemma_convert.stores.orbax.raw_chunks import RawChunks, raw_chunks
+from gemma_convert.stores.orbax.zarr_metadata import Compression, zarr2, zarr3
 from gemma_convert.stores.remote.mirror import find_mirror, kvstore
 from gemma_convert.version import CONVERTER, __version__
-
-Compression = Literal["none", "zstd"]
-
-ZSTD_LEVEL = {"zarr3": 3, "zarr2": 1}
-"""The levels that Orbax itself uses."""
 
 _CHUNK = re.compile(r"\d+(\.\d+)*", re.ASCII)
 
@@ -71,6 +69,7 @@ class OrbaxWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self._context = ts.Context({"file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}})
         self._arrays: dict[str, Any] = {}
+        self._raw: dict[str, RawChunks] = {}
         self._layouts: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         self.regions: dict[str, dict[Box, str]] = {}
         """array → the regions written, each with its checksum."""
@@ -99,6 +98,24 @@ class OrbaxWriter:
             for name, (spec, chunk) in arrays.items()
         }
         self._arrays |= {name: store.with_transaction(None) for name, store in stores.items()}
+        if not self.form.ocdbt and find_mirror(self.folder) is None:
+            self._raw |= self._raw_chunks(arrays)
+
+    def _raw_chunks(
+        self, arrays: Mapping[str, tuple[TensorSpec, tuple[int, ...]]]
+    ) -> dict[str, RawChunks]:
+        """The arrays whose chunks are files of plain values, written without a library."""
+        chunks = {
+            name: raw_chunks(
+                self.folder,
+                ".".join(split_path(name)),
+                zarr2(spec, chunk, self.form.compression),
+                spec.itemsize,
+                None,
+            )
+            for name, (spec, chunk) in arrays.items()
+        }
+        return {name: found for name, found in chunks.items() if found is not None}
 
     def holds(self, name: str, regions: Mapping[Box, str]) -> bool:
         """Whether the regions of an array have these checksums; if so they count as written."""
@@ -118,6 +135,11 @@ class OrbaxWriter:
     def write(self, name: str, box: Box, values: NDArray[np.generic]) -> Any:
         """A future of the commit of `values` into `box`; `values` must not change before it."""
         self.regions.setdefault(name, {})[box] = checksum(values)
+        raw = self._raw.get(name)
+        if raw is not None and raw.write(box, values):
+            done: Future[None] = Future()
+            done.set_result(None)
+            return done
         view = self._arrays[name][slices(box)] if box else self._arrays[name]
         future = view.write(values, can_reference_source_data_indefinitely=True).commit
         future.force()
@@ -206,7 +228,7 @@ class OrbaxWriter:
 
     def _spec(self, name: str, spec: TensorSpec, chunk: tuple[int, ...]) -> dict[str, Any]:
         store = self._kvstore(".".join(split_path(name)) + "/", self._part)
-        metadata = _zarr3 if self.form.uses_zarr3 else _zarr2
+        metadata = zarr3 if self.form.uses_zarr3 else zarr2
         return {
             "driver": "zarr3" if self.form.uses_zarr3 else "zarr",
             "kvstore": store,
@@ -242,34 +264,6 @@ def write_error(error: BaseException, where: object) -> TargetError:
         found=str(error).splitlines()[0][:300],
         do="check free space and permissions of the target",
     )
-
-
-def _zarr3(spec: TensorSpec, chunk: tuple[int, ...], compression: Compression) -> dict[str, Any]:
-    codecs: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
-    if compression == "zstd":
-        codecs.append({"name": "zstd", "configuration": {"level": ZSTD_LEVEL["zarr3"]}})
-    return {
-        "shape": list(spec.shape),
-        "data_type": spec.dtype,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
-        "codecs": codecs,
-        "fill_value": 0,
-    }
-
-
-def _zarr2(spec: TensorSpec, chunk: tuple[int, ...], compression: Compression) -> dict[str, Any]:
-    dtype = spec.dtype if spec.dtype == "bfloat16" else numpy_dtype(spec.dtype).str
-    zstd = {"id": "zstd", "level": ZSTD_LEVEL["zarr2"]}
-    return {
-        "shape": list(spec.shape),
-        "chunks": list(chunk),
-        "dtype": dtype,
-        "compressor": zstd if compression == "zstd" else None,
-        "dimension_separator": ".",
-        "fill_value": None,
-        "filters": None,
-        "order": "C",
-    }
 
 
 def write_checkpoint_metadata(

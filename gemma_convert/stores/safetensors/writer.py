@@ -18,13 +18,13 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
 from gemma_convert.arrays.checksums import checksum
 from gemma_convert.arrays.dtypes import TensorSpec, numpy_dtype
 from gemma_convert.arrays.values import Array, bits
 from gemma_convert.files.new_file import MODE
 from gemma_convert.files.value_file import ValuesFrom
+from gemma_convert.files.write_out import start_write_out
 from gemma_convert.mapping.region import Box, slices
 from gemma_convert.stores.safetensors.header import (
     StoredTensor,
@@ -34,7 +34,6 @@ from gemma_convert.stores.safetensors.header import (
 )
 
 LET_GO_BYTES = 32 << 20
-PIECE_BYTES = 16 << 20
 
 SHORT_RUN_BYTES = 4 << 10
 """Shorter pieces are written through the map: a call of the system for each would cost more."""
@@ -163,21 +162,15 @@ class SafetensorsWriter:
         """Nothing: what is said of tensors stands in the headers."""
         return {}
 
-    def checksum(self, name: str) -> str:
-        """xxh3_128 of the whole tensor, read from its file."""
-        digest, data = xxhash.xxh3_128(), self.array(name).reshape(-1).view(np.uint8)
-        for start in range(0, data.size, PIECE_BYTES):
-            digest.update(data[start : start + PIECE_BYTES].data)
-            self._let_go(PIECE_BYTES)
-        return digest.hexdigest()
-
     def _put(self, tensor: StoredTensor, start: int, values: Array) -> None:
         data = values.view(np.uint8).data
         place = tensor.start + start * tensor.spec.itemsize
+        descriptor = self._descriptors[tensor.file]
         with self._lock:  # the system lets one write to a file at a time, and others spin
-            while data:
-                count = os.pwrite(self._descriptors[tensor.file], data, place)
-                data, place = data[count:], place + count
+            done = 0
+            while done < len(data):
+                done += os.pwrite(descriptor, data[done:], place + done)
+        start_write_out(descriptor, place, len(data))
 
     def _let_go(self, count: int) -> None:
         """Says that `count` bytes more were written; now and then their pages are let go."""
