@@ -51,10 +51,13 @@ def convert(source: Array, target: Array, scale: float | None) -> None:
 def restore(target: Array, dtype: str, scale: float | None) -> Array:
     """The values that `target` gives when it is converted back to `dtype`."""
     back = np.empty(target.shape, np.float32)
-    _widen(target, back)
     with np.errstate(invalid="ignore"):
-        if scale is not None:
-            np.divide(back, np.float32(scale), out=back)
+        if scale is not None and target.dtype == np.float32:
+            np.divide(target, np.float32(scale), out=back)
+        else:
+            _widen(target, back)
+            if scale is not None:
+                np.divide(back, np.float32(scale), out=back)
         return back if dtype == "float32" else _narrow(back, dtype)
 
 
@@ -135,8 +138,9 @@ def _widen(source: Array, target: Array) -> None:
 def _narrow(source: Array, dtype: str) -> Array:
     """float32 in a narrower dtype; a NaN that was a bfloat16 is it again, with its payload."""
     narrow = source.astype(numpy_dtype(dtype))
-    if dtype == "bfloat16":
-        payload = np.isnan(source) & (bits(source) & 0xFFFF == 0)
+    nan = np.isnan(source)
+    if dtype == "bfloat16" and nan.any():
+        payload = nan & (bits(source) & 0xFFFF == 0)
         bits(narrow)[payload] = bits(source)[payload] >> 16
     return narrow
 
