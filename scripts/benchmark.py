@@ -1,19 +1,22 @@
 #!/usr/bin/env python3
-"""How fast conversions run, against `cp -r` and against the least that a conversion must do.
+"""How fast conversions run, against the least that one must do, MaxText's converter, and `cp -r`.
 
 Makes a synthetic checkpoint of real widths, then runs every direction and layout in turns, several
-times, beside `cp -r` + sync of the same bytes and beside the floor: read every tensor once,
-transpose it with the same function, write one raw file, sync. Ratios are of times within one round;
-their median is printed. Times on a busy machine vary up to fivefold, ratios much less.
+times, beside the floor: read every tensor once, transpose it with the same function, write one raw
+file, sync (benchmark_floor.py); beside `cp -r` + sync of the same bytes; and, with `--peer`, beside
+MaxText's own converter in its environment. Ratios are of times within one round; their median is
+printed. Times on a busy machine vary up to fivefold, ratios much less. What the machine can do at
+most is printed first, and with `--phases` what the seconds of one more run of each case went into.
 
 A virtual machine may have given its free memory back to the host, and then the first touch of a
 page costs more than all else that a run does with it. So free memory is touched before every run.
 
-    scripts/benchmark.py WORK_FOLDER [--model 31b] [--gigabytes 3.5] [--rounds 3] [--json FILE]
+    scripts/benchmark.py WORK_FOLDER [--model 31b] [--gigabytes 3.5] [--rounds 3] [--phases]
+                         [--peer PYTHON] [--json FILE]
 
 The weights are wild, or with `--weights trained` like a trained model's
-(gemma_convert/tiny/kinds.py). The work folder needs about four times the checkpoint's size and is
-cleaned up.
+(gemma_convert/tiny/kinds.py). The work folder needs about four times the checkpoint's size, eight
+times with `--peer`, and is cleaned up.
 """
 
 from __future__ import annotations
@@ -27,26 +30,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from math import prod
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
-import numpy as np
+from benchmark_machine import machine_figures
 from real_widths import CONFIGS, published_config, slice_config, write_checkpoint
 
-from gemma_convert.arrays.dtypes import DTypePolicy, numpy_dtype
-from gemma_convert.arrays.values import convert
-from gemma_convert.engine.transfer import WORKERS
-from gemma_convert.mapping.plan import Plan, plan_to_native
-from gemma_convert.mapping.region import blocks, selection
-from gemma_convert.mapping.table import load_table
-from gemma_convert.model.config import read_architecture
-from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 from gemma_convert.tiny.kinds import Repeated
 
+SCRIPTS = Path(__file__).parent
 SPARE_BYTES = 1 << 30
 
 
@@ -58,6 +52,11 @@ class Case:
     source: str
     target: str
     arguments: tuple[str, ...]
+
+    @property
+    def command(self) -> list[str]:
+        """The command line behind `gemma-convert`."""
+        return [self.arguments[0], self.source, self.target, *self.arguments[1:]]
 
 
 @dataclass(frozen=True)
@@ -82,13 +81,24 @@ def main() -> None:
         size = make_checkpoint(arguments, folder / "hf")
         cases = _cases(arguments.model, arguments.only)
         print(f"{arguments.model}: {size / 1e9:.2f} GB, {os.cpu_count()} cores", flush=True)
-        runs = measure(folder, cases, arguments.rounds, 2 * size)
+        machine = machine_figures(folder)
+        print("; ".join(f"{name} {rate:.1f}" for name, rate in machine.items()), "GB/s", flush=True)
+        peer = None if arguments.peer is None else _peer(folder, arguments.peer.absolute())
+        runs = measure(folder, cases, arguments.rounds, 2 * size, peer)
+        phases = phases_of(folder, cases, 2 * size) if arguments.phases else {}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     report = summary(runs, size)
     show(report)
+    show_phases(phases)
     if arguments.json:
-        values = {"model": arguments.model, "bytes": size, "cases": report}
+        values = {
+            "model": arguments.model,
+            "bytes": size,
+            "machine": machine,
+            "cases": report,
+            "phases": phases,
+        }
         arguments.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
@@ -101,6 +111,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--weights", choices=get_args(Repeated), default="wild")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="run cases whose name holds this")
+    parser.add_argument("--phases", action="store_true", help="tell where the seconds go")
+    parser.add_argument("--peer", type=Path, help="Python of an environment that has MaxText")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -136,30 +148,68 @@ def _cases(model: str, only: str) -> list[Case]:
     return cases
 
 
-def measure(folder: Path, cases: list[Case], rounds: int, touched: int) -> dict[str, list[Run]]:
+def _peer(folder: Path, python: Path) -> list[str]:
+    """The command of MaxText's converter, for the settings that `to-native` prints."""
+    command = [sys.executable, "-m", "gemma_convert", "to-native", "hf", "none", "--format", "maxtext"]
+    done = subprocess.run(
+        [*command, "--dry-run", "--json", "--ignore-fact", "text_config.layer_types"],
+        cwd=folder,
+        check=True,
+        capture_output=True,
+    )
+    settings = folder / "settings.json"
+    settings.write_text(json.dumps(json.loads(done.stdout)["settings"]), encoding="utf-8")
+    script = SCRIPTS / "conformance" / "maxtext.py"
+    return [str(python), "-P", str(script), "to_maxtext_bfloat16", str(settings), "hf", "peer"]
+
+
+def measure(
+    folder: Path, cases: list[Case], rounds: int, touched: int, peer: list[str] | None
+) -> dict[str, list[Run]]:
     """Name → its runs, one a round; every round runs everything once.
 
     Before each run up to `touched` bytes of free memory are touched.
     """
     runs: dict[str, list[Run]] = {"cp -r": [], "floor": []}
-    python = [sys.executable, "-m", "gemma_convert"]
     for number in range(rounds):
         print(f"round {number + 1} of {rounds}", flush=True)
         _touch(touched)
         runs["cp -r"].append(_watch(["cp", "-r", "hf", "copy"], folder))
         shutil.rmtree(folder / "copy")
-        floor = [sys.executable, __file__, "--floor", "hf", "floor.bin"]
+        floor = [sys.executable, str(SCRIPTS / "benchmark_floor.py"), "hf", "floor.bin"]
         _touch(touched)
         runs["floor"].append(_watch(floor, folder))
         (folder / "floor.bin").unlink()
-        for case in cases:
-            command = [*python, case.arguments[0], case.source, case.target, *case.arguments[1:]]
+        if peer is not None:
             _touch(touched)
+            runs.setdefault("MaxText's to_maxtext", []).append(_watch(peer, folder))
+            shutil.rmtree(folder / "peer")
+        for case in cases:
+            _touch(touched)
+            command = [sys.executable, "-m", "gemma_convert", *case.command]
             runs.setdefault(case.name, []).append(_watch(command, folder))
-            if case.target == "back":
-                for name in ("native", "back"):
-                    shutil.rmtree(folder / name)
+            _clean(folder, case)
     return runs
+
+
+def phases_of(folder: Path, cases: list[Case], touched: int) -> dict[str, dict[str, Any]]:
+    """Name of a case → what benchmark_phases.py says of one more run."""
+    phases = {}
+    for case in cases:
+        _touch(touched)
+        report = folder / "phases.json"
+        command = [sys.executable, str(SCRIPTS / "benchmark_phases.py"), report, *case.command]
+        subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        phases[case.name] = json.loads(report.read_text(encoding="utf-8"))
+        _clean(folder, case)
+    return phases
+
+
+def _clean(folder: Path, case: Case) -> None:
+    """Removes both checkpoints behind an export."""
+    if case.target == "back":
+        for name in ("native", "back"):
+            shutil.rmtree(folder / name)
 
 
 def _touch(most: int) -> None:
@@ -212,72 +262,6 @@ def _figures(pid: int) -> Iterator[tuple[str, int]]:
             yield {"rchar": "read", "wchar": "written"}[key], int(value)
 
 
-def floor(source: Path, target: Path) -> None:
-    """Reads every tensor once, transposes it as a conversion does, writes one raw file, syncs."""
-    with SafetensorsFolder(source) as reader:
-        plan = plan_to_native(
-            read_architecture(source), load_table("maxtext"), reader.specs, DTypePolicy()
-        )
-        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT, 0o644)
-        with ThreadPoolExecutor(WORKERS) as pool:
-            local = threading.local()
-            jobs = [pool.submit(job, local) for job in _floor_jobs(plan, reader, descriptor)]
-            for job in jobs:
-                job.result()
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def _floor_jobs(
-    plan: Plan, reader: SafetensorsFolder, descriptor: int
-) -> Iterator[Callable[[threading.local], None]]:
-    """One job a block: its own read, transpose and write, in two buffers of its thread."""
-    place = 0
-    for name, source in plan.sources.items():
-        offset = 0
-        for ranges in blocks(source.region, source.steps):
-            lengths = source.region.lengths(ranges)
-            size = prod(lengths) * source.spec.itemsize
-
-            def job(
-                local: threading.local,
-                name: str = name,
-                source: object = source,
-                ranges: Mapping[str, tuple[int, int]] = ranges,
-                lengths: tuple[int, ...] = lengths,
-                size: int = size,
-                offset: int = offset,
-                place: int = place,
-            ) -> None:
-                given = _buffer(local, "given", size)
-                reader.read_into(reader.tensors[name], offset, given.data)
-                dtype = numpy_dtype(source.spec.dtype)
-                block = given.view(dtype).reshape(lengths)
-                at = place
-                for copy in source.copies:
-                    if copy.source.meets(ranges):
-                        part = block[selection(copy, ranges)].transpose(copy.permutation)
-                        spec = plan.targets[copy.target.tensor].spec
-                        count = part.size * spec.itemsize
-                        made = _buffer(local, "made", count)
-                        values = made.view(numpy_dtype(spec.dtype)).reshape(part.shape)
-                        convert(part, values, copy.scale)
-                        os.pwrite(descriptor, made.data, at)
-                        at += count
-
-            yield job
-            place += size * (2 if source.copies[0].scale is not None else 1)
-            offset += size
-
-
-def _buffer(local: threading.local, name: str, size: int) -> np.ndarray:
-    buffer = getattr(local, name, None)
-    if buffer is None or buffer.size < size:
-        buffer = np.empty(size, np.uint8)
-        setattr(local, name, buffer)
-    return buffer[:size]
-
-
 def summary(runs: Mapping[str, list[Run]], size: int) -> dict[str, dict[str, object]]:
     """Name → median time, its ratios to the floor and `cp -r` of the same round, memory, bytes."""
     report: dict[str, dict[str, object]] = {}
@@ -322,8 +306,16 @@ def show(report: Mapping[str, Mapping[str, object]]) -> None:
         print("  ".join([row[0].ljust(widths[0]), *rest]))
 
 
+def show_phases(phases: Mapping[str, Mapping[str, Any]]) -> None:
+    """Seconds of each phase, its bytes a second where it moves some, and what passed."""
+    for name, found in phases.items():
+        told = [
+            f"{phase} {clock['seconds']:.2f}"
+            + (f" ({clock['nbytes'] / clock['seconds'] / 1e9:.1f} GB/s)" if clock["nbytes"] else "")
+            for phase, clock in found["phases"].items()
+        ]
+        print(f"{name}: {found['total']:.1f} s; of all threads: {', '.join(told)}")
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--floor"]:
-        floor(Path(sys.argv[2]), Path(sys.argv[3]))
-    else:
-        main()
+    main()

@@ -81,16 +81,19 @@ class Values(Protocol):
 
 
 class _Buffers:
-    """A fixed number of reusable buffers; `take` waits for a free one."""
+    """A fixed number of reusable buffers of one size, whose memory is taken when they are used.
 
-    def __init__(self, count: int) -> None:
-        self._free: queue.SimpleQueue[Array] = queue.SimpleQueue()
+    One that grew would leave holes in the heap behind it.
+    """
+
+    def __init__(self, count: int, size: int) -> None:
+        self._free: queue.LifoQueue[Array] = queue.LifoQueue()
         for _ in range(count):
-            self._free.put(np.empty(0, np.uint8))
+            self._free.put(np.empty(size, np.uint8))
 
-    def take(self, size: int) -> Array:
-        buffer = self._free.get()
-        return buffer if buffer.size >= size else np.empty(size, np.uint8)
+    def take(self) -> Array:
+        """The free buffer that was used last; waits for one."""
+        return self._free.get()
 
     def give(self, buffer: Array) -> None:
         self._free.put(buffer)
@@ -116,7 +119,9 @@ class Transfer:
         self.values, self.progress, self._finished = values, progress, finished
         self._open: Counter[str] = Counter()
         self.checksums: dict[str, str] = {}
-        self._sources, self._targets = _Buffers(SOURCE_BUFFERS), _Buffers(TARGET_BUFFERS)
+        read, written = largest_blocks(plan)
+        self._sources = _Buffers(SOURCE_BUFFERS, read)
+        self._targets = _Buffers(TARGET_BUFFERS, written)
         self._gathered: dict[str, tuple[Array, int]] = {}
         self._lock = threading.Lock()
         self._failed = threading.Event()
@@ -162,7 +167,7 @@ class Transfer:
         self._hold(name)
         for ranges in blocks(source.region, source.steps):
             size = prod(source.region.lengths(ranges)) * source.spec.itemsize
-            buffer = self._sources.take(size)
+            buffer = self._sources.take()
             piece = buffer[:size]
             self.reader.read_block(source, ranges, offset, piece)
             if ordered:
@@ -220,7 +225,7 @@ class Transfer:
             self._gather(copy, target.spec.shape, box, values.reshape(shape))
             return
         size = part.size * dtype.itemsize
-        buffer = self._targets.take(size)
+        buffer = self._targets.take()
         try:
             values = buffer[:size].view(dtype).reshape(part.shape)
             self.values.fill(copy, ranges, part, values, source)
@@ -265,3 +270,16 @@ class Transfer:
         with self._lock:
             self._failure = self._failure or error
         self._failed.set()
+
+
+def largest_blocks(plan: Plan) -> tuple[int, int]:
+    """Bytes of the largest block that is read, and of the largest that is written at once."""
+    read = written = 0
+    for source in plan.sources.values():
+        first = {axis: (0, step) for axis, step in source.steps.items()}
+        count = prod(source.region.lengths(first))
+        read = max(read, count * source.spec.itemsize)
+        targets = (plan.targets[copy.target.tensor] for copy in source.copies)
+        sizes = (count * target.spec.itemsize for target in targets if not target.gathered)
+        written = max(written, *sizes, 0)
+    return read, written
