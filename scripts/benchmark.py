@@ -150,7 +150,16 @@ def _cases(model: str, only: str) -> list[Case]:
 
 def _peer(folder: Path, python: Path) -> list[str]:
     """The command of MaxText's converter, for the settings that `to-native` prints."""
-    command = [sys.executable, "-m", "gemma_convert", "to-native", "hf", "none", "--format", "maxtext"]
+    command = [
+        sys.executable,
+        "-m",
+        "gemma_convert",
+        "to-native",
+        "hf",
+        "none",
+        "--format",
+        "maxtext",
+    ]
     done = subprocess.run(
         [*command, "--dry-run", "--json", "--ignore-fact", "text_config.layer_types"],
         cwd=folder,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -105,3 +106,28 @@ def test_wrong_model_and_usage(shallow, tmp_path):
     assert run("convert_and_check.sh").returncode == 2
     assert run("convert_and_check.sh", "27b", "x", "y").returncode == 2
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["--no-ocdbt", "--ocdbt"])
+def test_phases_of_a_conversion(shallow, tmp_path, form):
+    """Every byte is read once and written once, both ways; no phase is left without a clock."""
+    source = shallow("31b")
+    report = inspect(source)
+    names = ("read", "values", "checksum", "write")
+
+    def phases(*command: object) -> dict[str, dict[str, float]]:
+        out = tmp_path / "phases.json"
+        script = [sys.executable, str(SCRIPTS / "benchmark_phases.py"), str(out)]
+        subprocess.run([*script, *map(str, command)], check=True, capture_output=True)
+        found = json.loads(out.read_text())
+        assert all(clock["seconds"] < found["total"] * 4 for clock in found["phases"].values())
+        return found["phases"]
+
+    there = phases("to-native", source, tmp_path / "native", "--format", "maxtext", form)
+    back = phases("to-hf", tmp_path / "native", tmp_path / "back")
+    assert there["read"]["nbytes"] == back["write"]["nbytes"] == report.bytes
+    scalars = there["write"]["nbytes"] - back["read"]["nbytes"]
+    assert scalars in {0, 4}, "tensorstore reads the arrays that have no axes"
+    assert there["write"]["nbytes"] > report.bytes
+    for found in (there, back):
+        assert all(found[name]["seconds"] > 0 for name in (*names, "start", "plan", "sync"))
