@@ -143,7 +143,6 @@ def command(
       gemma-convert logit-check gemma-4-31B-it out --image cat.png
       gemma-convert logit-check gemma-4-E2B-it out --golden e2b-golden.safetensors
       gemma-convert logit-check gemma-4-E2B-it run/checkpoints/1000 --settings out/maxtext.yml
-      gemma-convert logit-check adapter adapter-out --native-base out
     """
     from gemma_convert.cli.allocator import return_large_blocks
     from gemma_convert.cli.threads import let_threads_sleep

@@ -38,7 +38,7 @@ class AdapterPairs:
         refuse_beside_matrices(matrices.specs, matrices.folder)
         self.adapter, self._matrices = adapter, matrices
         self._base, self._names = base, _names(base, matrices.specs, adapter, matrices.folder)
-        self._stored = lru_cache(1)(self._read_both)
+        self._by_expert = lru_cache(1)(self._read_by_expert)
         self.factors = lru_cache(1)(self._factors)
 
     @property
@@ -51,15 +51,16 @@ class AdapterPairs:
 
         Where it is not, `expert` is 0.
         """
-        a, b = self._stored(weight)
+        a, b = self._by_expert(weight)
+        return a[expert].astype(np.float64), b[expert].astype(np.float64)
+
+    def _read_by_expert(self, weight: str) -> tuple[Array, Array]:
+        """A [experts rank in] and B [experts out rank], one expert of a weight that has none."""
+        a, b = (self._read(name) for name in self._names[weight])
         rank = self.adapter.rank
         experts = len(a) // rank
-        mine = a.reshape(experts, rank, -1)[expert], b.reshape(-1, rank, experts)[..., expert]
-        return mine[0].astype(np.float64), mine[1].astype(np.float64)
-
-    def _read_both(self, weight: str) -> tuple[Array, Array]:
-        a, b = (self._read(name) for name in self._names[weight])
-        return a, b
+        b = b.reshape(-1, rank, experts).transpose(2, 0, 1)
+        return a.reshape(experts, rank, -1), np.ascontiguousarray(b)
 
     def _read(self, name: str) -> Array:
         tensor = self._matrices.tensors[name]
