@@ -48,3 +48,24 @@ def save(folder: Path, model: Path, found: dict[str, np.ndarray], **config) -> P
     (folder / "adapter_config.json").write_text(json.dumps(facts | config))
     (folder / "README.md").write_text("An adapter.\n")
     return folder
+
+
+def expert_matrices(model: Path, seed: int = 1) -> dict[str, np.ndarray]:
+    """The same for the batched experts [experts out in], as PEFT stores both parameters' pairs.
+
+    A is [(experts rank) in], B [out (rank experts)], and the first parameter's lie within the
+    second's.
+    """
+    random = np.random.default_rng(seed)
+    found = {}
+    for name, array in read_safetensors(model).items():
+        module, _, parameter = name.rpartition(".")
+        if not module.endswith(".experts"):
+            continue
+        inner = ".base_layer" if parameter == "gate_up_proj" else ""
+        experts, outputs, inputs = array.shape
+        a = random.normal(size=(experts * RANK, inputs))
+        b = random.normal(size=(outputs, RANK * experts))
+        found[f"{module}{inner}.lora_A.weight"] = a.astype(np.float32)
+        found[f"{module}{inner}.lora_B.weight"] = b.astype(np.float32)
+    return found

@@ -12,14 +12,16 @@ from types import SimpleNamespace
 import ml_dtypes
 import numpy as np
 import pytest
-from adapters import ALPHA, RANK, matrices, save
+from adapters import ALPHA, RANK, expert_matrices, matrices, save
 from cases import SHALLOW
 from native_checkpoints import nested_tree, sums
+from safetensors.numpy import load_file, save_file
 from test_cli import fails, run
 from trees import flatten, read_safetensors
 
 from gemma_convert import SourceError, TargetError, UsageError, inspect, to_hf, to_native, verify
 from gemma_convert.engine import merged as merged_module
+from gemma_convert.engine.adapter_pairs import AdapterPairs
 from gemma_convert.engine.merged import MergedTensors
 from gemma_convert.model.adapter import read_adapter
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
@@ -196,7 +198,7 @@ def test_merged_values_do_not_depend_on_blocks(adapter, model, monkeypatch):
     monkeypatch.setattr(merged_module, "PIECE_VALUES", 1000)
     name = "model.language_model.layers.0.self_attn.o_proj.weight"
     with SafetensorsFolder(model) as base, SafetensorsFolder(adapter) as changes:
-        merged = MergedTensors(base, changes, read_adapter(adapter))
+        merged = MergedTensors(base, AdapterPairs(base.specs, changes, read_adapter(adapter)))
         whole = b"".join(bytes(piece) for piece in merged.pieces(name))
         source = SimpleNamespace(region=SimpleNamespace(tensor=name))
         for size in (2, 14, 1000):
@@ -211,6 +213,104 @@ def test_rslora_is_scaled_by_the_root_of_its_rank(model, tmp_path):
     assert read_adapter(source).scaling == pytest.approx(ALPHA / RANK**0.5)
     report = to_native(source, tmp_path / "out")
     assert float(report.settings["lora.lora_alpha"]) == pytest.approx(ALPHA * RANK**0.5)
+
+
+# Batched experts.
+
+TARGETED = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+
+
+def test_experts_are_merged_as_peft_merges_them(tmp_path):
+    """What PEFT 0.21 itself stored and merged of a module with both parameters, in float32."""
+    folder = Path(__file__).parent / "data" / "peft_experts"
+    before_and_after = load_file(folder / "model_before_and_after.safetensors")
+    base = {name: before_and_after[f"base.{name}"] for name in named(before_and_after, "base.")}
+    save_file(base, tmp_path / "model.safetensors")
+    adapter = read_adapter(folder)
+    with (
+        SafetensorsFolder(tmp_path) as weights,
+        SafetensorsFolder(folder) as matrices,
+    ):
+        merged = MergedTensors(weights, AdapterPairs(weights.specs, matrices, adapter))
+        found = {name: b"".join(map(bytes, merged.pieces(name))) for name in base}
+    assert len(found) == 4 and {*found} == {*merged.merged}
+    for name, data in found.items():
+        wanted = before_and_after[f"merged.{name}"]
+        values = np.frombuffer(data, np.float32).reshape(wanted.shape)
+        assert np.allclose(values, wanted, rtol=1e-6, atol=1e-6), name
+        assert not np.allclose(base[name], wanted, atol=0.1)
+
+
+def named(tensors, prefix):
+    return [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
+
+
+@pytest.mark.parametrize("parameters", [("gate_up_proj", "down_proj"), ("down_proj",)])
+def test_experts_merged(shallow, tmp_path, parameters):
+    model = shallow("26b-a4b")
+    inner, outer = "experts.base_layer.lora", "experts.lora"
+    found = {
+        name: matrix
+        for name, matrix in expert_matrices(model).items()
+        if len(parameters) == 2 or inner not in name
+    }
+    targets = {"target_parameters": [f"experts.{name}" for name in parameters]}
+    source = save(tmp_path / "adapter", model, found, use_rslora=True, **targets)
+    report = to_native(source, tmp_path / "out", merge=True, layout="gemma-jax")
+    assert report.adapter["weights"] == 6 * len(parameters)
+    assert verify(tmp_path / "out", against=source).passed
+    to_hf(tmp_path / "out", tmp_path / "back")
+    before, after = read_safetensors(model), read_safetensors(tmp_path / "back")
+    for name, array in before.items():
+        wanted, parameter = array.astype(np.float64), name.rpartition(".")[2]
+        if ".experts." in name and parameter in parameters:
+            stem = name.replace(f"experts.{parameter}", inner if "gate" in parameter else outer)
+            a, b = (found[f"{stem}_{letter}.weight"].astype(float) for letter in "AB")
+            for expert in range(len(array)):  # A has an expert's rows together, B every n-th column
+                rows = a[expert * RANK : (expert + 1) * RANK]
+                wanted[expert] += ALPHA / RANK**0.5 * (b[:, expert :: len(array)] @ rows)
+        assert np.array_equal(after[name], wanted.astype(ml_dtypes.bfloat16)), name
+
+
+def test_experts_by_themselves_have_no_place(shallow, tmp_path):
+    model = shallow("26b-a4b")
+    source = save(tmp_path / "adapter", model, expert_matrices(model), **TARGETED)
+    assert inspect(source).adapter.rank == RANK
+    message = fails(2, "to-native", source, tmp_path / "out", "--format", "maxtext")
+    assert "no place for an adapter of batched experts" in message
+    assert "MaxText 0.2.5" in message and "--merge" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_pairs_of_experts_than_the_config_says(shallow, tmp_path):
+    model = shallow("26b-a4b")
+    both = expert_matrices(model)
+    outer = {name: matrix for name, matrix in both.items() if "base_layer" not in name}
+    for number, (found, named) in enumerate(
+        [
+            (both, ["experts.down_proj"]),
+            (outer, TARGETED["target_parameters"]),
+            (both, ["7.experts.gate_up_proj"]),
+            (both, []),
+            (outer, ["xperts.down_proj"]),
+        ]
+    ):
+        source = save(tmp_path / f"{number}", model, found, target_parameters=named)
+        with pytest.raises(SourceError, match="other pairs for batched experts"):
+            to_native(source, tmp_path / "out", merge=True)
+    turned = save(tmp_path / "turned", model, swapped_pairs(both), **TARGETED)
+    with pytest.raises(SourceError, match="do not fit"):
+        to_native(turned, tmp_path / "out", merge=True)
+
+
+def swapped_pairs(found):
+    """The pair of either parameter where that of the other belongs."""
+    return {
+        name.replace("experts.base_layer.", "experts.")
+        if "base_layer" in name
+        else name.replace("experts.", "experts.base_layer."): matrix
+        for name, matrix in found.items()
+    }
 
 
 # What stands already.
@@ -324,7 +424,7 @@ REFUSED = {
     "rank_pattern": {"q_proj": 4},
     "alpha_pattern": {"q_proj": 4},
     "modules_to_save": ["lm_head"],
-    "target_parameters": ["experts.gate_up_proj"],
+    "target_parameters": "experts.gate_up_proj",
     "bias": "all",
     "init_lora_weights": "pissa_niter_4",
     "peft_type": "LOHA",
@@ -403,7 +503,8 @@ def test_a_model_that_leads_elsewhere_is_not_read(adapter, model, tmp_path):
     [
         "model.language_model.layers.0.self_attn.q_proj.lora_magnitude_vector",
         "model.language_model.embed_tokens.lora_embedding_A",
-        "model.language_model.layers.0.experts.base_layer.lora_A.weight",
+        "model.language_model.layers.0.self_attn.q_proj.base_layer.weight",
+        "model.language_model.layers.0.self_attn.q_proj.base_layer.lora_A.weight",
     ],
 )
 def test_a_tensor_of_another_kind(model, tmp_path, name):
@@ -471,7 +572,7 @@ def test_told_by_inspect_and_refused_by_commands_for_models(adapter, tmp_path):
     for folder in (adapter, tmp_path / "out"):
         found = inspect(folder).adapter
         assert (found.rank, found.alpha) == (RANK, ALPHA)
-    message = fails(3, "logit-check", adapter, tmp_path / "out")
+    message = fails(3, "golden", adapter, tmp_path / "golden.safetensors")
     assert "to-native --merge" in message
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from gemma_convert.checkpoint.original import Original
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.mapping.adapted import adapter_table
 from gemma_convert.mapping.inventory import hf_tensors
-from gemma_convert.model.adapter import ADAPTER_CONFIG, Adapter, adapter_config
+from gemma_convert.model.adapter import ADAPTER_CONFIG, Adapter, StoredAdapter, adapter_config
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import read_architecture, read_config
 from gemma_convert.model.huggingface_files import ADAPTER
@@ -51,14 +52,7 @@ def adapter_original(native: NativeSource, base: AdapterBase | None, stack: Exit
             do="name the Hugging Face checkpoint of its base model with --base; config.json is "
             "enough",
         )
-    alpha = native.adapter.alpha if base.alpha is None else base.alpha
-    if alpha is None:
-        raise UsageError(
-            "Nothing says how this adapter is scaled: its metadata has no alpha.",
-            where=native.folder,
-            do="say what it was trained with: --alpha NUMBER",
-        )
-    adapter = Adapter(native.adapter.rank, alpha)
+    adapter = scaled_adapter(native.adapter, base.alpha, native.folder)
     architecture = replace(read_architecture(base.folder), adapter=adapter)
     specs = _specs(native, architecture)
     modules = [name.removesuffix(_A) for name in specs if name.endswith(_A)]
@@ -73,6 +67,23 @@ def adapter_original(native: NativeSource, base: AdapterBase | None, stack: Exit
     return Original(
         folder, architecture, (shard,), naming, files, None, base_config=described, made=True
     )
+
+
+def scaled_adapter(stored: StoredAdapter, alpha: float | None, where: Path) -> Adapter:
+    """The native adapter in `where`, with `alpha` if that is given.
+
+    Raises UsageError where nobody says one, or it is no positive number.
+    """
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise UsageError("--alpha is a positive number.", found=alpha)
+    alpha = stored.alpha if alpha is None else alpha
+    if alpha is None:
+        raise UsageError(
+            "Nothing says how this adapter is scaled: its metadata has no alpha.",
+            where=where,
+            do="say what it was trained with: --alpha NUMBER",
+        )
+    return Adapter(stored.rank, alpha)
 
 
 def _specs(native: NativeSource, architecture: Architecture) -> dict[str, TensorSpec]:

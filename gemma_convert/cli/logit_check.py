@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from gemma_convert.cli.options import (
+    ADAPTERS,
     INPUTS,
     RUNNING,
     AsJson,
@@ -39,6 +40,27 @@ def command(
             metavar="NATIVE", help="The native checkpoint, or another Hugging Face one."
         ),
     ],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Of an adapter of PEFT in HF's place: its model, if not where it says.",
+            rich_help_panel=ADAPTERS,
+        ),
+    ] = None,
+    native_base: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a native adapter in NATIVE's place: the conversion of its model.",
+            rich_help_panel=ADAPTERS,
+        ),
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            help="The alpha of such an adapter, if its metadata do not say it.",
+            rich_help_panel=ADAPTERS,
+        ),
+    ] = None,
     max_kl: Annotated[
         float | None,
         typer.Option(
@@ -140,6 +162,9 @@ def command(
         found = logit_check(
             hf,
             native,
+            base=base,
+            native_base=native_base,
+            alpha=alpha,
             max_kl=max_kl,
             prompts=tuple(prompt or ()),
             tokens=tokens,

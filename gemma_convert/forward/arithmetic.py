@@ -7,12 +7,15 @@ Facts: `transformers/models/gemma4/modeling_gemma4.py` and `transformers/modelin
 from __future__ import annotations
 
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_convert.errors import SourceError
+from gemma_convert.forward.adapted_kernel import AdaptedKernel
 from gemma_convert.forward.sharding import replicated
 from gemma_convert.model.architecture import Rope, TextArchitecture
 
@@ -20,8 +23,16 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
 
-def product(equation: str, x: jax.Array, kernel: jax.Array, result: Any | None = None) -> jax.Array:
-    """einsum in x's dtype, with full float32 precision on accelerators that would save on it."""
+def product(
+    equation: str, x: jax.Array, kernel: jax.Array | AdaptedKernel, result: Any | None = None
+) -> jax.Array:
+    """einsum in x's dtype, with full float32 precision on accelerators that would save on it.
+
+    Of an adapted kernel it has what its adapter adds.
+    """
+    if isinstance(kernel, AdaptedKernel):
+        made = product(equation, x, kernel.kernel, result)
+        return made + kernel.scaling * _through_matrices(equation, x, kernel, result)
     return jnp.einsum(
         equation,
         x,
@@ -29,6 +40,34 @@ def product(equation: str, x: jax.Array, kernel: jax.Array, result: Any | None =
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=result or x.dtype,
     )
+
+
+def _through_matrices(
+    equation: str, x: jax.Array, adapted: AdaptedKernel, result: Any | None
+) -> jax.Array:
+    """x · A · B by the axes of the kernel's own product.
+
+    Raises SourceError where the matrices do not fit the kernel.
+    """
+    operands, output = equation.split("->")
+    of_x, of_kernel = operands.split(",")
+    length = dict(zip(of_kernel, adapted.kernel.shape, strict=True))
+    inputs = "".join(axis for axis in of_kernel if axis in of_x)
+    outputs = "".join(axis for axis in of_kernel if axis not in of_x)
+    taken, given = [length[axis] for axis in inputs], [length[axis] for axis in outputs]
+    rank = adapted.a.shape[-1]
+    sizes = prod(taken) * rank, rank * prod(given)
+    if (adapted.a.size, adapted.b.size, adapted.b.shape[0]) != (*sizes, rank):
+        raise SourceError(
+            "The matrices of the adapter do not fit the array that they change.",
+            where=f"array {adapted.name}",
+            expected=f"A {[*taken, rank]} and B {[rank, *given]}",
+            found=f"A {list(adapted.a.shape)} and B {list(adapted.b.shape)}",
+            do="name the conversion of the model that it was trained on with --native-base",
+        )
+    kept = "".join(axis for axis in of_x if axis not in inputs)
+    low = product(f"{of_x},{inputs}R->{kept}R", x, adapted.a.reshape(*taken, rank))
+    return product(f"{kept}R,R{outputs}->{output}", low, adapted.b.reshape(rank, *given), result)
 
 
 def rms_norm(

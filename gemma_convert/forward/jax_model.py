@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gemma_convert.engine.joined import in_step
+from gemma_convert.forward.adapted import AdaptedWeights, NativeChanges
 from gemma_convert.forward.arithmetic import head
-from gemma_convert.forward.decoder import final_hidden, stages
+from gemma_convert.forward.decoder import DecoderWeights, final_hidden, stages
 from gemma_convert.forward.encoder import Encoder, encoded
 from gemma_convert.forward.jax_layout import ForwardPass, JaxLayout, Tower
 from gemma_convert.forward.native_model import Batched, Dtype, Given, Logits, LogitSource, Streamed
@@ -28,11 +29,20 @@ from gemma_convert.prompts.text import TokenSequence
 
 
 class JaxModel:
-    """A checkpoint in `folder`, run by JAX. Raises SourceError where it fits no `architecture`."""
+    """A checkpoint in `folder`, run by JAX, with the `changes` that an adapter makes to it.
 
-    def __init__(self, folder: Path, architecture: Architecture, layout: JaxLayout) -> None:
+    Raises SourceError where it fits no `architecture`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        architecture: Architecture,
+        layout: JaxLayout,
+        changes: NativeChanges | None = None,
+    ) -> None:
         self.folder, self.layout, self.libraries = folder, layout.name, layout.libraries
-        self._layout, self._architecture = layout, architecture
+        self._layout, self._architecture, self._changes = layout, architecture, changes
         facts = layout.facts(folder)
         layout.check_shapes(facts, architecture.text, folder)
         keys = {name.split("/", 1)[0] for name in facts}
@@ -55,7 +65,7 @@ class JaxModel:
         groups = batches(sequences)
         prompts = list(in_step(self._prompts(tree, groups, sequences)))
         forward = self._layout.forward
-        states = final_hidden(forward.weights(tree, text), text, prompts, dtype)
+        states = final_hidden(self._weights(tree), text, prompts, dtype)
         hidden = {
             index: row
             for group, state in zip(groups, map(np.asarray, states), strict=True)
@@ -71,7 +81,8 @@ class JaxModel:
         encoders = self._encoders(tree, sequences)
         prompts = list(in_step(self._prompts(encoders, groups, sequences)))
         text, forward = self._architecture.text, self._layout.forward
-        return JaxStream(text, forward, tree, sequences, groups, prompts, dtype)
+        weights = self._weights(tree)
+        return JaxStream(text, forward, tree, weights, sequences, groups, prompts, dtype)
 
     def follow(
         self,
@@ -91,6 +102,11 @@ class JaxModel:
             stream = self.stream(sequences, dtype)
             _exhaust(stream.stages())
             _exhaust(stream.logits(vocab))
+
+    def _weights(self, tree: Tree) -> DecoderWeights:
+        text, changes = self._architecture.text, self._changes
+        weights = self._layout.forward.weights(tree, text)
+        return weights if changes is None else AdaptedWeights(weights, changes, len(text.layers))
 
     def _encoder(self, sequence: SoftSequence) -> Encoder:
         """The steps from what stands in a prompt to its soft tokens, their weights read anew."""
@@ -167,6 +183,7 @@ class JaxStream:
         text: TextArchitecture,
         forward: ForwardPass,
         tree: Tree,
+        weights: DecoderWeights,
         sequences: Sequence[TokenSequence],
         groups: Sequence[Sequence[int]],
         prompts: Sequence[Prompt],
@@ -174,6 +191,7 @@ class JaxStream:
     ) -> None:
         """`groups` are the numbers of the sequences that each of `prompts` holds, row by row."""
         self._text, self._forward, self._tree, self._dtype = text, forward, tree, dtype
+        self._weights = weights
         self._sequences, self._groups, self._prompts = sequences, groups, prompts
         self._hidden: npt.NDArray[Any] | None = None
 
@@ -184,13 +202,14 @@ class JaxStream:
 
     def stages(self, given: Given | None = None) -> Iterator[list[Logits]]:
         """The states [length embed] in float32: embedded, behind each layer, behind the norm."""
-        weights = self._forward.weights(self._tree, self._text)
         handed = (
             None
             if given is None
             else Batched(given, self._groups, self._sequences, place, np.asarray)
         )
-        for states in in_step(stages(weights, self._text, self._prompts, self._dtype, handed)):
+        for states in in_step(
+            stages(self._weights, self._text, self._prompts, self._dtype, handed)
+        ):
             rows = self._rows(states)
             yield rows
         compared = [

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from gemma_convert.checkpoint import sidecar
+from gemma_convert.checkpoint.adapter_original import scaled_adapter
 from gemma_convert.checkpoint.layout import Layout
 from gemma_convert.checkpoint.manifest import read_manifest
 from gemma_convert.checkpoint.native import NativeSource, fingerprint
@@ -42,6 +43,19 @@ class RunnableLayout(Layout, Protocol):
         """The checkpoint that `find` found, to be run.
 
         Raises SourceError where it does not fit `architecture`.
+        """
+
+
+class AdaptedLayout(RunnableLayout, Protocol):
+    """A layout that runs a checkpoint with an adapter on it, which a layout need not do."""
+
+    def open_adapted(
+        self, where: Path, architecture: Architecture, adapter: Path, scaling: float
+    ) -> NativeModel:
+        """The checkpoint that `find` found, with the adapter that it found in another folder.
+
+        What the adapter adds is its product of two matrices, times `scaling`. Raises SourceError
+        where either does not fit `architecture`.
         """
 
 
@@ -102,6 +116,36 @@ def open_model(path: Path, architecture: Architecture) -> NativeModel:
             do="check it with gemma-convert verify",
         )
     return cast(RunnableLayout, layout).open_model(where, architecture)
+
+
+def open_adapted_model(
+    path: Path, architecture: Architecture, adapter: Path, alpha: float | None
+) -> NativeModel:
+    """The native checkpoint at `path`, to be run with the native adapter at `adapter` on it.
+
+    `alpha` is the adapter's, if not what it says itself. Raises SourceError where one of them does
+    not fit `architecture`, UsageError where they are of two layouts, where the layout does not run
+    adapters, or where nothing says what alpha is.
+    """
+    layout, where = _recognised(path)
+    with open_native(adapter) as native:
+        if native.adapter is None or native.layout != layout.name:
+            raise UsageError(
+                "An adapter is put on a native checkpoint of its own layout.",
+                where=where,
+                expected=f"a model of layout {native.layout}",
+                found=f"layout {layout.name}",
+                do="convert the base model to that layout, and name it with --native-base",
+            )
+        scaling = scaled_adapter(native.adapter, alpha, native.folder).scaling
+    if getattr(layout, "open_adapted", None) is None:
+        raise UsageError(
+            f"The layout {layout.name} does not run adapters, so their logits cannot be checked.",
+            where=native.folder,
+            do="check it with gemma-convert verify",
+        )
+    runs = cast(AdaptedLayout, layout)
+    return runs.open_adapted(where, architecture, native.folder, scaling)
 
 
 def read_facts(

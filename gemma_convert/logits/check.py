@@ -33,12 +33,13 @@ from gemma_convert.logits.drift import TOLERANCE, Drift, drift_of
 from gemma_convert.logits.fingerprint import fingerprints
 from gemma_convert.logits.golden import SLICE_BYTES, Golden, load_golden
 from gemma_convert.logits.layerwise import LayerwiseReference
-from gemma_convert.logits.limit import choose_limit, find_lossy_rows
+from gemma_convert.logits.limit import choose_limit, find_lossy_rows, recorded_lossy_rows
 from gemma_convert.logits.local import LocalRun
 from gemma_convert.logits.opened import Opened, opened
 from gemma_convert.logits.part_check import LocalCheck
 from gemma_convert.logits.reference import TransformersLogits, reference_config
 from gemma_convert.logits.report import LogitReport
+from gemma_convert.logits.sides import AdapterOptions, Sides, sides_of
 from gemma_convert.logits.sizes import check_sizes
 from gemma_convert.logits.streaming import (
     GoldenSlices,
@@ -51,7 +52,7 @@ from gemma_convert.logits.tokens import checked_sequences, worst_predictions
 from gemma_convert.logits.towers import check_each_part
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import read_architecture
-from gemma_convert.output import note, shown
+from gemma_convert.output import note
 from gemma_convert.prompts.images import image_sequences
 from gemma_convert.prompts.sounds import sound_sequences
 from gemma_convert.prompts.text import (
@@ -69,6 +70,9 @@ def logit_check(
     hf: str | Path,
     native: str | Path,
     *,
+    base: str | Path | None = None,
+    native_base: str | Path | None = None,
+    alpha: float | None = None,
     max_kl: float | None = None,
     prompts: Sequence[str] = (),
     tokens: int | None = None,
@@ -95,15 +99,23 @@ def logit_check(
     What JAX compiles is kept for the next run (`gemma_convert.forward.kept_programs`) if `cache`.
     Several processes (`gemma_convert.engine.joined`) get the report of process 0, which alone
     runs the reference, without what it has of single tokens.
+    `hf` may be an adapter of PEFT, whose model is `base`, if not the one that it names. `native` is
+    then the same adapter in a native layout, which is run on the checkpoint `native_base` with its
+    own `alpha` unless one is given, or a model that it was merged into.
     Either side may be on the hub (`gemma_convert.stores.remote.locations`).
     Raises SourceError where a side cannot be read or the two do not fit, UsageError for options
     that contradict each other.
     """
     with ExitStack() as stack, reading_once():
-        return _logit_check(
-            stack,
+        sides = sides_of(
             local(hf, stack, config_only=golden is not None, whole=True),
             local(native, stack, whole=True),
+            AdapterOptions(base, native_base, alpha),
+            stack,
+        )
+        return _logit_check(
+            stack,
+            sides,
             max_kl=max_kl,
             prompts=prompts,
             tokens=tokens,
@@ -120,8 +132,7 @@ def logit_check(
 
 def _logit_check(
     stack: ExitStack,
-    hf: Path,
-    native: Path,
+    sides: Sides,
     *,
     max_kl: float | None,
     prompts: Sequence[str],
@@ -136,17 +147,19 @@ def _logit_check(
     cache: bool,
 ) -> LogitReport:
     """The report on two local checkpoints."""
-    started = time.monotonic()
+    started, hf = time.monotonic(), sides.hf
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two frameworks on one device
     if golden is not None and (prompts or tokens is not None or images or audio):
         raise UsageError(
             "A golden file has its own tokens.",
             do="leave out prompts, --tokens, --image and --audio",
         )
+    if golden is not None and sides.adapter is not None:
+        raise UsageError("Golden logits are those of a model.", do="leave out --golden")
     architecture = read_architecture(hf)
     if golden is None:
         check_sizes(hf, architecture)
-    side = opened(native, hf, architecture, settings)
+    side = opened(sides, architecture, settings)
     model = side.model
     stack.enter_context(kept_programs(cache))
     if is_leader():
@@ -154,6 +167,7 @@ def _logit_check(
             note(f"warning: {warning}")
     if lossy_rows is None:
         lossy_rows = find_lossy_rows(model.folder, model.dtypes, model.scaled_dtype, architecture)
+        lossy_rows += recorded_lossy_rows(sides.native_adapter) or ()
     limit = choose_limit(max_kl, dtype, lossy_rows)
     stored = None if golden is None else _matching_golden(golden, hf, architecture)
     if stored is None:
@@ -172,9 +186,9 @@ def _logit_check(
         return LogitReport.from_text(published())
     running = time.monotonic()
     if whole_model:
-        found = _run_whole(hf, stored, model, sequences, dtype, architecture)
+        found = _run_whole(sides, stored, model, sequences, dtype, architecture)
     else:
-        found = _run_streamed(hf, stored, side, sequences, dtype, architecture, not lossy_rows)
+        found = _run_streamed(sides, stored, side, sequences, dtype, architecture, not lossy_rows)
     longest, window = max(len(one.ids) for one in sequences), architecture.text.window
     divergence, by_token = found.compared.result(), found.compared.tokens()
     if max_kl is None:
@@ -215,11 +229,11 @@ def _logit_check(
         running_seconds=time.monotonic() - running,
         native_devices=model.device_count,
         processes=process_count(),
-        original=shown(hf),
-        checkpoint=shown(native),
+        original=sides.names[0],
+        checkpoint=sides.names[1],
         checked=checked,
         worst=worst_predictions(checked, by_token, lambda ids: _texts(hf, ids)),
-        fingerprints=fingerprints(hf, model.folder),
+        fingerprints=fingerprints(hf, model.folder, sides.adapter, sides.native_adapter),
     )
     publish(report.without_tokens().as_text())
     return report
@@ -238,7 +252,7 @@ class _Run:
 
 
 def _run_streamed(
-    hf: Path,
+    sides: Sides,
     golden: Golden | None,
     side: Opened,
     sequences: Sequence[TokenSequence],
@@ -254,12 +268,16 @@ def _run_streamed(
     text, native = architecture.text, side.native
     tolerance = TOLERANCE if noise == "float32" else None
     if golden is not None or process_count() > 1 or native is None:
-        other = LayerwiseReference(hf, sequences) if golden is None else GoldenSlices(golden)
+        other = (
+            LayerwiseReference(sides.hf, sequences, sides.changes)
+            if golden is None
+            else GoldenSlices(golden)
+        )
         staged = side.model.stream(sequences, dtype)
         drift = run_in_step(other, staged, tolerance)
         compared = compare_slices(other, staged, sequences, vocab=text.vocab, embed=text.embed)
         return _Run(compared, drift, None, None, other.device, staged.device)
-    reference = LayerwiseReference(hf, sequences)
+    reference = LayerwiseReference(sides.hf, sequences, sides.changes)
     ours = native.stream(sequences, dtype)
     of_towers: Dtype = "float32" if exact else "bfloat16"  # they are never run in another dtype
     towers = check_each_part(reference, native.towers, sequences, of_towers)
@@ -276,14 +294,16 @@ def _run_streamed(
 
 
 def _run_whole(
-    hf: Path,
+    sides: Sides,
     golden: Golden | None,
     model: ComparedModel,
     sequences: Sequence[TokenSequence],
     dtype: Dtype,
     architecture: Architecture,
 ) -> _Run:
-    reference: LogitSource = TransformersLogits(hf, sequences) if golden is None else golden
+    reference: LogitSource = (
+        TransformersLogits(sides.hf, sequences, sides.changes) if golden is None else golden
+    )
     ours = model.run(sequences, dtype)
     compared = _compared(reference, ours, sequences, architecture.text.vocab)
     return _Run(compared, None, None, None, reference.device, ours.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gemma_convert.checkpoint.manifest import MAX_BYTES as MAX_MANIFEST_BYTES
@@ -12,6 +12,8 @@ from gemma_convert.checkpoint.sidecar import sidecar_root
 from gemma_convert.errors import SourceError
 from gemma_convert.files.json_file import parse_json, read_regular
 from gemma_convert.logits.golden import weight_files
+from gemma_convert.model.adapter import ADAPTER_CONFIG
+from gemma_convert.model.huggingface_files import CONFIG
 
 _MANIFEST = "hf/gemma-convert/manifest.json"
 _NATIVE_FILES = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt", "metadata.yaml")
@@ -31,19 +33,32 @@ class Fingerprint:
     sha256: str
 
 
-def fingerprints(hf: Path, native: Path) -> tuple[Fingerprint, ...]:
+def fingerprints(
+    hf: Path, native: Path, adapter: Path | None = None, native_adapter: Path | None = None
+) -> tuple[Fingerprint, ...]:
     """Fingerprints of the original in `hf` and the native checkpoint in `native`.
 
     The manifest of a conversion, which may stand up to two folders above, is there with the mapping
-    tables that it names. Files that are missing, or cannot be read, are left out.
+    tables that it names. Files that are missing, or cannot be read, are left out. Those of adapters
+    of both stand below `adapter/`.
     """
-    return (
-        *_whole("original", hf, ("config.json",)),
-        *_weights("original", hf),
-        *_whole("native", native, _NATIVE_FILES),
-        *_weights("native", native),
-        *_manifest(native),
+    of_adapters = (
+        *(() if adapter is None else _original(adapter)),
+        *(() if native_adapter is None else _native(native_adapter)),
     )
+    below = (replace(one, file=f"adapter/{one.file}") for one in of_adapters)
+    return *_original(hf), *_native(native), *below
+
+
+def _original(folder: Path) -> Iterator[Fingerprint]:
+    yield from _whole("original", folder, (CONFIG, ADAPTER_CONFIG))
+    yield from _weights("original", folder)
+
+
+def _native(folder: Path) -> Iterator[Fingerprint]:
+    yield from _whole("native", folder, _NATIVE_FILES)
+    yield from _weights("native", folder)
+    yield from _manifest(folder)
 
 
 def _whole(side: str, folder: Path, names: tuple[str, ...]) -> Iterator[Fingerprint]:

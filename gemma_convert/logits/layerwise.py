@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from gemma_convert.files.libraries import told_by_library
 from gemma_convert.forward.native_model import Dtype
+from gemma_convert.logits.changes import Changes
 from gemma_convert.logits.diagnosis import Diagnosis
 from gemma_convert.logits.explanation import Found
 from gemma_convert.logits.local import Probe
@@ -54,12 +55,15 @@ _HEAD = "lm_head.weight"
 class LayerwiseReference:
     """Hidden states behind each layer, and logits, of `sequences`; SourceError as for Reference."""
 
-    def __init__(self, hf: Path, sequences: Sequence[TokenSequence]) -> None:
+    def __init__(
+        self, hf: Path, sequences: Sequence[TokenSequence], changes: Changes | None = None
+    ) -> None:
+        """`changes` are those of an adapter of the model in `hf`."""
         self._hf, self.architecture = hf, read_architecture(hf)
         self._sequences, self._device = sequences, reference_device()
         with quiet():
             self._model = _empty_model(hf, self.architecture, self._device)
-        self._files = TensorFiles(hf, self._model)
+        self._files = TensorFiles(hf, self._model, changes)
         wanted = {
             name: tuple(tensor.shape)
             for name, tensor in self._model.state_dict().items()

@@ -104,8 +104,7 @@ def find_lossy_rows(
 
     `scaled_dtype` is that of an embedding stored × √embed, None where it is stored as it is.
     """
-    root = sidecar_root(folder)
-    rows = None if root is None else _manifest_rows(root / _MANIFEST)
+    rows = recorded_lossy_rows(folder)
     if rows is not None:
         return rows
     if architecture.dtype == "float32" and "bfloat16" in dtypes:
@@ -117,9 +116,13 @@ def find_lossy_rows(
     return ()
 
 
-def _manifest_rows(path: Path) -> tuple[str, ...] | None:
+def recorded_lossy_rows(folder: Path | None) -> tuple[str, ...] | None:
+    """What the manifest of the native checkpoint in `folder` says is rounded; None without one."""
+    root = None if folder is None else sidecar_root(folder)
+    if root is None:
+        return None
     try:
-        rows = read_object(path, "The manifest", MAX_MANIFEST_BYTES).get("lossy_rows")
+        rows = read_object(root / _MANIFEST, "The manifest", MAX_MANIFEST_BYTES).get("lossy_rows")
     except (FileNotFoundError, SourceError):
         return None
     if not isinstance(rows, list):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from gemma_convert.errors import UsageError
 from gemma_convert.files.given_settings import GivenSettings
 from gemma_convert.forward.native_model import ComparedModel, NativeModel
 from gemma_convert.layouts.opening import check_seal
-from gemma_convert.layouts.registry import open_model, read_facts
+from gemma_convert.layouts.registry import open_adapted_model, open_model, read_facts
+from gemma_convert.logits.sides import Sides
 from gemma_convert.logits.transformers_model import NO_PARTS, TransformersModel
 from gemma_convert.mapping.native_facts import NativeFacts
 from gemma_convert.model.architecture import Architecture
@@ -32,21 +32,27 @@ class Opened:
     warnings: tuple[str, ...]
 
 
-def opened(folder: Path, hf: Path, architecture: Architecture, settings: GivenSettings) -> Opened:
-    """What is compared with the original in `hf`.
+def opened(sides: Sides, architecture: Architecture, settings: GivenSettings) -> Opened:
+    """What is compared with the original, whose config.json has `architecture`.
 
     Raises SourceError where it cannot be read, is damaged or is another model, UsageError for
     settings where nothing has any.
     """
+    folder, hf, adapter = sides.native, sides.hf, sides.native_adapter
     if is_huggingface(folder):
         if settings:
             raise UsageError("--settings are for a native checkpoint; this has a config.json.")
         model = TransformersModel(folder, architecture)
-        return Opened(model, None, (NO_PARTS, *model.differences))
+        return Opened(model, None, (*sides.warnings, NO_PARTS, *model.differences))
     check_seal(folder)
     facts = read_facts(folder, load_config(hf), hf / CONFIG, settings)
-    native = open_model(folder, architecture if facts is None else facts.architecture)
-    return Opened(native, native, tuple(_other_facts(facts)))
+    architecture = architecture if facts is None else facts.architecture
+    if adapter is None:
+        native = open_model(folder, architecture)
+    else:
+        check_seal(adapter)
+        native = open_adapted_model(folder, architecture, adapter, sides.alpha)
+    return Opened(native, native, (*sides.warnings, *_other_facts(facts)))
 
 
 def _other_facts(facts: NativeFacts | None) -> Iterator[str]:

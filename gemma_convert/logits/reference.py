@@ -23,6 +23,8 @@ import numpy.typing as npt
 from gemma_convert.errors import SourceError
 from gemma_convert.files.libraries import told_by_library
 from gemma_convert.files.read_once import once
+from gemma_convert.logits.changes import Changes
+from gemma_convert.logits.tensor_files import renaming
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import read_architecture
 from gemma_convert.model.transformers_folder import handed
@@ -43,13 +45,18 @@ _IGNORABLE_KEY = re.compile(r"\.(embed_scale|.*inv_freq)$|^lm_head\.weight$")
 class Reference:
     """transformers' model of one Hugging Face checkpoint, whole, in float32."""
 
-    def __init__(self, hf: Path) -> None:
-        """Raises SourceError where the checkpoint does not fill the model exactly."""
+    def __init__(self, hf: Path, changes: Changes | None = None) -> None:
+        """Raises SourceError where the checkpoint does not fill the model exactly.
+
+        `changes` are those of an adapter of it.
+        """
         self._hf, self.architecture = hf, read_architecture(hf)
         self.device = reference_device()
         with quiet():
             self._model, report = _load(hf, self.architecture)
         check_loaded(report, self.architecture, hf)
+        if changes is not None:
+            _change(self._model, changes)
         self._model = self._model.to(self.device).eval()
 
     @property
@@ -107,8 +114,10 @@ class Reference:
 class TransformersLogits:
     """Logits of the original checkpoint; only hidden states and the head are kept in memory."""
 
-    def __init__(self, hf: Path, sequences: Sequence[TokenSequence]) -> None:
-        self._reference = Reference(hf)
+    def __init__(
+        self, hf: Path, sequences: Sequence[TokenSequence], changes: Changes | None = None
+    ) -> None:
+        self._reference = Reference(hf, changes)
         self._hidden = [self._reference.hidden(sequence) for sequence in sequences]
         self._reference.drop_layers()
 
@@ -122,6 +131,14 @@ class TransformersLogits:
         hidden = self._hidden[index]
         for start in range(0, len(hidden), rows):
             yield self._reference.head(hidden[start : start + rows])
+
+
+def _change(model: Any, changes: Changes) -> None:
+    """Adds an adapter's changes to the weights of a model that is whole in memory."""
+    renamed, parameters = renaming(model), dict(model.named_parameters())
+    for name in changes.weights:
+        if renamed(name) in parameters:  # keys and values of layers that share them are not
+            changes.add(name, parameters[renamed(name)].data, None)
 
 
 def cannot_run(hf: Path) -> AbstractContextManager[None]:

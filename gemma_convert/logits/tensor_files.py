@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_convert.files.libraries import told_by_library
 from gemma_convert.files.library_path import library_path
+from gemma_convert.logits.changes import Changes
 from gemma_convert.stores.safetensors.naming import find_naming
 from gemma_convert.stores.safetensors.reader import read_index
 
@@ -27,22 +28,26 @@ MAPPED_BYTES = 256 << 20
 class TensorFiles:
     """The safetensors files of a checkpoint: shapes, and parts of tensors in float32.
 
-    Tensors go by their names in `model`. Raises SourceError for files that cannot be read.
+    Tensors go by their names in `model`; those of an adapter are given with its `changes`. Raises
+    SourceError for files that cannot be read.
     """
 
-    def __init__(self, hf: Path, model: Any) -> None:
-        self._hf, self._mapped = hf, 0
+    def __init__(self, hf: Path, model: Any, changes: Changes | None = None) -> None:
+        self._hf, self._mapped, self._changes = hf, 0, changes
+        self._changed: dict[str, str] = {}
         self._open: dict[str, Any] = {}
         self._places: dict[str, tuple[str, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         with told_by_library("The original checkpoint cannot be read.", hf):
-            renamed = _renaming(model)
+            renamed = renaming(model)
             stored: dict[str, str] = {}
             for path in _listed(hf):
                 stored |= dict.fromkeys(self._file(path).keys(), path)
             for name, key in find_naming(stored, hf).stored.items():
                 path, place = stored[key], renamed(name)
                 self._places[place] = path, key
+                if changes is not None and name in changes.weights:
+                    self._changed[place] = name
                 self.shapes[place] = tuple(self._file(path).get_slice(key).get_shape())
 
     def read(
@@ -56,6 +61,8 @@ class TensorFiles:
             tensor: torch.Tensor = self._file(path).get_tensor(key)
             part = tensor if rows is None else tensor[rows]
             value = part.to(device=device, dtype=torch.float32, copy=True)
+        if self._changes is not None and name in self._changed:
+            self._changes.add(self._changed[name], value, rows)
         self._mapped += part.nbytes
         if self._mapped > MAPPED_BYTES:
             self._open.clear()
@@ -71,7 +78,7 @@ class TensorFiles:
         return self._open[path]
 
 
-def _renaming(model: Any) -> Callable[[str], str]:
+def renaming(model: Any) -> Callable[[str], str]:
     """Name in the files → name in `model`."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 

@@ -8,7 +8,7 @@ the row of the weight says.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 
@@ -24,6 +24,7 @@ from gemma_convert.mapping.rows import (
     Table,
 )
 from gemma_convert.mapping.table import load_inventory, load_table
+from gemma_convert.model.adapter import of_experts
 from gemma_convert.model.architecture import Architecture
 
 ALWAYS = Condition()
@@ -96,6 +97,22 @@ def no_place(table: Table, tensor: str) -> UsageError:
         expected=f"matrices of {some(list(table.adapter.targets), 3)}",
         do="merge the adapter into its base model with --merge, or train one of these alone",
     )
+
+
+def refuse_experts(table: Table, tensors: Iterable[str]) -> None:
+    """Nothing where no tensor of an adapter is one of batched experts.
+
+    Raises UsageError that says why the layout has no place for it.
+    """
+    for name in tensors:
+        if of_experts(name.rpartition(".lora_")[0]) is not None:
+            form = table.adapter
+            raise UsageError(
+                f"The layout {table.layout} has no place for an adapter of batched experts.",
+                where=f"tensor {name}",
+                expected=None if form is None else form.experts,
+                do="merge the adapter into its base model with --merge",
+            )
 
 
 def _is_linear(row: HFRow) -> bool:

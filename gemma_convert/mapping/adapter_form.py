@@ -7,6 +7,7 @@ a = "{array}_lora_a [(in) rank]"       # (in): all input axes of the weight in o
 b = "{array}_lora_b [rank (out)]"
 targets = ["model.layers.{layer}.self_attn.q_proj.weight"]
 scanned = "why scanned layers take none"
+experts = "why batched experts take none"
 ```
 """
 
@@ -24,7 +25,7 @@ def adapter_form(record: Record, rows: Iterable[NativeRow]) -> AdapterForm:
     Raises MappingError for targets that no row converts, or of which an array has other axes.
     """
     rows = list(rows)
-    record.only("root", "a", "b", "targets", "scanned")
+    record.only("root", "a", "b", "targets", "scanned", "experts")
     targets = record.texts("targets")
     for name in targets:
         found = [row for row in rows if row.hf.view.pattern.text == name]
@@ -44,6 +45,7 @@ def adapter_form(record: Record, rows: Iterable[NativeRow]) -> AdapterForm:
         b=_matrix_form(record, "b"),
         targets=targets,
         scanned=record.text("scanned") if record.has("scanned") else None,
+        experts=record.text("experts") if record.has("experts") else None,
     )
 
 

@@ -133,7 +133,7 @@ class AdapterForm:
     """How a layout has an adapter: its two matrices, and the weights that it may change.
 
     `root` is what stands before the path of a changed array and not before that of a matrix;
-    `scanned` says why scanned layers take none.
+    `scanned` says why scanned layers take none, and `experts` why batched experts take none.
     """
 
     root: str
@@ -141,6 +141,7 @@ class AdapterForm:
     b: MatrixForm
     targets: tuple[str, ...]
     scanned: str | None
+    experts: str | None
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """adapter_config.json of PEFT → the facts of one low-rank adapter, or one clear message.
 
 An adapter changes weight [out in] by scaling · B [out rank] · A [rank in], and scaling is
-alpha / rank, or alpha / √rank for rsLoRA. Keys and their meaning: `LoraConfig` in
-`peft/tuners/lora/config.py`, PEFT 0.21.
+alpha / rank, or alpha / √rank for rsLoRA. Batched experts, which `target_parameters` names, have a
+pair each. Keys and their meaning: `LoraConfig` in `peft/tuners/lora/config.py`, PEFT 0.21.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,6 @@ _OTHERS: Mapping[str, str] = {
     "lora_bias": "biases of an adapter have no place in a Gemma 4 checkpoint",
     "fan_in_fan_out": "no weight of Gemma 4 is stored the other way around",
     "modules_to_save": "the adapter holds whole modules beside its matrices",
-    "target_parameters": "adapters of the batched experts are not converted",
     "trainable_token_indices": "the adapter holds rows of the embedding",
     "layer_replication": "the adapter is for a model with copies of layers",
     "rank_pattern": "a native adapter has one rank",
@@ -45,17 +45,25 @@ _BESIDE_MATRICES: Mapping[str, str] = {
     "lora_embedding_A": "an adapter of the embedding",
     "lora_embedding_B": "an adapter of the embedding",
     "modules_to_save": "a whole module",
-    "base_layer": "weights of the base model, or an adapter of the batched experts",
+    "base_layer": "weights of the base model",
     "bias": "a bias",
 }
 
 
+_MATRIX = re.compile(r"(.*)\.lora_[AB]\.weight")
+_OF_EXPERTS = re.compile(r"(.*\.experts)((?:\.base_layer)*)")
+
+
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter: the rank of its matrices, and alpha, so that it is scaled by alpha / rank."""
+    """One adapter: the rank of its matrices, and alpha, so that it is scaled by alpha / rank.
+
+    `parameters` are the names, or ends of names, of parameters that it changes by themselves.
+    """
 
     rank: int
     alpha: float
+    parameters: tuple[str, ...] = ()
 
     @property
     def scaling(self) -> float:
@@ -101,8 +109,11 @@ def read_adapter(folder: Path) -> Adapter:
     stabilised = config.get("use_rslora", False)
     if not isinstance(stabilised, bool | None):
         raise _unlike(where, "use_rslora", "true or false", stabilised)
+    named = config.get("target_parameters") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise _unlike(where, "target_parameters", "a list of names", named)
     scale = rank**0.5 if stabilised else 1.0
-    return Adapter(rank, alpha * scale)
+    return Adapter(rank, alpha * scale, tuple(named))
 
 
 def named_base(folder: Path) -> str | None:
@@ -117,8 +128,11 @@ def refuse_beside_matrices(names: Iterable[str], where: Path) -> None:
     if not listed:
         raise SourceError("The adapter holds no tensor.", where=where)
     for name in listed:
+        matrix = _MATRIX.fullmatch(name)
+        if matrix is not None and of_experts(matrix[1]) is not None:
+            continue
         found = next((why for part, why in _BESIDE_MATRICES.items() if part in name.split(".")), "")
-        if found or not name.endswith((".lora_A.weight", ".lora_B.weight")):
+        if found or matrix is None:
             raise SourceError(
                 "The adapter holds more than the two matrices of each weight.",
                 where=where,
@@ -126,6 +140,16 @@ def refuse_beside_matrices(names: Iterable[str], where: Path) -> None:
                 found=f"{short(name)}{', ' if found else ''}{found}",
                 do="merge it into its base model with merge_and_unload() of PEFT, and convert that",
             )
+
+
+def of_experts(module: str) -> tuple[str, int] | None:
+    """Where experts stand, and how many adapters of theirs lie around this one, by a pair's name.
+
+    None where `module`, the name before `.lora_A`, is no batched experts'. Each parameter of a
+    module is adapted around those before it (`ParamWrapper` in PEFT's `tuners/lora/layer.py`).
+    """
+    found = _OF_EXPERTS.fullmatch(module)
+    return None if found is None else (found[1], found[2].count("."))
 
 
 def adapter_config(adapter: Adapter, base: str, modules: Iterable[str]) -> dict[str, Any]:

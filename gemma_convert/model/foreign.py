@@ -43,9 +43,18 @@ _ADAPTER = (
 )
 _GIVE = "give a folder with a Gemma 4 E2B, E4B, 12B, 26B-A4B or 31B checkpoint"
 
-_PARTS = {
+_DRAFTERS = {
     "gemma4_assistant": "a drafter, which proposes tokens to a Gemma 4 model and reads its cache",
     "gemma4_unified_assistant": "a drafter, which proposes tokens to Gemma 4 12B",
+}
+"""model_type → which model's drafter it is."""
+
+_NO_DRAFTERS = (
+    "give it to transformers as it is, as the assistant of its model: no framework that is "
+    "converted to here has a place for a drafter"
+)
+
+_PARTS = {
     "gemma4_vision": "the vision tower of a Gemma 4 model by itself",
     "gemma4_audio": "the audio tower of a Gemma 4 model by itself",
     "gemma4_unified_vision": "the vision embedder of Gemma 4 12B by itself",
@@ -106,6 +115,9 @@ def refuse_foreign_config(config: Mapping[str, Any], model_type: str, where: Pat
             do=_ORIGINAL,
         )
     at = f"{where}, key model_type"
+    if model_type in _DRAFTERS:
+        what = f"This is {_DRAFTERS[model_type]}."
+        raise SourceError(what, where=at, found=model_type, do=_NO_DRAFTERS)
     if model_type in _PARTS:
         raise SourceError(
             f"This is {_PARTS[model_type]}.",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gemma_convert.arrays.values import Array
@@ -80,12 +80,13 @@ class Conversion:
 
     def adapter(self) -> dict[str, object] | None:
         """Of a conversion with an adapter: its rank and alpha, and how many weights it changes."""
-        adapter, merged = self.plan.architecture.adapter, self.merged
-        if merged is not None:
-            return {**asdict(merged.adapter), "merged": True, "weights": len(merged.merged)}
+        merged = self.merged
+        adapter = self.plan.architecture.adapter if merged is None else merged.adapter
         if adapter is None:
             return None
-        return {**asdict(adapter), "merged": False, "weights": len(self.original.specs) // 2}
+        weights = len(self.original.specs) // 2 if merged is None else len(merged.merged)
+        told = {"rank": adapter.rank, "alpha": adapter.alpha}
+        return {**told, "merged": merged is not None, "weights": weights}
 
     def _told_adapter(self) -> dict[str, object] | None:
         adapter = self.adapter()

@@ -12,13 +12,14 @@ from gemma_convert.checkpoint import sidecar
 from gemma_convert.checkpoint.adapter_base import architecture_of, named_folder
 from gemma_convert.checkpoint.adapter_original import AdapterBase
 from gemma_convert.checkpoint.original import Original
+from gemma_convert.engine.adapter_pairs import AdapterPairs
 from gemma_convert.engine.huggingface_view import plan_relayout
 from gemma_convert.engine.merged import MergedTensors
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.files.identity import Unchanged
 from gemma_convert.layouts.opening import open_checkpoint
 from gemma_convert.layouts.registry import is_native, load_layout
-from gemma_convert.mapping.adapted import table_of
+from gemma_convert.mapping.adapted import refuse_experts, table_of
 from gemma_convert.mapping.config_keys import check_keys
 from gemma_convert.mapping.plan import plan_to_native
 from gemma_convert.model.adapter import is_adapter, read_adapter
@@ -117,7 +118,9 @@ def _of_adapter(
     text_only = read_architecture(base).text_only
     check_keys(load_config(base), text_only, options.ignored_facts, base / CONFIG)
     reader = stack.enter_context(open_weights(source))
-    original = _original(source, source, architecture_of(source, reader.specs, base), reader)
+    architecture = architecture_of(source, reader.specs, base)
+    refuse_experts(table_of(options.layout, architecture, options.version), reader.specs)
+    original = _original(source, source, architecture, reader)
     original.base_config = read_config(base)
     job = _conversion(source, target, options, original, reader, unchanged)
     job.base = base
@@ -132,7 +135,7 @@ def _merged(
     job = _from_huggingface(base, target, replace(options, base=None, merge=False), stack)
     facts = read_adapter(adapter)
     matrices = stack.enter_context(open_weights(adapter))
-    merged = MergedTensors(job.tensors, matrices, facts)
+    merged = MergedTensors(job.tensors, AdapterPairs(job.tensors.specs, matrices, facts))
     job.source, job.base = adapter, base
     job.tensors, job.merged = merged, merged
     job.identity = {**job.identity, "adapter": _opened(matrices), "scaling": facts.scaling}

@@ -149,8 +149,6 @@ def _adapter_base(
         if alpha is not None:
             raise UsageError("--alpha is for an adapter whose model is named with --base.")
         return None
-    if alpha is not None and not 0 < alpha < float("inf"):
-        raise UsageError("--alpha is a positive number.", found=alpha)
     return AdapterBase(local(base, stack, config_only=True), str(base), alpha)
 
 

@@ -17,6 +17,7 @@ from gemma_convert.checkpoint import sidecar
 from gemma_convert.checkpoint.adapter_base import named_folder
 from gemma_convert.checkpoint.native import NativeSource, plan_native
 from gemma_convert.checkpoint.original import Original, open_original, read_exceptions
+from gemma_convert.engine.adapter_pairs import AdapterPairs
 from gemma_convert.engine.casting import Casting, listed_values
 from gemma_convert.engine.comparing import Comparing, Comparison
 from gemma_convert.engine.merged import MergedTensors
@@ -55,7 +56,8 @@ def verify_original(
         reader: HuggingFaceTensors = stack.enter_context(open_weights(folder))
         if merged:
             matrices = stack.enter_context(open_weights(source))
-            reader = MergedTensors(reader, matrices, read_adapter(source))
+            pairs = AdapterPairs(reader.specs, matrices, read_adapter(source))
+            reader = MergedTensors(reader, pairs)
         original = stack.enter_context(open_original(native.folder, folder, base))
         plan = _stored_plan(plan_native(native, original), native)
         stored, casting = _Stored(native, found), Casting(plan.rounded)

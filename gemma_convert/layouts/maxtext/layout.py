@@ -28,7 +28,7 @@ from gemma_convert.stores.orbax.writer import OrbaxFormat, OrbaxWriter, write_ch
 
 if TYPE_CHECKING:
     from gemma_convert.forward.native_model import NativeModel
-    from gemma_convert.layouts.registry import RunnableLayout
+    from gemma_convert.layouts.registry import AdaptedLayout
 
 STEP, ITEMS = "0", "items"
 
@@ -73,6 +73,13 @@ class MaxText(OrbaxLayout):
         from gemma_convert.layouts.maxtext.model import open_model
 
         return open_model(where, architecture)
+
+    def open_adapted(
+        self, where: Path, architecture: Architecture, adapter: Path, scaling: float
+    ) -> NativeModel:
+        from gemma_convert.layouts.maxtext.model import open_adapted
+
+        return open_adapted(where, architecture, adapter, scaling)
 
     def create(self, folder: Path, plan: Plan, form: OrbaxFormat, part: int = 0) -> MaxTextWriter:
         return MaxTextWriter(folder / STEP, plan, form, part)
@@ -126,4 +133,4 @@ class MaxTextWriter(OrbaxWriter):
 
 
 if TYPE_CHECKING:
-    _: RunnableLayout = MaxText()
+    _: AdaptedLayout = MaxText()

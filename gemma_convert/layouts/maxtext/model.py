@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from gemma_convert.forward.adapted import NativeChanges
 from gemma_convert.forward.encoder import Encoder
 from gemma_convert.forward.jax_layout import JaxLayout, Tower
 from gemma_convert.forward.jax_model import JaxModel
@@ -13,7 +14,7 @@ from gemma_convert.forward.sharding import Axes
 from gemma_convert.forward.tree import Tree
 from gemma_convert.layouts.maxtext import embedder, forward, vision
 from gemma_convert.layouts.maxtext.shapes import check_shapes, text_axes
-from gemma_convert.layouts.maxtext.tree import open_tree, restore_tree, tree_facts
+from gemma_convert.layouts.maxtext.tree import open_matrices, open_tree, restore_tree, tree_facts
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.prompts.images import ImageSequence
 
@@ -47,3 +48,11 @@ LAYOUT = JaxLayout(
 def open_model(items: Path, architecture: Architecture) -> JaxModel:
     """The tree in an Orbax item folder. Raises SourceError where it does not fit."""
     return JaxModel(items, architecture, LAYOUT)
+
+
+def open_adapted(
+    items: Path, architecture: Architecture, adapter: Path, scaling: float
+) -> JaxModel:
+    """The same tree with the adapter in another item folder; raises SourceError as well."""
+    changes = NativeChanges(adapter, open_matrices(adapter), scaling)
+    return JaxModel(items, architecture, LAYOUT, changes)

@@ -1,0 +1,103 @@
+"""Which models the two sides of a check are, where one of them is given as an adapter."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma_convert.checkpoint.adapter_base import named_folder
+from gemma_convert.errors import UsageError
+from gemma_convert.layouts.registry import is_native, open_native
+from gemma_convert.logits.changes import Changes, adapter_changes
+from gemma_convert.model.adapter import is_adapter
+from gemma_convert.output import shown
+from gemma_convert.stores.remote.locations import local
+from gemma_convert.stores.weights import is_huggingface
+
+MERGED = (
+    "The checkpoint is compared with its original, the adapter merged into that and each weight "
+    "rounded once to its dtype."
+)
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """What is asked of adapters: their base model, its native checkpoint, and alpha."""
+
+    base: str | Path | None = None
+    native_base: str | Path | None = None
+    alpha: float | None = None
+
+    @property
+    def given(self) -> str | None:
+        """The first option that is given."""
+        named = {"--base": self.base, "--native-base": self.native_base, "--alpha": self.alpha}
+        return next((name for name, value in named.items() if value is not None), None)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The folders of the models that are compared, and of what adapters change of them.
+
+    `adapter` is that of PEFT, and `native_adapter` the same in a native layout, with its `alpha` if
+    it does not say that itself. `names` are those of both sides, for people.
+    """
+
+    hf: Path
+    native: Path
+    names: tuple[str, str]
+    adapter: Path | None = None
+    changes: Changes | None = None
+    native_adapter: Path | None = None
+    alpha: float | None = None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a reader of the verdict should know of them."""
+        merged = self.adapter is not None and self.native_adapter is None
+        return (MERGED,) if merged else ()
+
+
+def sides_of(hf: Path, native: Path, options: AdapterOptions, stack: ExitStack) -> Sides:
+    """The models of both sides; adapters of PEFT are open until `stack` is closed.
+
+    Raises UsageError where only the native side is an adapter, or an option is for none, and
+    SourceError where an adapter or its model cannot be read.
+    """
+    adapted = _native_adapter(native)
+    if not is_adapter(hf):
+        if adapted is not None:
+            raise UsageError(
+                "A native adapter is compared with the adapter of PEFT that it is.",
+                where=native,
+                found=hf,
+                do="name that adapter instead; to-hf makes one of an adapter that was trained",
+            )
+        if options.given is not None:
+            raise UsageError(f"{options.given} is for adapters.", found=hf)
+        return Sides(hf, native, (shown(hf), shown(native)))
+    base = named_folder(hf) if options.base is None else local(options.base, stack, whole=True)
+    original = f"{shown(hf)} on {shown(base)}"
+    changes = stack.enter_context(adapter_changes(base, hf, merged=adapted is None))
+    if adapted is None:
+        if options.native_base is not None or options.alpha is not None:
+            raise UsageError("--native-base and --alpha are for a native adapter.", found=native)
+        return Sides(base, native, (original, shown(native)), hf, changes)
+    if options.native_base is None:
+        raise UsageError(
+            "A native adapter is run on the native checkpoint of its base model.",
+            where=native,
+            do="convert the base model to the same layout, and name that with --native-base",
+        )
+    model = local(options.native_base, stack, whole=True)
+    names = original, f"{shown(native)} on {shown(model)}"
+    return Sides(base, model, names, hf, changes, adapted, options.alpha)
+
+
+def _native_adapter(path: Path) -> Path | None:
+    """The folder of the native adapter at `path`; None where that is a model."""
+    if is_huggingface(path) or not is_native(path):
+        return None
+    with open_native(path) as native:
+        return None if native.adapter is None else native.folder
