@@ -204,6 +204,7 @@ VERSIONS = {
     "manifest": 3,
     "mappings": 2,
     "logit-check": 3,
+    "flops": 2,
 }
 """Of the schemas that have had others before."""
 
