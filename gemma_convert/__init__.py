@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gemma_convert.logits.check import logit_check
     from gemma_convert.logits.golden_writing import save_golden
     from gemma_convert.logits.report import LogitReport
+    from gemma_convert.progress import ProgressEvent
     from gemma_convert.tasks.inspect import InspectReport, inspect
     from gemma_convert.tasks.mappings import MappingsReport, list_mappings
     from gemma_convert.tasks.reports import ToNativeReport
@@ -47,6 +48,7 @@ _HOMES = {
     "logit_check": "gemma_convert.logits.check",
     "save_golden": "gemma_convert.logits.golden_writing",
     "make_tiny": "gemma_convert.tiny",
+    "ProgressEvent": "gemma_convert.progress",
     "VerifyReport": "gemma_convert.tasks.verify",
     "verify": "gemma_convert.tasks.verify",
 }
@@ -57,6 +59,7 @@ __all__ = [
     "InspectReport",
     "LogitReport",
     "MappingsReport",
+    "ProgressEvent",
     "SourceError",
     "TargetError",
     "ToHFReport",

@@ -6,7 +6,7 @@ import itertools
 import os
 import sys
 import urllib.request
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -331,21 +331,14 @@ def test_two_runs_do_not_begin_in_one_place(s3, hf, place, monkeypatch):
 
 
 def changing(action):
-    """A progress bar that calls `action` once, when something has been read."""
+    """A listener that calls `action` once, when something has been read."""
+    left = [action]
 
-    @contextmanager
-    def bar(_title, _total):
-        yield Changer()
+    def listener(event):
+        if event.event == "advance" and left:
+            left.pop()()
 
-    class Changer:
-        done = False
-
-        def advance(self, *_):
-            if not Changer.done:
-                Changer.done = True
-                action()
-
-    return bar
+    return listener
 
 
 def test_a_source_that_changes_is_noticed(s3, hf, place, stored, tmp_path):

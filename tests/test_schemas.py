@@ -185,6 +185,15 @@ def mappings_reports(source, edited, folder, shallow, converted):
     yield printed("mappings", "--format", "gemma-jax", "--model", source, "--facts")
 
 
+def progress_reports(source, edited, folder, shallow, converted):
+    """Every line on stderr of runs that convert, warn and fail."""
+    lossy = ("--dtype", "bfloat16", "--scaled-dtype", "bfloat16")
+    for target in (folder / "a", folder / "a"):
+        words = ("to-native", edited, target, "--format", "maxtext", *lossy, "--json-lines")
+        for line in run(*words).stderr.splitlines():
+            yield json.loads(line)
+
+
 def manifest_reports(source, edited, folder, shallow, converted):
     yield load(converted(shallow("e2b", kv_shared="omit"), "gemma-jax") / MANIFEST)
     rounded = converted(edited, "maxtext", scaled_dtype="bfloat16", dtype="bfloat16")
@@ -219,6 +228,7 @@ REPORTS = {
     "flops": flops_reports,
     "mappings": mappings_reports,
     "manifest": manifest_reports,
+    "progress": progress_reports,
 }
 
 
@@ -295,7 +305,7 @@ def test_every_field_is_described_and_closed(file):
 
 def test_every_command_has_its_schema():
     commands = {command.name for command in app.registered_commands}
-    assert commands | {"manifest"} == set(REPORTS)
+    assert commands | {"manifest", "progress"} == set(REPORTS)
     assert {file.stem for file in FILES} == {f"{name}-{VERSIONS.get(name, 1)}" for name in REPORTS}
 
 

@@ -14,14 +14,15 @@ from gemma_convert.checkpoint import sidecar
 from gemma_convert.checkpoint.adapter_original import AdapterBase
 from gemma_convert.checkpoint.native import NativeReader, plan_native
 from gemma_convert.engine.memory import block_bytes
-from gemma_convert.engine.publishing import ProgressFactory, Publication
+from gemma_convert.engine.publishing import Publication
 from gemma_convert.engine.restoring import Restoring
 from gemma_convert.engine.resumable import SPARE_BYTES, ResumableTransfer
 from gemma_convert.engine.target import check_apart, check_space, check_target
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.files.identity import Unchanged
 from gemma_convert.layouts.opening import Checkpoint, open_checkpoint
-from gemma_convert.output import Progress, shown
+from gemma_convert.output import shown
+from gemma_convert.progress import Listener, Progress
 from gemma_convert.stores.remote.locations import check_remote_options, local, local_target
 from gemma_convert.stores.safetensors.writer import OutputShard, SafetensorsWriter
 from gemma_convert.tasks.completed import export_stands, strangers_of_export
@@ -94,7 +95,7 @@ def to_hf(
     dry_run: bool = False,
     overwrite: bool = False,
     resume: bool = False,
-    progress: ProgressFactory | None = None,
+    progress: Listener | None = None,
 ) -> ToHFReport:
     """A report of the export of a native checkpoint to Hugging Face.
 
@@ -135,7 +136,7 @@ def to_hf(
         check_space(output, job.export.nbytes + files + SPARE_BYTES)
         publication = Publication(output, strangers, overwrite, resume, progress, receipt=True)
         total = job.transfer.share_bytes
-        publication.publish(job.transfer.key, "to huggingface", total, job.write)
+        publication.publish(job.transfer.key, "export", total, job.write)
         return job.report(started, dry_run=False)
 
 
