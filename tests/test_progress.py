@@ -217,6 +217,12 @@ def test_how_much_stderr_is_told(options, warned, progress, source, tmp_path, mo
     assert errors.startswith("error: ") and "exists" in errors
 
 
+@pytest.mark.parametrize("level", ["warning", "error"])
+def test_progress_is_no_warning(level, terminal):
+    with redirect_stderr(terminal()):
+        assert chatter(level) is chatter(level, json_lines=True) is None
+
+
 def test_messages_are_json_lines_too(source, tmp_path):
     words = ("verify", tmp_path / "nowhere", "--json-lines")
     code, printed, errors = said(*words)
