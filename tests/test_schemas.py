@@ -18,7 +18,7 @@ from PIL import Image
 from test_cli import run
 from test_verification import change
 
-from gemma_convert import to_hf
+from gemma_convert import to_hf, to_native
 from gemma_convert.cli.app import app
 
 SCHEMAS = Path(__file__).parents[1] / "docs" / "schemas"
@@ -163,6 +163,20 @@ def logit_check_reports(source, edited, folder, shallow, converted):
     yield json.loads(json.dumps(replace(report, divergence=numberless, drift=drift).as_json()))
 
 
+def compare_reports_reports(source, edited, folder, shallow, converted):
+    """Two reports that are alike, one that is worse, and one of another kind."""
+    import sample_reports
+
+    makes = {"passed": sample_reports.report, "failed": sample_reports.failed}
+    for name, make in makes.items():
+        (folder / name).write_text(json.dumps(make().as_json()), encoding="utf-8")
+    other = sample_reports.report(dtype="bfloat16")
+    (folder / "other").write_text(json.dumps(other.as_json()), encoding="utf-8")
+    yield printed("compare-reports", folder / "passed", folder / "passed")
+    yield printed("compare-reports", folder / "passed", folder / "failed", code=1)
+    yield printed("compare-reports", folder / "failed", folder / "other")
+
+
 def flops_reports(source, edited, folder, shallow, converted):
     dense = FOLDER / DENSE
     yield printed("flops", dense, "--seq-len", 64)
@@ -199,6 +213,16 @@ def manifest_reports(source, edited, folder, shallow, converted):
     rounded = converted(edited, "maxtext", scaled_dtype="bfloat16", dtype="bfloat16")
     yield load(rounded / MANIFEST)
     yield load(converted(source, "fast-llm") / MANIFEST)
+    adapter = save(folder / "adapter", source, matrices(source))
+    to_native(adapter, folder / "adapted", layout="maxtext")
+    yield load(folder / "adapted" / MANIFEST)
+    odd = shutil.copytree(source, folder / "odd")
+    config = load(odd / "config.json")
+    config["text_config"]["of_tomorrow"] = 1
+    (odd / "config.json").write_text(json.dumps(config))
+    key = "text_config.of_tomorrow"
+    to_native(odd, folder / "ignoring", layout="maxtext", ignore_facts=(key,))
+    yield load(folder / "ignoring" / MANIFEST)
 
 
 NEVER_HERE = {
@@ -225,6 +249,7 @@ REPORTS = {
     "inspect": inspect_reports,
     "golden": golden_reports,
     "logit-check": logit_check_reports,
+    "compare-reports": compare_reports_reports,
     "flops": flops_reports,
     "mappings": mappings_reports,
     "manifest": manifest_reports,

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from gemma_convert.cli import (
+    compare_reports,
     flops,
     golden,
     inspect,
@@ -51,6 +52,7 @@ app.command("to-native", rich_help_panel=_CONVERT)(to_native.command)
 app.command("to-hf", rich_help_panel=_CONVERT)(to_hf.command)
 app.command("verify", rich_help_panel=_CHECK)(verify.command)
 app.command("logit-check", rich_help_panel=_CHECK)(logit_check.command)
+app.command("compare-reports", rich_help_panel=_CHECK)(compare_reports.command)
 app.command("golden", rich_help_panel=_CHECK)(golden.command)
 app.command("inspect", rich_help_panel=_KNOW)(inspect.command)
 app.command("mappings", rich_help_panel=_KNOW)(mappings.command)
