@@ -193,7 +193,7 @@ def command(
     Examples:
       gemma-convert flops gemma-4-31B-it --seq-len 8192 --batch 64
       gemma-convert flops config.json --seq-len 8192 --step-time 4.2 --hardware H100 --devices 64
-      gemma-convert flops config.json --sweep 1024,4096,16384 --batch 8 > sweep.csv
+      gemma-convert flops config.json --sweep 1024,4096,16384 --batch 8
     """
     from gemma_convert.flops.count import count
     from gemma_convert.flops.measured import measured, needs

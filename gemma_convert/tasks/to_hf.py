@@ -105,7 +105,8 @@ def to_hf(
     refused, unless `accept_damage` names them. Facts that the framework was told otherwise than
     config.json says, by `settings` (files, or KEY=VALUE) or the file beside `source`, go into it.
     An adapter without a sidecar becomes one of PEFT for the model `base`, scaled by `alpha` / rank.
-    Raises SourceError, TargetError or UsageError with one clear message; then nothing is left.
+    `progress` hears how far it has come (`gemma_convert.progress`). Raises SourceError, TargetError
+    or UsageError with one clear message; then nothing is left.
     """
     started = time.monotonic()
     options = ExportOptions(dtype, max_shard_size, kv_shared, text_only)

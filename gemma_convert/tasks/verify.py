@@ -64,8 +64,9 @@ def verify(
     for bit with what a conversion gives. An exported Hugging Face folder is compared, tensors and
     files, with the export that the native checkpoint `against` gives, by `settings` as `to_hf` has
     them; with another Hugging Face folder, tensor by tensor. Both may be folders, on the hub or in
-    an object store (`gemma_convert.stores.remote.locations`). Raises SourceError where a side
-    cannot be read or the two do not belong together.
+    an object store (`gemma_convert.stores.remote.locations`). `progress` hears how far it has come
+    (`gemma_convert.progress`). Raises SourceError where a side cannot be read or the two do not
+    belong together.
     """
     started = time.monotonic()
     with ExitStack() as stack:
