@@ -341,6 +341,15 @@ def changing(action):
     return listener
 
 
+def test_what_is_sent_is_told_too(s3, hf, place):
+    events = []
+    gemma_convert.to_native(hf, f"{URL}/{place}", progress=events.append)
+    ends = [(one.task, one.done == one.total) for one in events if one.event == "end"]
+    assert ends == [("convert", True), ("upload", True)]
+    sent = [one.name for one in events if one.task == "upload" and one.event == "advance"]
+    assert sent and {f"{place}/{name}" for name in sent} <= set(s3.keys(place))
+
+
 def test_a_source_that_changes_is_noticed(s3, hf, place, stored, tmp_path):
     s3.put_folder(hf, place)
     key = f"{place}/model.safetensors"
