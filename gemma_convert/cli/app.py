@@ -79,8 +79,8 @@ def _root(
 def _own_fault() -> int:
     from gemma_convert.output import note
 
-    note(traceback.format_exc(), "error")
-    note("This is a fault of gemma-convert. Please report it with the lines above.", "error")
+    told = "this is a fault of gemma-convert. Please report it with the lines below."
+    note(f"{told}\n{traceback.format_exc()}", "error")
     return INTERNAL
 
 

@@ -57,6 +57,8 @@ def to_native(
 ) -> ToNativeReport:
     """A report of the conversion of a checkpoint into a native layout.
 
+    `progress` hears how far it has come (`gemma_convert.progress`).
+
     `source` is a Hugging Face checkpoint, or a native one of any layout: a folder, `owner/name` on
     the hub, or a URL of an object store (`gemma_convert.stores.remote.locations`); `like` names the
     Hugging Face original of one that has no sidecar, `framework_version` is one of those that the
@@ -65,9 +67,9 @@ def to_native(
     its model, if not the one that it names, into which it is put with `merge`. `target`, a folder
     or such a URL, appears, or is no longer marked as unfinished, when everything is in it. About
     `memory` bytes of anonymous memory are taken, 512 MiB by default. Several `processes` that share
-    file systems divide the work. `progress` hears how far it has come (`gemma_convert.progress`).
-    Raises SourceError, TargetError or UsageError with one clear message, and GemmaConvertError for
-    what another process met; then nothing is left behind.
+    file systems,
+    UsageError with one clear message, and GemmaConvertError for what another process met; then
+    nothing is left behind.
     """
     started = time.monotonic()
     load_table(layout, framework_version)
