@@ -24,6 +24,7 @@ from gemma_convert.version import __version__
 
 if TYPE_CHECKING:
     from gemma_convert.logits.check import logit_check
+    from gemma_convert.logits.comparison import ReportComparison, compare_reports
     from gemma_convert.logits.golden_writing import save_golden
     from gemma_convert.logits.report import LogitReport
     from gemma_convert.progress import ProgressEvent
@@ -46,6 +47,8 @@ _HOMES = {
     "list_mappings": "gemma_convert.tasks.mappings",
     "LogitReport": "gemma_convert.logits.report",
     "logit_check": "gemma_convert.logits.check",
+    "ReportComparison": "gemma_convert.logits.comparison",
+    "compare_reports": "gemma_convert.logits.comparison",
     "save_golden": "gemma_convert.logits.golden_writing",
     "make_tiny": "gemma_convert.tiny",
     "ProgressEvent": "gemma_convert.progress",
@@ -60,6 +63,7 @@ __all__ = [
     "LogitReport",
     "MappingsReport",
     "ProgressEvent",
+    "ReportComparison",
     "SourceError",
     "TargetError",
     "ToHFReport",
@@ -67,6 +71,7 @@ __all__ = [
     "UsageError",
     "VerifyReport",
     "__version__",
+    "compare_reports",
     "inspect",
     "list_mappings",
     "logit_check",

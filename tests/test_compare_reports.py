@@ -12,8 +12,8 @@ import pytest
 import sample_reports
 from commands import said
 
+from gemma_convert import compare_reports
 from gemma_convert.errors import SourceError
-from gemma_convert.logits.comparison import compare_reports
 from gemma_convert.logits.comparison_page import comparison_page
 from gemma_convert.logits.drift import Drift
 from gemma_convert.logits.report import LogitReport

@@ -77,7 +77,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ReportComparison:
     """What two reports say beside each other; it passes where nothing is worse."""
 
     before: Side
@@ -107,7 +107,7 @@ class Comparison:
         return {"schema": SCHEMA, "passed": self.passed, "verdict": self.verdict, **values}
 
 
-def compare_reports(before: str | Path, after: str | Path) -> Comparison:
+def compare_reports(before: str | Path, after: str | Path) -> ReportComparison:
     """The comparison of two files that `logit-check --json` has printed.
 
     Raises SourceError where one is no such report, or is of another version of the schema.
@@ -124,9 +124,11 @@ def compare_reports(before: str | Path, after: str | Path) -> Comparison:
         ) from None
 
 
-def _compared(before: Path, old: dict[str, Any], after: Path, new: dict[str, Any]) -> Comparison:
+def _compared(
+    before: Path, old: dict[str, Any], after: Path, new: dict[str, Any]
+) -> ReportComparison:
     parts = _parts(old, new)
-    return Comparison(
+    return ReportComparison(
         before=_side(before, old),
         after=_side(after, new),
         figures=tuple(

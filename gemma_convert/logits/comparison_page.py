@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 
-from gemma_convert.logits.comparison import Comparison, Side
+from gemma_convert.logits.comparison import ReportComparison, Side
 from gemma_convert.logits.comparison_table import (
     HEAD,
     Row,
@@ -17,7 +17,7 @@ from gemma_convert.logits.html_page import page, plain, scrolling
 from gemma_convert.version import __version__
 
 
-def comparison_page(found: Comparison, written: datetime) -> str:
+def comparison_page(found: ReportComparison, written: datetime) -> str:
     """The page: verdict, what is worse, figures, parts, sequences, and of what the reports are."""
     body = "".join(
         (
@@ -34,7 +34,7 @@ def comparison_page(found: Comparison, written: datetime) -> str:
     return page(f"{found.verdict}: two reports compared", body)
 
 
-def _head(found: Comparison) -> str:
+def _head(found: ReportComparison) -> str:
     kind, sign = ("pass", "✓") if found.passed else ("fail", "✗")
     lead = "".join(f'<p class="lead">{plain(one)}.</p>' for one in found.worse)
     if found.passed:
@@ -72,7 +72,7 @@ def _table(rows: Sequence[tuple[str, ...]], kind: str) -> str:
     return f"<table><thead><tr><td></td>{head}</tr></thead><tbody>{lines}</tbody></table>"
 
 
-def _sides(found: Comparison) -> str:
+def _sides(found: ReportComparison) -> str:
     sides = (found.before, found.after)
     names = dict.fromkeys(name for one in sides for name in one.versions)
     rows = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from gemma_convert.logits.comparison import Change, Comparison, shown
+from gemma_convert.logits.comparison import Change, ReportComparison, shown
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -18,17 +18,17 @@ _ALIKE = 0.005
 Row = tuple[str, str, str, str]
 
 
-def figure_rows(found: Comparison) -> list[Row]:
+def figure_rows(found: ReportComparison) -> list[Row]:
     """The figures of the whole runs."""
     return [_row(one) for one in found.figures]
 
 
-def sequence_rows(found: Comparison) -> list[Row]:
+def sequence_rows(found: ReportComparison) -> list[Row]:
     """The largest KL of each sequence."""
     return [_row(one) for one in found.sequences]
 
 
-def part_rows(found: Comparison) -> list[Row]:
+def part_rows(found: ReportComparison) -> list[Row]:
     """Each kind of part: how many times its rounding it is off at most, and how many fail."""
     return [
         (
@@ -64,7 +64,7 @@ def _ratio(before: float | None, after: float | None) -> str:
     return "" if abs(ratio - 1) < _ALIKE else f"× {ratio:.3g}"
 
 
-def render(found: Comparison) -> RenderableType:
+def render(found: ReportComparison) -> RenderableType:
     """The verdict, what is worse, the two checks, figures, parts and sequences, for rich."""
     from rich.console import Group
     from rich.text import Text
