@@ -24,8 +24,10 @@ from gemma_convert.version import __version__
 
 if TYPE_CHECKING:
     from gemma_convert.logits.check import logit_check
+    from gemma_convert.logits.comparison import ReportComparison, compare_reports
     from gemma_convert.logits.golden_writing import save_golden
     from gemma_convert.logits.report import LogitReport
+    from gemma_convert.progress import ProgressEvent
     from gemma_convert.tasks.inspect import InspectReport, inspect
     from gemma_convert.tasks.mappings import MappingsReport, list_mappings
     from gemma_convert.tasks.reports import ToNativeReport
@@ -45,8 +47,11 @@ _HOMES = {
     "list_mappings": "gemma_convert.tasks.mappings",
     "LogitReport": "gemma_convert.logits.report",
     "logit_check": "gemma_convert.logits.check",
+    "ReportComparison": "gemma_convert.logits.comparison",
+    "compare_reports": "gemma_convert.logits.comparison",
     "save_golden": "gemma_convert.logits.golden_writing",
     "make_tiny": "gemma_convert.tiny",
+    "ProgressEvent": "gemma_convert.progress",
     "VerifyReport": "gemma_convert.tasks.verify",
     "verify": "gemma_convert.tasks.verify",
 }
@@ -57,6 +62,8 @@ __all__ = [
     "InspectReport",
     "LogitReport",
     "MappingsReport",
+    "ProgressEvent",
+    "ReportComparison",
     "SourceError",
     "TargetError",
     "ToHFReport",
@@ -64,6 +71,7 @@ __all__ = [
     "UsageError",
     "VerifyReport",
     "__version__",
+    "compare_reports",
     "inspect",
     "list_mappings",
     "logit_check",

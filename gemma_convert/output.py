@@ -8,98 +8,132 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal
+
+from gemma_convert.progress import Listener, ProgressEvent, Unit
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
 PLAIN_INTERVAL_S = 5.0
+JSON_INTERVAL_S = 0.2
+
+Level = Literal["error", "warning", "info"]
+LEVELS: tuple[Level, ...] = ("error", "warning", "info")
+"""What is told on stderr; each with those before it."""
+
+LINES_SCHEMA = "gemma-convert/progress/1"
+LINE_FIELDS = (
+    "event",
+    "task",
+    "done",
+    "total",
+    "unit",
+    "name",
+    "seconds",
+    "level",
+    "text",
+)
+"""Of every JSON line on stderr; null where an event has none."""
 
 _LAYOUT = "\n\t"
 
 
-class Progress(Protocol):
-    """Something that is told how many bytes are done, and of which tensor."""
+class _Bar:
+    """Shows how much is done, at which rate, the time left and the current name on a terminal."""
 
-    def advance(self, count: int, name: str) -> None: ...
-
-
-class NoProgress:
-    """Progress that nobody watches."""
-
-    def advance(self, count: int, name: str) -> None:
-        return None
-
-
-class ProgressBar:
-    """Bytes, rate, time left and the current tensor on stderr; plain lines without a terminal."""
-
-    def __init__(self, title: str, total: int) -> None:
-        self.title, self.total = title, total
-        self._done, self._started = 0, time.monotonic()
-        self._next_line = self._started + PLAIN_INTERVAL_S
+    def __init__(self) -> None:
         self._bar: Any = None
         self._task: Any = None
 
-    def __enter__(self) -> ProgressBar:
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                DownloadColumn,
-                Progress,
-                TextColumn,
-                TimeRemainingColumn,
-                TransferSpeedColumn,
-            )
-
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                DownloadColumn(binary_units=True),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[tensor]}", style="dim", markup=False),
-                console=Console(stderr=True),
-                transient=True,
-            )
-            self._task = self._bar.add_task(self.title, total=self.total, tensor="")
+    def __call__(self, event: ProgressEvent) -> None:
+        if event.event == "start":
+            self._bar = _rich_bar(event.unit)
+            self._task = self._bar.add_task(event.task, total=event.total, name="")
             self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
+        elif event.event == "advance":
+            name = printable(event.name)[-48:]
+            self._bar.update(self._task, completed=event.done, name=name)
+        else:
             self._bar.stop()
 
-    def advance(self, count: int, name: str) -> None:
-        self._done += count
-        if self._bar is not None:
-            self._bar.update(self._task, advance=count, tensor=printable(name)[-48:])
-        elif time.monotonic() >= self._next_line:
-            self._next_line = time.monotonic() + PLAIN_INTERVAL_S
-            note(self._line(printable(name)))
 
-    def _line(self, name: str) -> str:
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        rate = self._done / seconds
-        left = (self.total - self._done) / rate if rate else float("inf")
-        share = self._done / self.total if self.total else 1.0
-        return (
-            f"{self.title} {share:4.0%}  {human_bytes(self._done)} of {human_bytes(self.total)}  "
-            f"{human_bytes(rate)}/s  {left:.0f} s left  {name}"
-        )
+def _rich_bar(unit: Unit) -> Any:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    amount = (
+        (DownloadColumn(binary_units=True), TransferSpeedColumn())
+        if unit == "bytes"
+        else (MofNCompleteColumn(), TextColumn(unit))
+    )
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *amount,
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[name]}", style="dim", markup=False),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+class _Lines:
+    """The same as a line now and then, where there is no terminal."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def __call__(self, event: ProgressEvent) -> None:
+        if event.event == "start":
+            self._next = PLAIN_INTERVAL_S
+        elif event.event == "advance" and event.seconds >= self._next:
+            self._next = event.seconds + PLAIN_INTERVAL_S
+            note(_line(event))
+
+
+def _line(event: ProgressEvent) -> str:
+    rate = event.done / max(event.seconds, 1e-9)
+    left = (event.total - event.done) / rate if rate else float("inf")
+    share = event.done / event.total if event.total else 1.0
+    amount = f"{event.done} of {event.total} {event.unit}"
+    if event.unit == "bytes":
+        done, total = human_bytes(event.done), human_bytes(event.total)
+        amount = f"{done} of {total}  {human_bytes(rate)}/s"
+    return f"{event.task} {share:4.0%}  {amount}  {left:.0f} s left  {event.name}"
+
+
+class _JsonLines:
+    """Every start and end as a JSON line, and what is between them now and then."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def __call__(self, event: ProgressEvent) -> None:
+        if event.event == "advance" and event.seconds < self._next:
+            return
+        self._next = 0.0 if event.event == "start" else event.seconds + JSON_INTERVAL_S
+        _json_line(**asdict(event))
+
+
+def _json_line(**values: object) -> None:
+    line = {"schema": LINES_SCHEMA, **dict.fromkeys(LINE_FIELDS), **values}
+    print(_strict(line), file=sys.stderr, flush=True)
 
 
 def printable(text: str, layout: str = "") -> str:
@@ -163,12 +197,44 @@ def show(renderable: RenderableType) -> None:
 
 def show_json(values: Mapping[str, object]) -> None:
     """Prints one JSON object on stdout; NaN is refused, since strict readers refuse it too."""
-    print(json.dumps(values, indent=2, allow_nan=False).replace("\x7f", "\\u007f"))
+    print(_strict(values, indent=2))
 
 
-def note(text: str) -> None:
-    """Prints a line of chatter, or several, on stderr."""
-    print(printable(text, _LAYOUT), file=sys.stderr, flush=True)
+def _strict(values: Mapping[str, object], indent: int | None = None) -> str:
+    return json.dumps(values, indent=indent, allow_nan=False).replace("\x7f", "\\u007f")
+
+
+@dataclass
+class _Chatter:
+    """What stderr is told: everything down to `level`, in words or as JSON lines."""
+
+    level: Level = "info"
+    json_lines: bool = False
+
+
+_chatter = _Chatter()
+
+
+def chatter(level: Level = "info", json_lines: bool = False) -> Listener | None:
+    """Sets what stderr is told from now on; gives what shows progress there, which is info."""
+    _chatter.level, _chatter.json_lines = level, json_lines
+    if level != "info":
+        return None
+    if json_lines:
+        return _JsonLines()
+    terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    return _Bar() if terminal else _Lines()
+
+
+def note(text: str, level: Level = "info") -> None:
+    """Prints a line of chatter, or several, on stderr, with its level if that is no info."""
+    if LEVELS.index(level) > LEVELS.index(_chatter.level):
+        return
+    if _chatter.json_lines:
+        _json_line(event="message", level=level, text=text)
+        return
+    words = text if level == "info" else f"{level}: {text}"
+    print(printable(words, _LAYOUT), file=sys.stderr, flush=True)
 
 
 _NAMES: dict[str, str] = {}

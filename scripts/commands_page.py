@@ -130,7 +130,8 @@ def _value(kind: Any) -> str:
 
 def _shown(default: object, names: tuple[str, ...]) -> str:
     if isinstance(default, bool):
-        return names[0 if default else 1] if len(names) > 1 else ""
+        long = [name for name in names if name.startswith("--")]
+        return long[0 if default else 1] if len(long) > 1 else ""
     if default in (None, inspect.Parameter.empty):
         return ""
     return str(default.value if isinstance(default, Enum) else default)

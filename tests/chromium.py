@@ -91,8 +91,10 @@ class Chromium:
                 return answer["result"]
             self.events.append(answer)
 
-    def visit(self, address: str, width: int, dark: bool, height: int = 900) -> None:
-        """Loads a page, `width` CSS pixels wide."""
+    def visit(
+        self, address: str, width: int, dark: bool, height: int = 900, media: str = "screen"
+    ) -> None:
+        """Loads a page, `width` CSS pixels wide, for a screen or for print."""
         self.events.clear()
         self.call(
             "Emulation.setDeviceMetricsOverride",
@@ -102,7 +104,7 @@ class Chromium:
             mobile=False,
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.call("Emulation.setEmulatedMedia", media=media, features=[scheme])
         self.call("Page.navigate", url=address)
         while not any(one.get("method") == "Page.loadEventFired" for one in self.events):
             self.events.append(self._next())

@@ -281,7 +281,7 @@ def test_a_fault_of_ours_is_told_where_it_is_met(group, capsys):
         next(in_step("ab"))
         raise ValueError("three")
     assert caught.value.code == 70 and not leaving
-    assert capsys.readouterr().err.startswith("process 1: Traceback")
+    assert capsys.readouterr().err.startswith("error: process 1: Traceback")
 
 
 def test_a_failure_that_process_0_has_caused_is_not_told(group, capsys):

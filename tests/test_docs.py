@@ -238,7 +238,8 @@ def _exists(one: Command, block: Block) -> None:
 
 
 def _run_ours(one: Command, arguments: list[str], block: Block) -> None:
-    arguments, pipe, target = _split(arguments)
+    errors = arguments.pop() if arguments[-2:-1] == ["2>"] else None
+    arguments, pipe, target = _split(arguments[:-1] if errors else arguments)
     arguments = [REVISION.sub(r"\1", REMOTE.sub("remote/", word)) for word in arguments]
     if arguments[0] == "tiny" and "--layers" not in arguments:
         arguments += ["--layers", str(SHALLOW[arguments[1]])]
@@ -249,6 +250,8 @@ def _run_ours(one: Command, arguments: list[str], block: Block) -> None:
         assert done.stdout, f"{block.where}: {one.text}"
     if target:
         Path(target).write_text(done.stdout)
+    if errors:
+        Path(errors).write_text(done.stderr)
 
 
 def _split(words: list[str]) -> tuple[list[str], list[str], str | None]:

@@ -250,12 +250,13 @@ def test_a_target_that_may_not_be_written(direction, source, small_disk, tmp_pat
 SLOW = """
 import sys, time
 import gemma_convert.output as output
-advance = output.ProgressBar.advance
-def slow(self, count, name):
-    print("running", flush=True)
-    time.sleep(0.05)
-    advance(self, count, name)
-output.ProgressBar.advance = slow
+tell = output._Lines.__call__
+def slow(self, event):
+    if event.event == "advance":
+        print("running", flush=True)
+        time.sleep(0.05)
+    tell(self, event)
+output._Lines.__call__ = slow
 from gemma_convert.cli.app import main
 main()
 """

@@ -76,6 +76,11 @@ with recomputation       136.20 PFLOP
 a token                  196.95 GFLOP
 attention to FFN         0.510
 query heads per KV head  2 (sliding), 8 (full)
+weights                  57.2 GiB, 30,696,013,824 parameters in bf16
+gradients                57.2 GiB
+optimizer                343.1 GiB, Adam's moments and master weights in fp32
+activations              955.5 GiB
+memory, estimated        1.4 TiB, 22.1 GiB on each of 64 devices
 achieved                 384.1 TFLOP/s each, 4.2 s on 64 devices
 peak                     989.5 TFLOP/s dense bf16 (NVIDIA H100 Tensor Core GPU datasheet, SXM)
 MFU                      38.82%
@@ -85,7 +90,7 @@ HFU                      51.21%
 
 def test_json(report):
     found = report(DENSE, "--seq-len", 8192, "--batch", 2, "--step-time", 3, "--hardware", "A100")
-    assert found["schema"] == "gemma-convert/flops/1"
+    assert found["schema"] == "gemma-convert/flops/2"
     assert (found["family"], found["mode"], found["path"]) == ("gemma4 31b", "train", DENSE)
     assert (found["batch"], found["tokens"], found["cached"]) == (2, 8192, 0)
     assert found["flops"] == found["hardware_flops"] == 3 * found["forward_flops"]
@@ -124,6 +129,59 @@ def test_a_time_without_hardware_gives_a_rate(report, run):
     assert found["mfu"] is None and found["dtype"] is None
     _, out, _ = run(DENSE, "--seq-len", 8, "--step-time", 0.5, "--devices", 4)
     assert "TFLOP/s each, 0.5 s on 4 devices" in out and "MFU" not in out
+
+
+def test_a_peak_of_ones_own(report, run):
+    found = report(DENSE, "--seq-len", 8, "--step-time", 0.5, "--peak", 12.5)
+    assert found["peak_flops_per_second"] == 12.5e12
+    assert found["mfu"] == found["flops"] / 0.5 / 12.5e12
+    assert found["hardware"] is found["hardware_source"] is found["dtype"] is None
+    _, out, _ = run(DENSE, "--seq-len", 8, "--step-time", 0.5, "--peak", 12.5)
+    assert "12.5 TFLOP/s as given" in out
+
+
+def test_bytes_are_spread_over_devices(report, run):
+    """31B in fp32: 30,696,013,824 parameters of 4 bytes, 4 of gradients and 8 of moments."""
+    one = report(DENSE, "--seq-len", 8, "--weight-dtype", "fp32")
+    many = report(DENSE, "--seq-len", 8, "--weight-dtype", "fp32", "--devices", 7)
+    held = one["memory"]
+    assert held["weights"] == held["gradients"] == 4 * 30_696_013_824
+    assert held["per_device"] == 16 * 30_696_013_824 + held["activations"]
+    assert many["memory"] == {**held, "per_device": -(-held["per_device"] // 7)}
+    assert (one["devices"], many["devices"]) == (1, 7)
+    _, out, _ = run(DENSE, "--seq-len", 8, "--mode", "prefill", "--devices", 8)
+    assert "57.2 GiB, 7.1 GiB on each of 8 devices" in out
+    assert "gradients" not in out and "activations" not in out
+
+
+def test_a_sweep_is_a_csv_of_what_each_length_has_alone(report, run):
+    code, out, err = run(DENSE, "--sweep", "1024, 4096", "--batch", 3, "--devices", 2)
+    assert (code, err) == (0, "")
+    names, *rows = (line.split(",") for line in out.splitlines())
+    assert [dict(zip(names, map(int, row), strict=True)) for row in rows] == [
+        swept(report(DENSE, "--seq-len", length, "--batch", 3, "--devices", 2))
+        for length in (1024, 4096)
+    ]
+    _, out, _ = run(DENSE, "--sweep", "700", "--mode", "decode")
+    assert out.splitlines()[1].startswith("700,1,")
+    assert out.splitlines()[1].endswith(",0,0,,61392027648")
+
+
+def swept(found: dict) -> dict[str, int]:
+    held = found["memory"]
+    return {
+        "seq_len": found["tokens"],
+        "batch": found["batch"],
+        "flops": found["flops"],
+        "forward_flops": found["forward_flops"],
+        "hardware_flops": found["hardware_flops"],
+        "parameters": held["parameters"],
+        "weight_bytes": held["weights"],
+        "gradient_bytes": held["gradients"],
+        "optimizer_bytes": held["optimizer"],
+        "activation_bytes": held["activations"],
+        "bytes_per_device": held["per_device"],
+    }
 
 
 def test_sparse_and_other_dtypes_have_other_peaks(report):
@@ -206,7 +264,18 @@ def test_a_note_is_shown(run, tmp_path):
 
 
 USAGE = [
-    ((), "Missing option '--seq-len'"),
+    ((), "has one length of sequences"),
+    (("--seq-len", 9, "--sweep", "9"), "has one length of sequences"),
+    (("--sweep", "9,x"), "--sweep is a list of lengths"),
+    (("--sweep", "9,0"), "--sweep is a list of lengths"),
+    (("--sweep", "9" * 5000), "--sweep is a list of lengths"),
+    (("--sweep", "9", "--json"), "--sweep prints a CSV"),
+    (("--sweep", "9", "--step-time", 1), "--sweep prints a CSV"),
+    (("--seq-len", 9, "--peak", 900), "belong to --step-time"),
+    (("--seq-len", 9, "--step-time", 1, "--peak", 0), "--peak is a rate"),
+    (("--seq-len", 9, "--step-time", 1, "--peak", 9, "--hardware", "H100"), "leave out --peak"),
+    (("--seq-len", 9, "--step-time", 1, "--peak", 9, "--dtype", "fp8"), "belong to --hardware"),
+    (("--seq-len", 9, "--devices", 0), "--devices"),
     (("--seq-len", 0), "--seq-len"),
     (("--seq-len", 1 << 41), "--seq-len"),
     (("--seq-len", 9, "--batch", 0), "--batch"),
@@ -215,7 +284,6 @@ USAGE = [
     (("--seq-len", 9, "--dtype", "fp8"), "belong to --hardware"),
     (("--seq-len", 9, "--step-time", 1, "--dtype", "fp8"), "belong to --hardware"),
     (("--seq-len", 9, "--hardware", "H100"), "belong to --step-time"),
-    (("--seq-len", 9, "--devices", 2), "belong to --step-time"),
     (("--seq-len", 9, "--step-time", 1, "--hardware", "X"), "hardware is not known"),
     (("--seq-len", 9, "--step-time", 1, "--hardware", "TPU-v4", "--sparse"), "no sparse bf16"),
     (("--seq-len", 9, "--step-time", 0), "--step-time is a time"),

@@ -7,26 +7,37 @@ import math
 import pytest
 
 from gemma_convert.errors import UsageError
-from gemma_convert.flops.hardware import HARDWARE, Utilization, find_hardware
+from gemma_convert.flops.hardware import HARDWARE, Utilization, find_hardware, given_peak
 
 DENSE_BF16 = {
     "H100": 989.5,
     "H200": 989.5,
     "B200": 2250,
+    "GB200": 2500,
+    "B300": 2250,
+    "GH200": 990,
     "A100": 312,
     "L4": 121,
+    "L40S": 362.05,
+    "A10G": 70,
+    "V100": None,
     "RTX-A6000": 154.85,
+    "RTX-4090": 165.2,
+    "RTX-5090": 209.5,
+    "MI300X": 1307.4,
+    "MI325X": 1307.4,
+    "MI355X": 2516.6,
     "TPU-v4": 275,
     "TPU-v5e": 197,
     "TPU-v5p": 459,
     "TPU-v6e": 918,
     "TPU-v7": 2307,
 }
-"""TFLOP/s, as the vendors' own pages have them; NVIDIA's halved from those with sparsity."""
+"""TFLOP/s by the vendors; NVIDIA's halved from those with sparsity. V100 has none of bf16."""
 
 
 def test_the_table_is_complete():
-    assert {one.name: one.dense["bf16"] for one in HARDWARE.values()} == DENSE_BF16
+    assert {one.name: one.dense.get("bf16") for one in HARDWARE.values()} == DENSE_BF16
 
 
 @pytest.mark.parametrize(
@@ -42,6 +53,17 @@ def test_the_table_is_complete():
         ("L4", "fp8", 242.5, 485),
         ("L4", "tf32", 60, 120),
         ("RTX-A6000", "fp16", 154.85, 309.7),
+        ("GB200", "bf16", 2500, 5000),
+        ("GB200", "fp8", 5000, 10000),
+        ("B300", "bf16", 2250, 4500),
+        ("B300", "tf32", 1125, 2250),
+        ("RTX-4090", "bf16", 165.2, 330.4),
+        ("RTX-4090", "fp8", 330.3, 660.6),
+        ("RTX-5090", "bf16", 209.5, 419),
+        ("RTX-5090", "fp8", 419, 838),
+        ("A10G", "bf16", 70, 140),
+        ("MI355X", "bf16", 2516.6, 5033.2),
+        ("MI355X", "fp8", 5033.2, 10066.4),
     ],
 )
 def test_dense_is_half_of_sparse(name, dtype, dense, sparse):
@@ -57,6 +79,16 @@ def test_dense_is_half_of_sparse(name, dtype, dense, sparse):
         ("A100", "fp32", 19.5),
         ("L4", "fp32", 30.3),
         ("RTX-A6000", "fp32", 38.7),
+        ("GB200", "fp32", 80),
+        ("GH200", "tf32", 494),
+        ("L40S", "fp8", 733),
+        ("L40S", "fp32", 91.6),
+        ("V100", "fp16", 125),
+        ("V100", "fp32", 15.7),
+        ("RTX-4090", "int8", 660.6),
+        ("MI300X", "fp8", 2614.9),
+        ("MI325X", "tf32", 653.7),
+        ("MI355X", "int8", 5033.2),
         ("TPU-v4", "int8", 275),
         ("TPU-v5e", "int8", 393),
         ("TPU-v6e", "int8", 1836),
@@ -75,6 +107,10 @@ def test_other_dtypes(name, dtype, rate):
         ("TPU-v5p", "bf16", True),
         ("TPU-v5p", "fp16", False),
         ("B200", "tf32", False),
+        ("V100", "bf16", False),
+        ("MI300X", "bf16", True),
+        ("B300", "int8", False),
+        ("RTX-5090", "fp16", False),
     ],
 )
 def test_no_figure_is_made_up(name, dtype, sparse):
@@ -84,13 +120,16 @@ def test_no_figure_is_made_up(name, dtype, sparse):
 
 def test_names_in_any_case_and_no_others():
     assert find_hardware("tpu-V5P").name == "TPU-v5p"
+    assert find_hardware("rtx 4090").name == "RTX-4090"
     with pytest.raises(UsageError, match="not known") as caught:
         find_hardware("h1000")
     assert caught.value.expected.startswith("H100, H200, B200")
 
 
 def test_every_figure_has_a_vendors_source():
-    assert all(one.source.startswith(("NVIDIA ", "Google Cloud")) for one in HARDWARE.values())
+    assert all(
+        one.source.startswith(("NVIDIA ", "AMD ", "Google Cloud")) for one in HARDWARE.values()
+    )
 
 
 def test_utilization():
@@ -98,6 +137,13 @@ def test_utilization():
     assert (used.per_device, used.mfu, used.hfu) == (50.0, 0.5, 0.65)
     unknown = Utilization(4.0, 5, 1000, 1300)
     assert (unknown.per_device, unknown.mfu, unknown.hfu) == (50.0, None, None)
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, math.nan, math.inf])
+def test_a_peak_is_a_rate(rate):
+    assert given_peak(12.5) == 12.5e12
+    with pytest.raises(UsageError, match="--peak"):
+        given_peak(rate)
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf])

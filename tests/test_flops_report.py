@@ -10,6 +10,7 @@ import pytest
 from gemma_convert.flops.attention import Reach
 from gemma_convert.flops.count import count
 from gemma_convert.flops.hardware import Utilization
+from gemma_convert.flops.memory import memory
 from gemma_convert.flops.model import DecoderLayer, Dense, Experts, GroupedQuery, Model
 from gemma_convert.flops.report import FlopsReport, human_flops
 from gemma_convert.flops.source import read_model
@@ -40,13 +41,14 @@ def test_the_ratio_is_of_blocks_of_the_text_layers():
     attention = rows * (30 + 15 + 15 + 30) + 2 * 4 * 45 * 30
     assert found.block("feed-forward") == feed_forward
     assert found.block("attention") == attention
-    assert FlopsReport("", found).attention_to_ffn == attention / feed_forward
+    assert FlopsReport("", found, memory(found)).attention_to_ffn == attention / feed_forward
 
 
 def test_towers_are_not_in_the_ratio():
     model, step = read_model(models.FOLDER / models.E2B), prefill(1, 99)
     seen = replace(step, images=1, image_tokens=70, sounds=1, sound_tokens=20)
-    ratios = [FlopsReport("", count(model, work)).attention_to_ffn for work in (step, seen)]
+    counts = [count(model, work) for work in (step, seen)]
+    ratios = [FlopsReport("", one, memory(one)).attention_to_ffn for one in counts]
     assert ratios[0] == ratios[1]
 
 
@@ -77,5 +79,6 @@ def test_units(flops, shown):
 @pytest.mark.parametrize(("flops", "warned"), [(10**12, False), (10**12 + 1, True)])
 def test_more_than_the_peak_is_warned_of(flops, warned):
     found = count(model_of(ATTENTION, Dense(13)), prefill(2, 9))
-    report = FlopsReport("", found, Utilization(1.0, 1, flops, flops, peak=1e12))
+    used = Utilization(1.0, 1, flops, flops, peak=1e12)
+    report = FlopsReport("", found, memory(found), utilization=used)
     assert bool(report.warnings) == warned

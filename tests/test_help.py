@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import shlex
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import models
 import pytest
+import sample_reports
 from cases import LAYOUTS
 from test_cli import fails, run, run_apart
 
@@ -73,6 +75,10 @@ def make_files(words: list[str], example: str, folder: Path, model: Path, out: P
     if "--golden" in words:
         saved = run("golden", model, folder / words[words.index("--golden") + 1], "--tokens", 8)
         assert saved.returncode == 0, saved.stderr
+    if words[0] == "before.json":
+        for name in words[:2]:
+            report = json.dumps(sample_reports.report().as_json())
+            (folder / name).write_text(report, encoding="utf-8")
     if words[0] == "exported" and "verify" in example:
         assert run("to-hf", out, folder / "exported").returncode == 0
 

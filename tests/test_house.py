@@ -15,6 +15,7 @@ PACKAGE = Path(gemma_convert.__file__).parent
 
 ROOMS = (
     "version",
+    "progress",
     "output",
     "errors",
     "files",

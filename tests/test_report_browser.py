@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
 
 import pytest
 import sample_reports
 from chromium import Chromium, find_chromium
 
+from gemma_convert.logits.comparison import compare_reports
+from gemma_convert.logits.comparison_page import comparison_page
 from gemma_convert.logits.html_report import html_report
 
 REPORTS = {
@@ -16,6 +19,9 @@ REPORTS = {
     "not a number": sample_reports.not_a_number,
     "indication": sample_reports.indication,
 }
+WRITTEN = datetime(2026, 1, 2, 3, 4, 5)
+A4 = 688
+"""CSS pixels between the margins of 14 mm, of 96 an inch."""
 
 TOO_FAINT = """
 (() => {
@@ -67,15 +73,18 @@ def browser(tmp_path_factory):
 def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     for name, make in REPORTS.items():
-        page = html_report(make(), datetime(2026, 1, 2, 3, 4, 5))
+        page = html_report(make(), WRITTEN)
         (folder / f"{name}.html").write_text(page, encoding="utf-8")
+        (folder / f"{name}.json").write_text(json.dumps(make().as_json()), encoding="utf-8")
+    found = compare_reports(folder / "passed.json", folder / "not a number.json")
+    (folder / "compared.html").write_text(comparison_page(found, WRITTEN), encoding="utf-8")
     return folder
 
 
 @pytest.mark.share(3)
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1600])
-@pytest.mark.parametrize("name", REPORTS)
+@pytest.mark.parametrize("name", [*REPORTS, "compared"])
 def test_page_is_quiet_and_fits(browser, pages, name, width, dark):
     address = (pages / f"{name}.html").as_uri()
     browser.visit(address, width, dark)
@@ -87,6 +96,29 @@ def test_page_is_quiet_and_fits(browser, pages, name, width, dark):
     assert paper == ("rgb(21, 23, 26)" if dark else "rgb(251, 250, 246)")
     looked, faint = browser.evaluate(TOO_FAINT)
     assert looked > 80 and faint == []
+
+
+@pytest.mark.parametrize("name", [*REPORTS, "compared"])
+def test_paper_is_white_and_nothing_is_cut_off(browser, pages, name):
+    """Also where the screen is dark; colours of tokens are printed, headings are not left alone."""
+    browser.visit((pages / f"{name}.html").as_uri(), A4, dark=True, media="print")
+    assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == WHITE
+    assert browser.evaluate("document.scrollingElement.scrollWidth") <= A4
+    _, faint = browser.evaluate(TOO_FAINT)
+    assert faint == []
+    widest = "Math.max(...[...document.querySelectorAll('svg, table')].map(one => one.scrollWidth))"
+    assert browser.evaluate(widest) <= A4
+    styles = browser.evaluate(
+        "[...document.querySelectorAll('h2, h3')].map(one => getComputedStyle(one).breakAfter)"
+    )
+    assert set(styles) == {"avoid"}
+    rows = "[...document.querySelectorAll('tr, svg')].map(one => getComputedStyle(one).breakInside)"
+    assert set(browser.evaluate(rows)) == {"avoid"}
+    kept = "[...document.querySelectorAll('*')].map(one => getComputedStyle(one).printColorAdjust)"
+    assert set(browser.evaluate(kept)) == {"exact"}
+
+
+WHITE = "rgb(255, 255, 255)"
 
 
 @pytest.mark.parametrize("width", [360, 1600])

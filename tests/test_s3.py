@@ -6,7 +6,7 @@ import itertools
 import os
 import sys
 import urllib.request
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -331,21 +331,23 @@ def test_two_runs_do_not_begin_in_one_place(s3, hf, place, monkeypatch):
 
 
 def changing(action):
-    """A progress bar that calls `action` once, when something has been read."""
+    """A listener that calls `action` once, when something has been read."""
+    left = [action]
 
-    @contextmanager
-    def bar(_title, _total):
-        yield Changer()
+    def listener(event):
+        if event.event == "advance" and left:
+            left.pop()()
 
-    class Changer:
-        done = False
+    return listener
 
-        def advance(self, *_):
-            if not Changer.done:
-                Changer.done = True
-                action()
 
-    return bar
+def test_what_is_sent_is_told_too(s3, hf, place):
+    events = []
+    gemma_convert.to_native(hf, f"{URL}/{place}", progress=events.append)
+    ends = [(one.task, one.done == one.total) for one in events if one.event == "end"]
+    assert ends == [("convert", True), ("upload", True)]
+    sent = [one.name for one in events if one.task == "upload" and one.event == "advance"]
+    assert sent and {f"{place}/{name}" for name in sent} <= set(s3.keys(place))
 
 
 def test_a_source_that_changes_is_noticed(s3, hf, place, stored, tmp_path):

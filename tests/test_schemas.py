@@ -18,7 +18,7 @@ from PIL import Image
 from test_cli import run
 from test_verification import change
 
-from gemma_convert import to_hf
+from gemma_convert import to_hf, to_native
 from gemma_convert.cli.app import app
 
 SCHEMAS = Path(__file__).parents[1] / "docs" / "schemas"
@@ -163,6 +163,20 @@ def logit_check_reports(source, edited, folder, shallow, converted):
     yield json.loads(json.dumps(replace(report, divergence=numberless, drift=drift).as_json()))
 
 
+def compare_reports_reports(source, edited, folder, shallow, converted):
+    """Two reports that are alike, one that is worse, and one of another kind."""
+    import sample_reports
+
+    makes = {"passed": sample_reports.report, "failed": sample_reports.failed}
+    for name, make in makes.items():
+        (folder / name).write_text(json.dumps(make().as_json()), encoding="utf-8")
+    other = sample_reports.report(dtype="bfloat16")
+    (folder / "other").write_text(json.dumps(other.as_json()), encoding="utf-8")
+    yield printed("compare-reports", folder / "passed", folder / "passed")
+    yield printed("compare-reports", folder / "passed", folder / "failed", code=1)
+    yield printed("compare-reports", folder / "failed", folder / "other")
+
+
 def flops_reports(source, edited, folder, shallow, converted):
     dense = FOLDER / DENSE
     yield printed("flops", dense, "--seq-len", 64)
@@ -185,11 +199,30 @@ def mappings_reports(source, edited, folder, shallow, converted):
     yield printed("mappings", "--format", "gemma-jax", "--model", source, "--facts")
 
 
+def progress_reports(source, edited, folder, shallow, converted):
+    """Every line on stderr of runs that convert, warn and fail."""
+    lossy = ("--dtype", "bfloat16", "--scaled-dtype", "bfloat16")
+    for target in (folder / "a", folder / "a"):
+        words = ("to-native", edited, target, "--format", "maxtext", *lossy, "--json-lines")
+        for line in run(*words).stderr.splitlines():
+            yield json.loads(line)
+
+
 def manifest_reports(source, edited, folder, shallow, converted):
     yield load(converted(shallow("e2b", kv_shared="omit"), "gemma-jax") / MANIFEST)
     rounded = converted(edited, "maxtext", scaled_dtype="bfloat16", dtype="bfloat16")
     yield load(rounded / MANIFEST)
     yield load(converted(source, "fast-llm") / MANIFEST)
+    adapter = save(folder / "adapter", source, matrices(source))
+    to_native(adapter, folder / "adapted", layout="maxtext")
+    yield load(folder / "adapted" / MANIFEST)
+    odd = shutil.copytree(source, folder / "odd")
+    config = load(odd / "config.json")
+    config["text_config"]["of_tomorrow"] = 1
+    (odd / "config.json").write_text(json.dumps(config))
+    key = "text_config.of_tomorrow"
+    to_native(odd, folder / "ignoring", layout="maxtext", ignore_facts=(key,))
+    yield load(folder / "ignoring" / MANIFEST)
 
 
 NEVER_HERE = {
@@ -204,6 +237,7 @@ VERSIONS = {
     "manifest": 3,
     "mappings": 2,
     "logit-check": 3,
+    "flops": 2,
 }
 """Of the schemas that have had others before."""
 
@@ -215,9 +249,11 @@ REPORTS = {
     "inspect": inspect_reports,
     "golden": golden_reports,
     "logit-check": logit_check_reports,
+    "compare-reports": compare_reports_reports,
     "flops": flops_reports,
     "mappings": mappings_reports,
     "manifest": manifest_reports,
+    "progress": progress_reports,
 }
 
 
@@ -294,7 +330,7 @@ def test_every_field_is_described_and_closed(file):
 
 def test_every_command_has_its_schema():
     commands = {command.name for command in app.registered_commands}
-    assert commands | {"manifest"} == set(REPORTS)
+    assert commands | {"manifest", "progress"} == set(REPORTS)
     assert {file.stem for file in FILES} == {f"{name}-{VERSIONS.get(name, 1)}" for name in REPORTS}
 
 

@@ -22,7 +22,7 @@ from gemma_convert.arrays.values import Array
 from gemma_convert.checkpoint.seal import file_pieces
 from gemma_convert.errors import SourceError
 from gemma_convert.files.confined import NEVER_READ, check_confined
-from gemma_convert.output import Progress
+from gemma_convert.progress import Progress
 from gemma_convert.stores.remote.mirror import WEIGHT_SUFFIXES
 from gemma_convert.stores.safetensors.header import safetensors_header, write_safetensors
 from gemma_convert.stores.tensor_folder import Shard

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from gemma_convert.cli import (
+    compare_reports,
     flops,
     golden,
     inspect,
@@ -51,6 +52,7 @@ app.command("to-native", rich_help_panel=_CONVERT)(to_native.command)
 app.command("to-hf", rich_help_panel=_CONVERT)(to_hf.command)
 app.command("verify", rich_help_panel=_CHECK)(verify.command)
 app.command("logit-check", rich_help_panel=_CHECK)(logit_check.command)
+app.command("compare-reports", rich_help_panel=_CHECK)(compare_reports.command)
 app.command("golden", rich_help_panel=_CHECK)(golden.command)
 app.command("inspect", rich_help_panel=_KNOW)(inspect.command)
 app.command("mappings", rich_help_panel=_KNOW)(mappings.command)
@@ -77,8 +79,8 @@ def _root(
 def _own_fault() -> int:
     from gemma_convert.output import note
 
-    note(traceback.format_exc())
-    note("This is a fault of gemma-convert. Please report it with the lines above.")
+    told = "this is a fault of gemma-convert. Please report it with the lines below."
+    note(f"{told}\n{traceback.format_exc()}", "error")
     return INTERNAL
 
 
@@ -90,14 +92,15 @@ def _next_command() -> str:
 
 def main() -> None:
     """Runs the command line and exits with the documented code."""
-    from gemma_convert.output import note
+    from gemma_convert.output import chatter, note
 
+    chatter()
     atexit.register(gc.freeze)  # else the packages' objects are searched for cycles at the end
     with standard_streams() as failure:
         code = _run()
         lost = failure()
         if lost is not None and not code:
-            note(f"error: {lost.message}")
+            note(lost.message, "error")
             code = lost.exit_code
     sys.exit(code)
 
@@ -109,27 +112,29 @@ def _run() -> int:  # noqa: PLR0911
     try:
         app(prog_name="gemma-convert")
     except GemmaConvertError as error:
-        note(f"error: {error.message}")
+        told = error.message
         if isinstance(error, UsageError) and error.do is None:
-            note(f"  what to do: {_next_command()} lists the options")
+            told += f"\n  what to do: {_next_command()} lists the options"
         if error.exit_code == INTERNAL:
-            note("This is a fault of gemma-convert. Please report it with the command you ran.")
+            told += "\nThis is a fault of gemma-convert. Please report it with the command you ran."
+        note(told, "error")
         return exit_code(error)
     except (KeyboardInterrupt, SystemExit) as ending:
         if isinstance(ending, SystemExit) and ending.code != INTERRUPTED:  # typer's word for it
             return ending.code if isinstance(ending.code, int) else bool(ending.code)
-        note("interrupted; --resume continues a conversion into a local folder")
+        note("interrupted; --resume continues a conversion into a local folder", "error")
         return INTERRUPTED
     except ImportError as error:
         if (error.name or "").partition(".")[0] == "gemma_convert":
             return _own_fault()
         note(
-            f"error: {error}\n"
-            "  what to do: this command needs more packages: pip install 'gemma-convert[check]'"
+            f"{error}\n"
+            "  what to do: this command needs more packages: pip install 'gemma-convert[check]'",
+            "error",
         )
         return exit_code(error)
     except OSError as error:
-        note(f"error: {error.strerror or error}\n  where: {shown(error.filename)}")
+        note(f"{error.strerror or error}\n  where: {shown(error.filename)}", "error")
         return exit_code(error)
     except Exception:  # the last resort: a traceback here is our own fault
         return _own_fault()

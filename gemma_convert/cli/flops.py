@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from gemma_convert.cli.options import AsJson
 from gemma_convert.errors import UsageError
 
-if TYPE_CHECKING:
-    from gemma_convert.flops.hardware import Hardware
-    from gemma_convert.flops.report import FlopsReport
-    from gemma_convert.flops.workload import Workload
+LONGEST = 1 << 40
+"""More than any sequence, batch or number of devices."""
 
 SOUND_TOKENS = 750
 """Soft tokens of the longest sound, of 30 s."""
@@ -45,6 +43,11 @@ class Part(StrEnum):
     AUDIO_PROJECTOR = "audio-projector"
 
 
+class WeightDType(StrEnum):
+    BF16 = "bf16"
+    FP32 = "fp32"
+
+
 class DType(StrEnum):
     BF16 = "bf16"
     FP16 = "fp16"
@@ -63,13 +66,19 @@ def command(
         ),
     ],
     seq_len: Annotated[
-        int,
+        int | None,
         typer.Option(
-            min=1, max=1 << 40, help="Tokens of a sequence; in decoding, of its KV cache."
+            min=1, max=LONGEST, help="Tokens of a sequence; in decoding, of its KV cache."
         ),
-    ],
+    ] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...", help="Several such lengths instead: a CSV, one line a length."
+        ),
+    ] = None,
     batch: Annotated[
-        int, typer.Option(min=1, max=1 << 40, help="Sequences of a step, over all devices.")
+        int, typer.Option(min=1, max=LONGEST, help="Sequences of a step, over all devices.")
     ] = 1,
     mode: Annotated[
         Mode, typer.Option(help="A training step, a forward pass, or one new token.")
@@ -122,6 +131,14 @@ def command(
             help="Whether layers are run again in the backward pass.", rich_help_panel="Training"
         ),
     ] = Recomputation.NONE,
+    weight_dtype: Annotated[
+        WeightDType,
+        typer.Option(
+            help="Dtype of weights and gradients, for their bytes; Adam keeps master weights in "
+            "fp32 beside bf16.",
+            rich_help_panel="Training",
+        ),
+    ] = WeightDType.BF16,
     last_logits: Annotated[
         bool, typer.Option("--last-logits", help="Prefill: logits of the last position alone.")
     ] = False,
@@ -138,15 +155,20 @@ def command(
             rich_help_panel="Measured",
         ),
     ] = None,
-    devices: Annotated[
-        int | None,
+    peak: Annotated[
+        float | None,
         typer.Option(
-            min=1,
-            max=1 << 40,
-            help="GPUs or TPU chips that it ran on; 1 by default.",
+            metavar="TFLOPS",
+            help="Peak rate of one device, where --hardware does not know it.",
             rich_help_panel="Measured",
         ),
     ] = None,
+    devices: Annotated[
+        int,
+        typer.Option(
+            min=1, max=LONGEST, help="GPUs or TPU chips that the step is spread over, evenly."
+        ),
+    ] = 1,
     dtype: Annotated[
         DType | None,
         typer.Option(
@@ -163,59 +185,79 @@ def command(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Count the FLOPs of a step by component, exactly, from config.json alone.
+    """Count the FLOPs of a step by component, exactly, and estimate its bytes, from config.json.
 
-    A multiply-add is two FLOPs. With --step-time and --hardware it also says MFU and HFU.
+    A multiply-add is two FLOPs. With --step-time and --hardware or --peak it also says MFU and HFU.
 
     \b
     Examples:
       gemma-convert flops gemma-4-31B-it --seq-len 8192 --batch 64
       gemma-convert flops config.json --seq-len 8192 --step-time 4.2 --hardware H100 --devices 64
+      gemma-convert flops config.json --sweep 1024,4096,16384 --batch 8
     """
     from gemma_convert.flops.count import count
+    from gemma_convert.flops.measured import measured, needs
+    from gemma_convert.flops.memory import memory
     from gemma_convert.flops.report import FlopsReport, render
     from gemma_convert.flops.source import read_model
+    from gemma_convert.flops.sweep import csv_table
+    from gemma_convert.flops.workload import STEPS
     from gemma_convert.output import show, show_json
 
+    lengths = _lengths(seq_len, sweep, as_json, step_time)
     _check_mode(mode, freeze, recompute, last_logits, images + sounds)
     if not images and (image_tokens is not None or bidirectional_images is not None):
-        raise _needs("--image-tokens, --bidirectional-images or --causal-images", "--images")
+        raise needs("--image-tokens, --bidirectional-images or --causal-images", "--images")
     if not sounds and sound_tokens is not None:
-        raise _needs("--sound-tokens", "--sounds")
-    device = _device(hardware, step_time, devices, dtype, sparse)
+        raise needs("--sound-tokens", "--sounds")
+    time = measured(step_time, hardware, peak, None if dtype is None else dtype.value, sparse)
     model = read_model(path)
     if bidirectional_images is None:
         bidirectional_images = model.bidirectional_images
-    work = replace(
-        _step(mode, batch, seq_len),
-        rule=attention.value,
-        images=images,
-        image_tokens=(image_tokens or model.image_tokens) if images else 0,
-        sounds=sounds,
-        sound_tokens=(sound_tokens or SOUND_TOKENS) if sounds else 0,
-        bidirectional_images=bidirectional_images and images > 0,
-        frozen=frozenset(part.value for part in freeze or ()),
-        recomputation=recompute.value,
-    )
-    found = count(model, replace(work, logits=1) if last_logits else work)
-    report = FlopsReport(path, found)
-    if step_time is not None:
-        report = _measured(report, device, step_time, devices or 1, dtype or DType.BF16, sparse)
-    if as_json:
-        show_json(report.as_json())
-    else:
-        show(render(report))
-
-
-def _step(mode: Mode, batch: int, seq_len: int) -> Workload:
-    from gemma_convert.flops import workload
-
-    steps = {
-        Mode.TRAIN: workload.train,
-        Mode.PREFILL: workload.prefill,
-        Mode.DECODE: workload.decode,
+    options: dict[str, Any] = {
+        "rule": attention.value,
+        "images": images,
+        "image_tokens": (image_tokens or model.image_tokens) if images else 0,
+        "sounds": sounds,
+        "sound_tokens": (sound_tokens or SOUND_TOKENS) if sounds else 0,
+        "bidirectional_images": bidirectional_images and images > 0,
+        "frozen": frozenset(part.value for part in freeze or ()),
+        "recomputation": recompute.value,
+        **({"logits": 1} if last_logits else {}),
     }
-    return steps[mode](batch, seq_len)
+    reports = []
+    for length in lengths:
+        found = count(model, replace(STEPS[mode.value](batch, length), **options))
+        held = memory(found, weight_dtype.value)
+        reports.append(time.added_to(FlopsReport(path, found, held, devices)))
+    if sweep is not None:
+        show(csv_table(reports))
+    elif as_json:
+        show_json(reports[0].as_json())
+    else:
+        show(render(reports[0]))
+
+
+def _lengths(
+    seq_len: int | None, sweep: str | None, as_json: bool, step_time: float | None
+) -> list[int]:
+    if (seq_len is None) == (sweep is None):
+        raise UsageError(
+            "A step has one length of sequences, a sweep has several.",
+            expected="--seq-len or --sweep",
+            found="both" if sweep is not None else "neither",
+        )
+    if seq_len is not None:
+        return [seq_len]
+    if as_json or step_time is not None:
+        raise UsageError("--sweep prints a CSV of counts.", do="leave out --json and --step-time")
+    words = str(sweep).split(",")
+    lengths = [int(word) if word.strip().isdecimal() and len(word) < 16 else 0 for word in words]
+    if not all(1 <= one <= LONGEST for one in lengths):
+        raise UsageError(
+            "--sweep is a list of lengths.", expected="such as 1024,4096", found=str(sweep)[:200]
+        )
+    return lengths
 
 
 def _check_mode(
@@ -225,47 +267,11 @@ def _check_mode(
     last_logits: bool,
     media: int,
 ) -> None:
+    from gemma_convert.flops.measured import needs
+
     if mode is not Mode.TRAIN and (freeze or recompute is not Recomputation.NONE):
-        raise _needs("--freeze and --recompute", "--mode train")
+        raise needs("--freeze and --recompute", "--mode train")
     if mode is not Mode.PREFILL and last_logits:
-        raise _needs("--last-logits", "--mode prefill")
+        raise needs("--last-logits", "--mode prefill")
     if mode is Mode.DECODE and media:
-        raise _needs("--images and --sounds", "--mode train or --mode prefill")
-
-
-def _device(
-    name: str | None,
-    step_time: float | None,
-    devices: int | None,
-    dtype: DType | None,
-    sparse: bool,
-) -> Hardware | None:
-    """The named hardware; UsageError where an option has no use without another."""
-    from gemma_convert.flops.hardware import find_hardware
-
-    if step_time is None and (name is not None or devices is not None):
-        raise _needs("--hardware and --devices", "--step-time")
-    if name is None and (dtype is not None or sparse):
-        raise _needs("--dtype and --sparse", "--hardware")
-    return None if name is None else find_hardware(name)
-
-
-def _measured(
-    report: FlopsReport,
-    device: Hardware | None,
-    seconds: float,
-    devices: int,
-    dtype: DType,
-    sparse: bool,
-) -> FlopsReport:
-    from gemma_convert.flops.hardware import Utilization
-
-    peak = None if device is None else device.peak(dtype.value, sparse)
-    used = Utilization(seconds, devices, report.count.total, report.count.hardware, peak)
-    if device is None:
-        return replace(report, utilization=used)
-    return replace(report, utilization=used, hardware=device, dtype=dtype.value, sparse=sparse)
-
-
-def _needs(options: str, other: str) -> UsageError:
-    return UsageError(f"{options} belong to {other}.", do=f"add {other}, or leave them out")
+        raise needs("--images and --sounds", "--mode train or --mode prefill")

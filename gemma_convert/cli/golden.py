@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from gemma_convert.cli.options import AsJson, Overwrite, Prompts, Tokens
+from gemma_convert.cli.options import (
+    AsJson,
+    JsonLines,
+    Level,
+    LogLevel,
+    Overwrite,
+    Prompts,
+    Quiet,
+    Tokens,
+)
 
 
 def command(
@@ -19,6 +28,9 @@ def command(
     prompt: Prompts = None,
     tokens: Tokens = None,
     overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    log_level: LogLevel = Level.INFO,
+    json_lines: JsonLines = False,
     as_json: AsJson = False,
 ) -> None:
     """Save transformers' float32 logits for `logit-check --golden`.
@@ -30,11 +42,19 @@ def command(
     from gemma_convert.cli.allocator import return_large_blocks
     from gemma_convert.cli.threads import let_threads_sleep
     from gemma_convert.logits.golden_writing import save_golden
-    from gemma_convert.output import show, show_json
+    from gemma_convert.output import chatter, show, show_json
 
+    progress = chatter("error" if quiet else log_level.value, json_lines)
     return_large_blocks()
     let_threads_sleep()
-    golden = save_golden(hf, file, prompts=tuple(prompt or ()), tokens=tokens, overwrite=overwrite)
+    golden = save_golden(
+        hf,
+        file,
+        prompts=tuple(prompt or ()),
+        tokens=tokens,
+        overwrite=overwrite,
+        progress=progress,
+    )
     count = sum(len(sequence.ids) for sequence in golden.sequences)
     if as_json:
         show_json(

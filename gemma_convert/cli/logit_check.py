@@ -15,10 +15,14 @@ from gemma_convert.cli.options import (
     AsJson,
     Coordinator,
     Distributed,
+    JsonLines,
+    Level,
+    LogLevel,
     Overwrite,
     ProcessCount,
     ProcessNumber,
     Prompts,
+    Quiet,
     Settings,
     Tokens,
 )
@@ -130,6 +134,9 @@ def command(
     processes: ProcessCount = None,
     process: ProcessNumber = None,
     distributed: Distributed = False,
+    quiet: Quiet = False,
+    log_level: LogLevel = Level.INFO,
+    json_lines: JsonLines = False,
     as_json: AsJson = False,
 ) -> None:
     """Run both models on the same tokens and compare every token's distribution.
@@ -150,8 +157,9 @@ def command(
     from gemma_convert.logits.check import logit_check
     from gemma_convert.logits.report_file import ReportFiles
     from gemma_convert.logits.report_table import render
-    from gemma_convert.output import show, show_json
+    from gemma_convert.output import chatter, show, show_json
 
+    progress = chatter("error" if quiet else log_level.value, json_lines)
     return_large_blocks()
     let_threads_sleep()
     files = ReportFiles(html=report, junit=junit, overwrite=overwrite)
@@ -175,6 +183,7 @@ def command(
             whole_model=whole_model,
             settings=settings or (),
             cache=not no_cache,
+            progress=progress if leads else None,
         )
         if as_json and leads:
             show_json(found.as_json())

@@ -12,6 +12,7 @@ from gemma_convert.errors import UsageError
 from gemma_convert.mapping.declared import layout_names
 
 ADAPTERS, RUNNING, INPUTS, TOGETHER = "Adapters", "Running", "Inputs", "Several processes"
+STDERR = "Messages"
 """Panels of options in `--help`."""
 
 LAYOUTS = f"[{'|'.join(layout_names())}]"
@@ -27,6 +28,12 @@ class DType(StrEnum):
     KEEP = "keep"
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
+
+
+class Level(StrEnum):
+    ERROR = "error"
+    WARNING = "warning"
+    INFO = "info"
 
 
 class KVShared(StrEnum):
@@ -81,6 +88,28 @@ Memory = Annotated[
     typer.Option(
         help="Anonymous memory to keep to, such as 256MB; 512MiB by default.",
         rich_help_panel=RUNNING,
+    ),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet", "-q", help="Print nothing but results and errors.", rich_help_panel=STDERR
+    ),
+]
+LogLevel = Annotated[
+    Level,
+    typer.Option(
+        "--log-level",
+        help="Least important message on stderr; progress is info.",
+        rich_help_panel=STDERR,
+    ),
+]
+JsonLines = Annotated[
+    bool,
+    typer.Option(
+        "--json-lines",
+        help="Progress and messages on stderr as JSON, one object a line.",
+        rich_help_panel=STDERR,
     ),
 ]
 Prompts = Annotated[

@@ -12,9 +12,13 @@ from gemma_convert.cli.options import (
     AcceptDamage,
     AsJson,
     DType,
+    JsonLines,
     KVShared,
+    Level,
+    LogLevel,
     Memory,
     Overwrite,
+    Quiet,
     Resume,
     Settings,
     parse_size,
@@ -75,6 +79,9 @@ def command(
     accept_damage: AcceptDamage = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
+    quiet: Quiet = False,
+    log_level: LogLevel = Level.INFO,
+    json_lines: JsonLines = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert a native checkpoint back to Hugging Face.
@@ -85,9 +92,10 @@ def command(
       gemma-convert to-hf run/checkpoints/1000 exported --like gemma-4-E2B-it
     """
     from gemma_convert.cli.allocator import reuse_large_blocks
-    from gemma_convert.output import ProgressBar, note, show, show_json
+    from gemma_convert.output import chatter, note, show, show_json
     from gemma_convert.tasks.to_hf import to_hf
 
+    progress = chatter("error" if quiet else log_level.value, json_lines)
     reuse_large_blocks()
     report = to_hf(
         source,
@@ -105,12 +113,13 @@ def command(
         settings=settings or (),
         overwrite=overwrite,
         resume=resume,
-        progress=ProgressBar,
+        progress=progress,
     )
     if report.already_complete:
         note(f"{target} is complete already, and what this run would write: nothing is left to do")
     if report.rounded:
-        note(f"warning: {sum(report.rounded.values()):,} values were rounded to the target's dtype")
+        count = sum(report.rounded.values())
+        note(f"{count:,} values were rounded to the target's dtype", "warning")
     if as_json:
         show_json(report.as_json())
     else:

@@ -19,10 +19,14 @@ from gemma_convert.cli.options import (
     Distributed,
     DType,
     FrameworkVersion,
+    JsonLines,
+    Level,
+    LogLevel,
     Memory,
     Overwrite,
     ProcessCount,
     ProcessNumber,
+    Quiet,
     Resume,
     Settings,
     parse_size,
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from gemma_convert.output import Facts
+    from gemma_convert.progress import Listener
     from gemma_convert.tasks.reports import ToNativeReport
     from gemma_convert.tasks.verify import VerifyReport
 
@@ -138,6 +143,9 @@ def command(
     processes: ProcessCount = None,
     process: ProcessNumber = None,
     distributed: Distributed = False,
+    quiet: Quiet = False,
+    log_level: LogLevel = Level.INFO,
+    json_lines: JsonLines = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert a Hugging Face checkpoint, or a native one, to a native layout.
@@ -152,9 +160,10 @@ def command(
     """
     from gemma_convert.cli.allocator import reuse_large_blocks
     from gemma_convert.engine.joined import joined
-    from gemma_convert.output import ProgressBar, note, printable, show, show_json
+    from gemma_convert.output import chatter, note, printable, show, show_json
     from gemma_convert.tasks.to_native import to_native
 
+    progress = chatter("error" if quiet else log_level.value, json_lines)
     reuse_large_blocks()
     with joined(coordinator, processes, process, distributed) as together:
         report = to_native(
@@ -178,11 +187,11 @@ def command(
             ignore_facts=ignore_fact or (),
             overwrite=overwrite,
             resume=resume,
-            progress=ProgressBar,
+            progress=progress,
             processes=together,
         )
         checked = verify and not dry_run and together.leads
-        proof = _verified(source, target, base) if checked else None
+        proof = _verified(source, target, base, progress) if checked else None
         together.step()
     if not together.leads:
         return
@@ -190,7 +199,7 @@ def command(
         note(f"{target} is complete already, and what this run would write: nothing is left to do")
     for row in report.lossy_rows:
         named = printable(f"{row.tensor} is {row.reason}")
-        note(f"warning: {named}; {row.values} values will not come back")
+        note(f"{named}; {row.values} values will not come back", "warning")
     if as_json:
         show_json(report.as_json())
         return
@@ -205,18 +214,19 @@ def command(
         show(f"  {shlex.quote(f'{key}={value}')}")
 
 
-def _verified(source: str, target: str, base: str | None) -> VerifyReport:
+def _verified(
+    source: str, target: str, base: str | None, progress: Listener | None
+) -> VerifyReport:
     """A report on what was written; raises CheckFailedError where it is not what was read."""
     from gemma_convert.errors import CheckFailedError
     from gemma_convert.layouts.registry import is_native
-    from gemma_convert.output import ProgressBar
     from gemma_convert.stores.remote.locations import local
     from gemma_convert.tasks.verify import verify
 
     with ExitStack() as stack:
         against = None if is_native(local(source, stack)) else source
     report = verify(
-        target, against=against, base=None if against is None else base, progress=ProgressBar
+        target, against=against, base=None if against is None else base, progress=progress
     )
     if not report.passed:
         name, how = next(iter(report.different.items()))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemma_convert.cli.options import AsJson, Settings
+from gemma_convert.cli.options import AsJson, JsonLines, Level, LogLevel, Quiet, Settings
 
 if TYPE_CHECKING:
     from gemma_convert.output import Facts
@@ -28,6 +28,9 @@ def command(
         typer.Option(help="Of an adapter given with --against: its model, if not where it says."),
     ] = None,
     settings: Settings = None,
+    quiet: Quiet = False,
+    log_level: LogLevel = Level.INFO,
+    json_lines: JsonLines = False,
     as_json: AsJson = False,
 ) -> None:
     """Read a converted checkpoint again and compare every part of it with where it came from.
@@ -41,11 +44,12 @@ def command(
       gemma-convert verify exported --against gemma-4-E2B-it
     """
     from gemma_convert.cli.allocator import reuse_large_blocks
-    from gemma_convert.output import ProgressBar, show, show_json
+    from gemma_convert.output import chatter, show, show_json
     from gemma_convert.tasks.verify import verify
 
+    progress = chatter("error" if quiet else log_level.value, json_lines)
     reuse_large_blocks()
-    report = verify(path, against=against, base=base, settings=settings or (), progress=ProgressBar)
+    report = verify(path, against=against, base=base, settings=settings or (), progress=progress)
     if as_json:
         show_json(report.as_json())
     else:

@@ -56,7 +56,8 @@ def joined(
                 raise
             known = isinstance(error, GemmaConvertError | KeyboardInterrupt)
             if not known or not found.told():
-                note(f"process {found.index}: {error if known else traceback.format_exc()}")
+                told = error if known else traceback.format_exc()
+                note(f"process {found.index}: {told}", "error")
             raise SystemExit(exit_code(error)) from None
         finally:
             _processes = Processes()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -16,21 +16,12 @@ from gemma_convert.engine.processes import CHECK_S, Processes
 from gemma_convert.engine.staging import StagedFolder, staged_folder
 from gemma_convert.errors import TargetError
 from gemma_convert.files.receipt import leave_receipt
-from gemma_convert.output import NoProgress, Progress
+from gemma_convert.progress import Listener, NoProgress, Progress, Task, working
 from gemma_convert.stores.orbax.writer import sync_folder
 from gemma_convert.stores.remote.mirror import Mirror
 from gemma_convert.stores.remote.target import staged_objects, target_mirror, upload, upload_bytes
 
-ProgressFactory = Callable[[str, int], AbstractContextManager[Progress]]
-
 T = TypeVar("T")
-
-
-def progress_bar(
-    progress: ProgressFactory | None, title: str, total: int
-) -> AbstractContextManager[Progress]:
-    """A bar over `total` bytes, or one that shows nothing."""
-    return progress(title, total) if progress else nullcontext(NoProgress())
 
 
 @dataclass(frozen=True)
@@ -46,26 +37,26 @@ class Publication:
     strangers: Strangers
     overwrite: bool
     resume: bool
-    progress: ProgressFactory | None
+    progress: Listener | None
     receipt: bool = False
     processes: Processes = field(default_factory=Processes)
 
-    def publish(self, key: str, title: str, total: int, write: Callable[[Path, Progress], T]) -> T:
+    def publish(self, key: str, task: Task, total: int, write: Callable[[Path, Progress], T]) -> T:
         """What `write(folder, progress)` returns, when that folder stands under the name.
 
-        `title` and `total`, in bytes, are those of the bar.
+        Of its `task` a listener is told, of which `total` bytes are to be done.
         Raises TargetError where it cannot be written, or holds what `strangers` tells; then nothing
         is left behind.
         """
         mirror = target_mirror(self.target)
         if mirror is not None:
-            return self._publish_remotely(mirror, title, total, write)
+            return self._publish_remotely(mirror, task, total, write)
         if not self.processes.leads:
             return self._contribute(write)
         staged = StagedFolder(
             self.target, overwrite=self.overwrite, resume=self.resume, strangers=self.strangers
         )
-        with staged, progress_bar(self.progress, title, total) as bar:
+        with staged, working(self.progress, task, total) as bar:
             with _told(self.target, self.processes):
                 if self.resume and not matches(staged.folder, key):
                     staged.clear()
@@ -81,16 +72,16 @@ class Publication:
         return result
 
     def _publish_remotely(
-        self, mirror: Mirror, title: str, total: int, write: Callable[[Path, Progress], T]
+        self, mirror: Mirror, task: Task, total: int, write: Callable[[Path, Progress], T]
     ) -> T:
         """What `write` returns, when all that it wrote is in the object store."""
         with (
             _told(mirror.folder, self.processes),
             staged_objects(mirror, overwrite=self.overwrite) as mark,
         ):
-            with progress_bar(self.progress, title, total) as bar:
+            with working(self.progress, task, total) as bar:
                 result = write(mirror.folder, bar)
-            with progress_bar(self.progress, "upload", upload_bytes(mirror)) as bar:
+            with working(self.progress, "upload", upload_bytes(mirror)) as bar:
                 upload(mirror, mark, bar)
         return result
 
@@ -111,7 +102,7 @@ class Publication:
 
 
 class _Watched:
-    """A progress bar that looks now and then whether the other processes are still there."""
+    """Progress that looks now and then whether the other processes are still there."""
 
     def __init__(self, bar: Progress, processes: Processes) -> None:
         self._bar, self._processes = bar, processes

@@ -21,7 +21,7 @@ from gemma_convert.files.value_file import ValuesFrom
 from gemma_convert.mapping.plan import Plan, TargetTensor
 from gemma_convert.mapping.region import Box, blocks
 from gemma_convert.mapping.split import split_sources
-from gemma_convert.output import Progress
+from gemma_convert.progress import Progress
 from gemma_convert.stores.orbax.writer import sync_folder
 from gemma_convert.version import __version__
 

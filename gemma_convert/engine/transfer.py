@@ -23,7 +23,7 @@ from gemma_convert.arrays.values import Array
 from gemma_convert.engine.casting import Losses
 from gemma_convert.mapping.plan import Plan, SourceTensor
 from gemma_convert.mapping.region import Box, Ranges, RegionCopy, blocks, selection, slices
-from gemma_convert.output import Progress
+from gemma_convert.progress import Progress
 from gemma_convert.stores.orbax.writer import write_error
 
 WORKERS = 2

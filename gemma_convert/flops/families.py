@@ -30,6 +30,7 @@ from gemma_convert.flops.model import (
 from gemma_convert.model.config import MODEL_TYPES
 
 _DESCRIPTIONS = Path(__file__).parent / "descriptions"
+_TIED = "tie_word_embeddings"
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,10 @@ def families() -> dict[str, Family]:
 def read_family(config: ConfigFile, family: Family) -> Model:
     """The text model of `config`. Raises SourceError where a size is missing or is none."""
     notes: tuple[str, ...] = tuple(family.tables.get("notes", ()))
+    tied = config.truth(_TIED, family.tables.get("tied", False))
     if config.values.get("model_type") in family.wrappers:
         config = config.section("text_config")
+        tied = config.truth(_TIED, tied)
         notes += ("Only the text model is counted, without the towers beside it.",)
     sizes = _Sizes(config, family.tables["sizes"])
     layers = sizes.number("layers")
@@ -70,6 +73,7 @@ def read_family(config: ConfigFile, family: Family) -> Model:
             DecoderLayer(_mixer(sizes, family.tables, kind), (feed_forward(index),))
             for index, kind in enumerate(kinds)
         ),
+        tied=tied,
         notes=notes,
     )
 

@@ -19,25 +19,24 @@ from gemma_convert.flops.model import (
     Mixer,
     Model,
 )
-from gemma_convert.flops.operations import Operation, matmul
+from gemma_convert.flops.operations import Operation, Part, linear, matmul
 from gemma_convert.flops.workload import Workload
 
 
 def decoder(model: Model, work: Workload) -> Iterator[Operation]:
     """Everything behind the embedding of tokens, the vocabulary included."""
-    rows = work.batch * work.tokens
+    rows, embed = work.batch * work.tokens, model.embed
     if model.ple:
-        yield Operation("PLE", matmul(rows, model.embed, len(model.layers) * model.ple))
+        yield linear("PLE", rows, embed, len(model.layers) * model.ple)
     for index, layer in enumerate(model.layers):
         operations = [*_mixer(layer.mixer, model, work)]
         for block in layer.feed_forward:
-            operations += _feed_forward(block, model.embed, rows)
+            operations += _feed_forward(block, embed, rows)
         if model.ple:
-            gate_and_projection = 2 * matmul(rows, model.embed, model.ple)
-            operations.append(Operation("PLE", gate_and_projection))
+            operations.append(linear("PLE", rows, embed, 2 * model.ple, keeps=embed))
         for operation in operations:
             yield replace(operation, layer=index)
-    yield Operation("vocabulary", matmul(work.batch * work.logits, model.embed, model.vocab))
+    yield linear("vocabulary", work.batch * work.logits, embed, model.vocab)
 
 
 def _mixer(mixer: Mixer, model: Model, work: Workload) -> Iterator[Operation]:
@@ -51,17 +50,18 @@ def _mixer(mixer: Mixer, model: Model, work: Workload) -> Iterator[Operation]:
 def _grouped_query(mixer: GroupedQuery, model: Model, work: Workload) -> Iterator[Operation]:
     rows, embed = work.batch * work.tokens, model.embed
     queries, keys = mixer.heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim
-    yield Operation("q projection", matmul(rows, embed, 2 * queries if mixer.gated else queries))
+    outer = 2 * queries if mixer.gated else queries
+    yield linear("q projection", rows, embed, outer, keeps=2 * embed)
     if mixer.owns_k:
-        yield Operation("k projection", matmul(rows, embed, keys))
+        yield linear("k projection", rows, embed, keys)
     if mixer.owns_k and mixer.owns_v:
-        yield Operation("v projection", matmul(rows, embed, keys))
+        yield linear("v projection", rows, embed, keys)
     pairs = _pairs(mixer.reach, work)
     if work.bidirectional_images and mixer.reach.kind == "sliding" and work.rule != "dense":
         pairs += work.batch * work.images * image_pair_flops(work.image_tokens)
-    yield Operation("attention scores", pairs * queries, weighted=False)
-    yield Operation("attention values", pairs * queries, weighted=False)
-    yield Operation("o projection", matmul(rows, queries, embed))
+    yield Operation("attention scores", pairs * queries)
+    yield Operation("attention values", pairs * queries, kept=rows * queries)
+    yield linear("o projection", rows, queries, embed)
 
 
 def _pairs(reach: Reach, work: Workload) -> int:
@@ -75,35 +75,33 @@ def _latent(mixer: Latent, embed: int, work: Workload) -> Iterator[Operation]:
     sums over the latent channels.
     """
     rows, head = work.batch * work.tokens, mixer.plain + mixer.rotated
+    queries, values = mixer.heads * head, mixer.heads * mixer.value_dim
     if mixer.q_rank is None:
-        yield Operation("q projection", matmul(rows, embed, mixer.heads * head))
+        yield linear("q projection", rows, embed, queries, keeps=2 * embed)
     else:
-        compressed = matmul(rows, embed, mixer.q_rank)
-        expanded = matmul(rows, mixer.q_rank, mixer.heads * head)
-        yield Operation("q projection", compressed + expanded)
-    yield Operation("KV compression", matmul(rows, embed, mixer.kv_rank + mixer.rotated))
-    expansion = mixer.heads * (mixer.plain + mixer.value_dim)
-    yield Operation("KV expansion", matmul(rows, mixer.kv_rank, expansion))
+        yield linear("q projection", rows, embed, mixer.q_rank, keeps=2 * embed)
+        yield linear("q projection", rows, mixer.q_rank, queries)
+    yield linear("KV compression", rows, embed, mixer.kv_rank + mixer.rotated)
+    yield linear("KV expansion", rows, mixer.kv_rank, mixer.heads * mixer.plain + values)
     pairs = mixer.heads * _pairs(mixer.reach, work)
     decoding = work.mode == "decode"
     key, value = (
         (mixer.kv_rank + mixer.rotated, mixer.kv_rank) if decoding else (head, mixer.value_dim)
     )
-    yield Operation("attention scores", pairs * key, weighted=False)
-    yield Operation("attention values", pairs * value, weighted=False)
-    yield Operation("o projection", matmul(rows, mixer.heads * mixer.value_dim, embed))
+    yield Operation("attention scores", pairs * key)
+    yield Operation("attention values", pairs * value, kept=rows * values)
+    yield linear("o projection", rows, values, embed)
 
 
 def _gated_delta(mixer: GatedDelta, embed: int, work: Workload) -> Iterator[Operation]:
     rows = work.batch * work.tokens
     keys, values = mixer.k_heads * mixer.k_dim, mixer.v_heads * mixer.v_dim
     projections = 2 * keys + 2 * values + 2 * mixer.v_heads
-    yield Operation("linear attention projections", matmul(rows, embed, projections))
-    convolution = matmul(rows, mixer.kernel, 2 * keys + values)
-    yield Operation("linear attention convolution", convolution)
-    heads = work.batch * mixer.v_heads
-    yield Operation("delta rule", heads * _delta_rule(mixer, work), weighted=False)
-    yield Operation("linear attention output", matmul(rows, values, embed))
+    yield linear("linear attention projections", rows, embed, projections, keeps=2 * embed)
+    yield linear("linear attention convolution", rows, mixer.kernel, 2 * keys + values)
+    flops = work.batch * mixer.v_heads * _delta_rule(mixer, work)
+    yield Operation("delta rule", flops, kept=rows * values)
+    yield linear("linear attention output", rows, values, embed)
 
 
 def _delta_rule(mixer: GatedDelta, work: Workload) -> int:
@@ -129,15 +127,20 @@ def _delta_rule(mixer: GatedDelta, work: Workload) -> int:
 
 def _feed_forward(block: FeedForward, embed: int, rows: int) -> Iterator[Operation]:
     if isinstance(block, Dense):
-        yield Operation("MLP", gated_mlp(rows, embed, block.mlp))
+        yield gated_mlp("MLP", rows, embed, block.mlp)
         return
-    yield Operation("router", matmul(rows, embed, block.experts))
-    yield Operation("experts", block.active * gated_mlp(rows, embed, block.expert_mlp))
+    yield linear("router", rows, embed, block.experts, keeps=2 * embed)
+    active = linear("experts", rows, embed, 3 * block.active * block.expert_mlp, keeps=embed)
+    yield replace(active, parameters=3 * embed * block.experts * block.expert_mlp)
     if block.shared:
-        gate = matmul(rows, embed, 1) if block.shared_gate else 0
-        yield Operation("shared experts", gated_mlp(rows, embed, block.shared) + gate)
+        outer = 3 * block.shared + int(block.shared_gate)
+        yield linear("shared experts", rows, embed, outer, keeps=embed)
 
 
-def gated_mlp(rows: int, embed: int, mlp: int) -> int:
-    """FLOPs of gate, up and down."""
-    return 3 * matmul(rows, embed, mlp)
+def gated_mlp(
+    component: str, rows: int, embed: int, mlp: int, part: Part = "text", layer: int | None = None
+) -> Operation:
+    """Gate, up and down; kept are the input before and after its norm, gate, up, their product,
+    and the output.
+    """
+    return linear(component, rows, embed, 3 * mlp, part, layer, keeps=3 * embed)

@@ -98,7 +98,8 @@ class DecoderLayer:
 class Model:
     """A decoder with its towers, or 12B's embedders.
 
-    `ple` is the width of the per-layer embedding, 0 without one.
+    `ple` is the width of the per-layer embedding, 0 without one, and `ple_vocab` the tokens that
+    have one. `tied` says that the output head is the embedding.
     `image_tokens` are the soft tokens that the model's configuration gives an image.
     """
 
@@ -107,6 +108,8 @@ class Model:
     embed: int
     layers: tuple[DecoderLayer, ...]
     ple: int = 0
+    ple_vocab: int = 0
+    tied: bool = True
     vision: VisionArchitecture | VisionEmbedder | None = None
     audio: AudioArchitecture | AudioEmbedder | None = None
     bidirectional_images: bool = False

@@ -57,8 +57,9 @@ BLOCKS: Mapping[str, Block] = {
 class Operation:
     """FLOPs of one component of one layer in the forward pass of a step.
 
-    `layer` is None for what stands outside the layers. `weighted` says that one factor is a weight,
-    and the other not: of attention scores neither is. `entry` marks what reads data, constants or
+    `layer` is None for what stands outside the layers. `parameters` are those of its weights, none
+    where neither factor is one, as in attention scores. `kept` are the values that the backward
+    pass needs of it (`gemma_convert.flops.memory`). `entry` marks what reads data, constants or
     other parts' output alone, so that no weight of its own part lies below it.
     """
 
@@ -66,8 +67,14 @@ class Operation:
     flops: int
     part: Part = "text"
     layer: int | None = None
-    weighted: bool = True
+    parameters: int = 0
+    kept: int = 0
     entry: bool = False
+
+    @property
+    def weighted(self) -> bool:
+        """Whether one factor is a weight, and the other is not."""
+        return self.parameters > 0
 
     def backward(self, trained: Collection[Part]) -> int:
         """FLOPs of its backward pass where the weights of the parts `trained` are.
@@ -84,3 +91,22 @@ class Operation:
 def matmul(rows: int, inner: int, outer: int) -> int:
     """FLOPs of [rows inner] · [inner outer]."""
     return 2 * rows * inner * outer
+
+
+def linear(
+    component: str,
+    rows: int,
+    inner: int,
+    outer: int,
+    part: Part = "text",
+    layer: int | None = None,
+    *,
+    keeps: int = 0,
+    entry: bool = False,
+) -> Operation:
+    """[rows inner] · a weight [inner outer].
+
+    The backward pass needs its output, and `keeps` further values of each row.
+    """
+    flops, kept = matmul(rows, inner, outer), rows * (outer + keeps)
+    return Operation(component, flops, part, layer, inner * outer, kept, entry)

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from gemma_convert.flops.count import Count
 from gemma_convert.flops.hardware import TERA, DType, Hardware, Utilization
+from gemma_convert.flops.memory import Memory
+from gemma_convert.output import human_bytes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-SCHEMA = "gemma-convert/flops/1"
+SCHEMA = "gemma-convert/flops/2"
 
 _UNITS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP")
 
 
 @dataclass(frozen=True)
 class FlopsReport:
-    """FLOPs of one step, and with a measured time how well they were done."""
+    """FLOPs and bytes of one step, and with a measured time how well it was done.
+
+    `memory` is over all `devices`.
+    """
 
     path: str
     count: Count
+    memory: Memory
+    devices: int = 1
     utilization: Utilization | None = None
     hardware: Hardware | None = None
     dtype: DType | None = None
@@ -32,6 +39,11 @@ class FlopsReport:
         """FLOPs of the attention blocks over those of the feed-forward blocks, text alone."""
         feed_forward = self.count.block("feed-forward")
         return self.count.block("attention") / feed_forward if feed_forward else None
+
+    @property
+    def bytes_per_device(self) -> int:
+        """What each device holds where weights and sequences are spread evenly, rounded up."""
+        return -(-self.memory.total // self.devices)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -86,11 +98,12 @@ class FlopsReport:
             "dtype": self.dtype,
             "sparse": self.sparse,
             "peak_flops_per_second": None if used is None else used.peak,
-            "devices": None if used is None else used.devices,
+            "devices": self.devices,
             "step_seconds": None if used is None else used.seconds,
             "flops_per_second_per_device": None if used is None else used.per_device,
             "mfu": None if used is None else used.mfu,
             "hfu": None if used is None else used.hfu,
+            "memory": {**asdict(self.memory), "per_device": self.bytes_per_device},
             "warnings": list(self.warnings),
         }
 
@@ -148,16 +161,36 @@ def _figures(report: FlopsReport) -> list[tuple[str, str]]:
     groups = ", ".join(f"{size} ({kind})" for kind, size in count.model.groups.items())
     if groups:
         lines.append(("query heads per KV head", groups))
+    lines += _bytes(report)
     return lines if used is None else [*lines, *_rates(report, used)]
+
+
+def _bytes(report: FlopsReport) -> list[tuple[str, str]]:
+    held = report.memory
+    weights = f"{human_bytes(held.weights)}, {held.parameters:,} parameters in {held.weight_dtype}"
+    lines = [("weights", weights)]
+    if held.activations is not None:
+        masters = "" if held.weight_dtype == "fp32" else " and master weights"
+        lines += [
+            ("gradients", human_bytes(held.gradients)),
+            ("optimizer", f"{human_bytes(held.optimizer)}, Adam's moments{masters} in fp32"),
+            ("activations", human_bytes(held.activations)),
+        ]
+    each = f", {human_bytes(report.bytes_per_device)} on each of {report.devices} devices"
+    total = human_bytes(held.total) + (each if report.devices > 1 else "")
+    return [*lines, ("memory, estimated", total)]
 
 
 def _rates(report: FlopsReport, used: Utilization) -> list[tuple[str, str]]:
     devices = f"{used.devices} device" + ("s" if used.devices > 1 else "")
     rate = f"{used.per_device / TERA:,.1f} TFLOP/s each, {used.seconds:g} s on {devices}"
     lines = [("achieved", rate)]
-    if report.hardware is None or used.peak is None:
+    if used.peak is None:
         return lines
-    kind = "sparse" if report.sparse else "dense"
-    peak = f"{used.peak / TERA:,.1f} TFLOP/s {kind} {report.dtype} ({report.hardware.source})"
+    source = "as given"
+    if report.hardware is not None:
+        kind = "sparse" if report.sparse else "dense"
+        source = f"{kind} {report.dtype} ({report.hardware.source})"
+    peak = f"{used.peak / TERA:,.1f} TFLOP/s {source}"
     utilization = [("MFU", f"{used.mfu:.2%}"), ("HFU", f"{used.hfu:.2%}")]
     return [*lines, ("peak", peak), *utilization]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from gemma_convert.flops.attention import Reach, Rule, pair_flops
 from gemma_convert.flops.layers import gated_mlp
-from gemma_convert.flops.operations import Operation, matmul
+from gemma_convert.flops.operations import Operation, linear
 from gemma_convert.flops.workload import Workload
 from gemma_convert.model.architecture import (
     AudioArchitecture,
@@ -54,15 +54,14 @@ def vision_embedder(vision: VisionEmbedder, embed: int, work: Workload) -> Itera
     A norm with weights stands before the map, so that in training its input has a gradient too.
     """
     rows = work.batch * work.images * work.image_tokens
-    yield Operation("patch embedding", matmul(rows, vision.patch, vision.embed), "vision")
-    projector = matmul(rows, vision.embed, embed)
-    yield Operation("projector", projector, "vision-projector", entry=True)
+    yield linear("patch embedding", rows, vision.patch, vision.embed, "vision")
+    yield linear("projector", rows, vision.embed, embed, "vision-projector", entry=True)
 
 
 def audio_embedder(audio: AudioEmbedder, embed: int, work: Workload) -> Iterator[Operation]:
     """The projector, which reads raw samples."""
     rows = work.batch * work.sounds * work.sound_tokens
-    yield Operation("projector", matmul(rows, audio.frame, embed), "audio-projector", entry=True)
+    yield linear("projector", rows, audio.frame, embed, "audio-projector", entry=True)
 
 
 def vision_tower(vision: VisionArchitecture, embed: int, work: Workload) -> Iterator[Operation]:
@@ -75,19 +74,18 @@ def vision_tower(vision: VisionArchitecture, embed: int, work: Workload) -> Iter
     patches = work.image_tokens * vision.pooling**2
     rows, heads = images * patches, vision.heads * vision.head_dim
     pairs = 2 * images * patches**2 * heads
-    yield Operation(
-        "patch embedding", matmul(rows, vision.patch, vision.embed), "vision", entry=True
-    )
+    width = vision.embed
+    yield linear("patch embedding", rows, vision.patch, width, "vision", entry=True)
     for layer in range(vision.layers):
-        for name in ("q", "k", "v"):
-            projection = matmul(rows, vision.embed, heads)
-            yield Operation(f"{name} projection", projection, "vision", layer)
-        yield Operation("attention scores", pairs, "vision", layer, weighted=False)
-        yield Operation("attention values", pairs, "vision", layer, weighted=False)
-        yield Operation("o projection", matmul(rows, heads, vision.embed), "vision", layer)
-        yield Operation("MLP", gated_mlp(rows, vision.embed, vision.mlp), "vision", layer)
-    projector = matmul(images * work.image_tokens, vision.embed, embed)
-    yield Operation("projector", projector, "vision-projector", entry=True)
+        yield linear("q projection", rows, width, heads, "vision", layer, keeps=2 * width)
+        yield linear("k projection", rows, width, heads, "vision", layer)
+        yield linear("v projection", rows, width, heads, "vision", layer)
+        yield Operation("attention scores", pairs, "vision", layer)
+        yield Operation("attention values", pairs, "vision", layer, kept=rows * heads)
+        yield linear("o projection", rows, heads, width, "vision", layer)
+        yield gated_mlp("MLP", rows, width, vision.mlp, "vision", layer)
+    soft = images * work.image_tokens
+    yield linear("projector", soft, width, embed, "vision-projector", entry=True)
 
 
 def audio_tower(audio: AudioArchitecture, embed: int, work: Workload) -> Iterator[Operation]:
@@ -100,14 +98,13 @@ def audio_tower(audio: AudioArchitecture, embed: int, work: Workload) -> Iterato
     rows, width = sounds * work.sound_tokens, audio.embed
     first, last = audio.channels
     halved = 2 * rows * 2 * audio.frequencies
-    yield Operation("subsampling", matmul(halved, _CONVOLUTION, first), "audio", entry=True)
-    subsampled = matmul(rows * audio.frequencies, _CONVOLUTION * first, last)
-    flattened = matmul(rows, audio.frequencies * last, width)
-    yield Operation("subsampling", subsampled + flattened, "audio")
+    yield linear("subsampling", halved, _CONVOLUTION, first, "audio", entry=True)
+    yield linear("subsampling", rows * audio.frequencies, _CONVOLUTION * first, last, "audio")
+    yield linear("subsampling", rows, audio.frequencies * last, width, "audio")
     for layer in range(audio.layers):
         yield from _conformer(audio, layer, sounds, work)
-    yield Operation("output", matmul(rows, width, audio.output), "audio")
-    yield Operation("projector", matmul(rows, audio.output, embed), "audio-projector", entry=True)
+    yield linear("output", rows, width, audio.output, "audio")
+    yield linear("projector", rows, audio.output, embed, "audio-projector", entry=True)
 
 
 def _conformer(
@@ -115,17 +112,18 @@ def _conformer(
 ) -> Iterator[Operation]:
     rows, width = sounds * work.sound_tokens, audio.embed
     keys, positions = audio_pair_flops(work.sound_tokens, work.rule)
-    yield Operation("MLP", 4 * matmul(rows, width, 4 * width), "audio", layer)
-    for name in ("q", "k", "v", "o"):
-        yield Operation(f"{name} projection", matmul(rows, width, width), "audio", layer)
-    table = matmul(_AUDIO_POSITIONS, width, width)
-    yield Operation("relative positions", table, "audio", layer, entry=True)
+    yield linear("MLP", rows, width, 16 * width, "audio", layer, keeps=6 * width)
+    yield linear("q projection", rows, width, width, "audio", layer, keeps=2 * width)
+    for name in ("k", "v", "o"):
+        yield linear(f"{name} projection", rows, width, width, "audio", layer)
+    table = linear("relative positions", _AUDIO_POSITIONS, width, width, "audio", layer, entry=True)
+    yield table
     scores = sounds * (keys + positions) * width
-    yield Operation("attention scores", scores, "audio", layer, weighted=False)
-    yield Operation("attention values", sounds * keys * width, "audio", layer, weighted=False)
-    pointwise = matmul(rows, width, 3 * width)
-    depthwise = matmul(rows, audio.kernel, width)
-    yield Operation("convolution", pointwise + depthwise, "audio", layer)
+    yield Operation("attention scores", scores, "audio", layer)
+    values = sounds * keys * width
+    yield Operation("attention values", values, "audio", layer, kept=rows * width)
+    yield linear("convolution", rows, width, 3 * width, "audio", layer, keeps=2 * width)
+    yield linear("convolution", rows, audio.kernel, width, "audio", layer)
 
 
 def audio_pair_flops(tokens: int, rule: Rule) -> tuple[int, int]:

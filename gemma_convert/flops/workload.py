@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +13,6 @@ from gemma_convert.flops.operations import Part
 Mode = Literal["train", "prefill", "decode"]
 Recomputation = Literal["none", "full"]
 
-MODES: tuple[Mode, ...] = ("train", "prefill", "decode")
 RECOMPUTATIONS: tuple[Recomputation, ...] = ("none", "full")
 
 
@@ -62,3 +62,11 @@ def prefill(batch: int, tokens: int) -> Workload:
 def decode(batch: int, cached: int) -> Workload:
     """One new token for each sequence, which attends to itself and to `cached` tokens before."""
     return Workload("decode", batch, 1, cached, 1)
+
+
+STEPS: Mapping[Mode, Callable[[int, int], Workload]] = {
+    "train": train,
+    "prefill": prefill,
+    "decode": decode,
+}
+"""Each mode's step of so many sequences, and of so many tokens each."""

@@ -164,7 +164,8 @@ def read_facts(
     for key in given.pairs:
         if key not in known:
             note(
-                f"warning: the setting {short(key)} says no fact of a model, so it changes nothing"
+                f"the setting {short(key)} says no fact of a model, so it changes nothing",
+                "warning",
             )
     return native_facts(table, settings, config, where)
 

@@ -50,9 +50,11 @@ from gemma_convert.logits.streaming import (
 )
 from gemma_convert.logits.tokens import checked_sequences, worst_predictions
 from gemma_convert.logits.towers import check_each_part
+from gemma_convert.logits.watched import Watched
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import read_architecture
 from gemma_convert.output import note
+from gemma_convert.progress import Listener, ended, steps
 from gemma_convert.prompts.images import image_sequences
 from gemma_convert.prompts.sounds import sound_sequences
 from gemma_convert.prompts.text import (
@@ -84,6 +86,7 @@ def logit_check(
     whole_model: bool = False,
     settings: Sequence[str] = (),
     cache: bool = True,
+    progress: Listener | None = None,
 ) -> LogitReport:
     """The report on whether the checkpoint `native`, of any layout, computes what `hf` does.
 
@@ -96,6 +99,7 @@ def logit_check(
     and in step, unless `whole_model` loads all of both, and then nothing is said of single layers.
     The native side is run by the facts that its framework is told: `settings` (files of the
     framework's, or KEY=VALUE), those that lie beside the checkpoint, or the framework's own model.
+    `progress` hears of each layer and of each slice of the logits (`gemma_convert.progress`).
     What JAX compiles is kept for the next run (`gemma_convert.forward.kept_programs`) if `cache`.
     Several processes (`gemma_convert.engine.joined`) get the report of process 0, which alone
     runs the reference, without what it has of single tokens.
@@ -127,6 +131,7 @@ def logit_check(
             whole_model=whole_model,
             settings=given_settings(settings),
             cache=cache,
+            progress=stack.enter_context(ended(progress)),
         )
 
 
@@ -145,6 +150,7 @@ def _logit_check(
     whole_model: bool,
     settings: GivenSettings,
     cache: bool,
+    progress: Listener | None,
 ) -> LogitReport:
     """The report on two local checkpoints."""
     started, hf = time.monotonic(), sides.hf
@@ -164,7 +170,7 @@ def _logit_check(
     stack.enter_context(kept_programs(cache))
     if is_leader():
         for warning in side.warnings:
-            note(f"warning: {warning}")
+            note(warning, "warning")
     if lossy_rows is None:
         lossy_rows = find_lossy_rows(model.folder, model.dtypes, model.scaled_dtype, architecture)
         lossy_rows += recorded_lossy_rows(sides.native_adapter) or ()
@@ -186,9 +192,10 @@ def _logit_check(
         return LogitReport.from_text(published())
     running = time.monotonic()
     if whole_model:
-        found = _run_whole(sides, stored, model, sequences, dtype, architecture)
+        found = _run_whole(sides, stored, model, sequences, dtype, architecture, progress)
     else:
-        found = _run_streamed(sides, stored, side, sequences, dtype, architecture, not lossy_rows)
+        exact = not lossy_rows
+        found = _run_streamed(sides, stored, side, sequences, dtype, architecture, exact, progress)
     longest, window = max(len(one.ids) for one in sequences), architecture.text.window
     divergence, by_token = found.compared.result(), found.compared.tokens()
     if max_kl is None:
@@ -259,6 +266,7 @@ def _run_streamed(
     dtype: Dtype,
     architecture: Architecture,
     exact: bool,
+    progress: Listener | None,
 ) -> _Run:
     """Layer by layer; where this process has both sides to itself, each layer also by itself.
 
@@ -273,12 +281,12 @@ def _run_streamed(
             if golden is None
             else GoldenSlices(golden)
         )
-        staged = side.model.stream(sequences, dtype)
+        staged = Watched(side.model.stream(sequences, dtype), len(text.layers), progress)
         drift = run_in_step(other, staged, tolerance)
         compared = compare_slices(other, staged, sequences, vocab=text.vocab, embed=text.embed)
         return _Run(compared, drift, None, None, other.device, staged.device)
     reference = LayerwiseReference(sides.hf, sequences, sides.changes)
-    ours = native.stream(sequences, dtype)
+    ours = Watched(native.stream(sequences, dtype), len(text.layers), progress)
     of_towers: Dtype = "float32" if exact else "bfloat16"  # they are never run in another dtype
     towers = check_each_part(reference, native.towers, sequences, of_towers)
     run = LocalRun(reference, ours, sequences, noise, towers.soft_errors)
@@ -300,21 +308,27 @@ def _run_whole(
     sequences: Sequence[TokenSequence],
     dtype: Dtype,
     architecture: Architecture,
+    progress: Listener | None,
 ) -> _Run:
     reference: LogitSource = (
         TransformersLogits(sides.hf, sequences, sides.changes) if golden is None else golden
     )
     ours = model.run(sequences, dtype)
-    compared = _compared(reference, ours, sequences, architecture.text.vocab)
+    compared = _compared(reference, ours, sequences, architecture.text.vocab, progress)
     return _Run(compared, None, None, None, reference.device, ours.device)
 
 
 def _compared(
-    reference: LogitSource, native: LogitSource, sequences: Sequence[TokenSequence], vocab: int
+    reference: LogitSource,
+    native: LogitSource,
+    sequences: Sequence[TokenSequence],
+    vocab: int,
+    progress: Listener | None,
 ) -> Accumulator:
     rows = _rows(vocab)
     total = Accumulator()
-    for index, sequence in enumerate(sequences):
+    names = [one.name for one in sequences]
+    for index, sequence in enumerate(steps(progress, "logits", "sequences", sequences, names)):
         start = 0
         sides = zip(reference.slices(index, rows), native.slices(index, rows), strict=True)
         for expected, found in sides:

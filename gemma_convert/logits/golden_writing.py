@@ -36,7 +36,10 @@ from gemma_convert.logits.layerwise import LayerwiseReference
 from gemma_convert.logits.reference import reference_config
 from gemma_convert.logits.sizes import check_sizes
 from gemma_convert.logits.streaming import compared_slices
+from gemma_convert.logits.watched import Watched
+from gemma_convert.model.architecture import TextArchitecture
 from gemma_convert.model.config import read_architecture
+from gemma_convert.progress import Listener, ended
 from gemma_convert.prompts.text import TokenSequence, token_sequences
 from gemma_convert.stores.remote.locations import local
 
@@ -48,10 +51,12 @@ def save_golden(
     prompts: Sequence[str] = (),
     tokens: int | None = None,
     overwrite: bool = False,
+    progress: Listener | None = None,
 ) -> Golden:
     """The golden file `path` with transformers' float32 logits of the checkpoint in `hf`.
 
-    It appears under its name only when complete. Raises TargetError where `path` exists already or
+    It appears under its name only when complete. `progress` hears of each layer and of each slice
+    of the logits (`gemma_convert.progress`). Raises TargetError where `path` exists already or
     cannot be written, and SourceError where the checkpoint cannot be run.
     """
     path = Path(path)
@@ -63,9 +68,11 @@ def save_golden(
         reference_config(folder, architecture)
         sequences = token_sequences(folder, architecture, prompts, tokens)
         facts = _facts(folder, sequences)
-        reference = LayerwiseReference(folder, sequences)
+        run = LayerwiseReference(folder, sequences)
+        listener = stack.enter_context(ended(progress))
+        reference = Watched(run, len(architecture.text.layers), listener)
         try:
-            _write(path, facts, sequences, reference, overwrite=overwrite)
+            _write(path, facts, sequences, reference, architecture.text, overwrite=overwrite)
         except OSError as error:
             raise TargetError(
                 "The golden file cannot be written.", where=path, found=error.strerror or error
@@ -102,12 +109,12 @@ def _write(
     path: Path,
     facts: dict[str, Any],
     sequences: Sequence[TokenSequence],
-    reference: LayerwiseReference,
+    reference: Watched,
+    text: TextArchitecture,
     *,
     overwrite: bool,
 ) -> None:
     """The file of what `reference` gives, which has not run yet."""
-    text = reference.architecture.text
     slices = compared_slices(sequences, vocab=text.vocab, embed=text.embed)
     descriptor, partial = new_sibling(path)
     try:

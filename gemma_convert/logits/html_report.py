@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from datetime import datetime
 from html import escape
-from importlib.resources import files
 
+from gemma_convert.logits.html_page import page, plain, scrolling, table
 from gemma_convert.logits.html_parts import part_rows, parts_pictures
 from gemma_convert.logits.html_plots import drift_plot, kl_plot
 from gemma_convert.logits.html_tokens import legend, prediction, strip
@@ -21,13 +20,6 @@ from gemma_convert.logits.report_lines import (
 from gemma_convert.logits.scale import LogRange, figure, log_range
 from gemma_convert.logits.tokens import CheckedSequence
 from gemma_convert.logits.visible import visible
-from gemma_convert.output import printable
-
-BEGINNING = '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-"""How every report begins."""
-
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
-"""The page is full of a model's text: whatever stands in it, the browser runs and loads nothing."""
 
 
 def html_report(report: LogitReport, written: datetime) -> str:
@@ -44,21 +36,10 @@ def html_report(report: LogitReport, written: datetime) -> str:
             _run(report),
             "</main>",
             f"<footer><p>Written {written:%Y-%m-%d %H:%M} UTC by gemma-convert "
-            f"{_plain(report.versions.get('gemma-convert', ''))}.</p></footer>",
+            f"{plain(report.versions.get('gemma-convert', ''))}.</p></footer>",
         )
     )
-    style = files("gemma_convert.logits").joinpath("html_report.css").read_text(encoding="utf-8")
-    return (
-        f'{BEGINNING}<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        f"<title>{escape(report.verdict)}: {_plain(report.layout)}, logit-check</title>"
-        f"<style>{style}</style></head>\n<body>{body}</body></html>\n"
-    )
-
-
-def _plain(text: str) -> str:
-    return escape(printable(text))
+    return page(f"{report.verdict}: {report.layout}", body)
 
 
 def _outcome(report: LogitReport) -> tuple[str, str]:
@@ -75,14 +56,14 @@ def _head(report: LogitReport) -> str:
     token = f"id {worst.token}"
     if worst.text is not None:
         token = f'<bdi class="token">{escape(visible(worst.text))}</bdi> ({token})'
-    warnings = "".join(f"<li>{_plain(one)}</li>" for one in report.warnings)
+    warnings = "".join(f"<li>{plain(one)}</li>" for one in report.warnings)
     return (
         f'<header class="{kind}"><p class="kicker">gemma-convert logit-check</p>'
         f'<p class="badge"><span aria-hidden="true">{sign}</span> {word}</p>'
         f'<h1 id="verdict">{escape(report.verdict)}</h1>'
         f'<p class="lead">The worst token has a KL of <b>{figure(worst.kl)}</b> nats; the limit is '
-        f"<b>{report.limit:.0e}</b> ({_plain(report.limit_reason)}). It is {token} at position "
-        f"{worst.position} of {_plain(worst.sequence)}.</p>"
+        f"<b>{report.limit:.0e}</b> ({plain(report.limit_reason)}). It is {token} at position "
+        f"{worst.position} of {plain(worst.sequence)}.</p>"
         + (f'<ul class="warnings">{warnings}</ul>' if warnings else "")
         + "</header>"
     )
@@ -110,22 +91,22 @@ def _figures(report: LogitReport) -> str:
 def _parts(report: LogitReport) -> str:
     local, title = report.local, '<h2 id="parts">Each part by itself</h2>'
     if local is None:
-        said = _plain(_sentence(parts_line(report)))
+        said = plain(_sentence(parts_line(report)))
         return f'<section aria-labelledby="parts">{title}<p>{said}.</p></section>'
     head = ("part", "difference", "its own rounding", "times", "what is wrong")
     floor = ""
     if report.noise_floor is not None:
-        floor = f"<p>{_plain(noise_line(report).capitalize())}.</p>"
+        floor = f"<p>{plain(noise_line(report).capitalize())}.</p>"
     pictures = "".join(
-        _scrolling(picture, f"Picture of the parts of each {kind}")
+        scrolling(picture, f"Picture of the parts of each {kind}")
         for kind, picture in parts_pictures(local).items()
     )
     return (
-        f'<section aria-labelledby="parts">{title}<p>{_plain(_sentence(parts_line(report)))}. '
+        f'<section aria-labelledby="parts">{title}<p>{plain(_sentence(parts_line(report)))}. '
         "Each part is given the original's own states, so that what earlier ones left does not "
         "count; differences are the largest of a "
         f"token, relative to its length.</p>{floor}{pictures}"
-        f"{_scrolling(_table(head, part_rows(local)), 'Table of the parts')}</section>"
+        f"{scrolling(table(head, part_rows(local)), 'Table of the parts')}</section>"
     )
 
 
@@ -147,12 +128,8 @@ def _drift(report: LogitReport) -> str:
         '<section aria-labelledby="drift"><h2 id="drift">Drift by layer</h2>'
         f"<p>{verdict} Drift is the largest distance of a token's hidden states, relative to their "
         f"length; {figure(drift.final_norm)} before the head.</p>"
-        f"{_scrolling(drift_plot(drift), 'Plot of the drift by layer')}</section>"
+        f"{scrolling(drift_plot(drift), 'Plot of the drift by layer')}</section>"
     )
-
-
-def _scrolling(content: str, name: str) -> str:
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="{name}">{content}</div>'
 
 
 def _worst(report: LogitReport) -> str:
@@ -186,23 +163,23 @@ def _tokens(report: LogitReport) -> str:
     )
     return (
         '<section aria-labelledby="tokens"><h2 id="tokens">Every token</h2>'
-        f"{_scrolling(table, 'Table of the sequences')}{legend(report.limit)}{texts}</section>"
+        f"{scrolling(table, 'Table of the sequences')}{legend(report.limit)}{texts}</section>"
     )
 
 
 def _sequence_row(number: int, one: CheckedSequence) -> str:
     at = "" if one.worst is None else str(one.worst)
     return (
-        f'<tr><th scope="row"><a href="#sequence-{number}">{_plain(one.name)}</a></th>'
+        f'<tr><th scope="row"><a href="#sequence-{number}">{plain(one.name)}</a></th>'
         f'<td class="number">{len(one.ids):,}</td><td class="number">{figure(one.kl_max)}</td>'
         f'<td class="number">{at}</td><td class="number">{figure(one.kl_mean)}</td></tr>'
     )
 
 
 def _sequence(number: int, one: CheckedSequence, span: LogRange, limit: float) -> str:
-    plot = _scrolling(kl_plot(one, span, limit), f"Plot of the KL of sequence {number + 1}")
+    plot = scrolling(kl_plot(one, span, limit), f"Plot of the KL of sequence {number + 1}")
     return (
-        f'<article class="sequence"><h3 id="sequence-{number}">{_plain(one.name)}</h3>'
+        f'<article class="sequence"><h3 id="sequence-{number}">{plain(one.name)}</h3>'
         f"{plot}{strip(one, limit)}</article>"
     )
 
@@ -224,24 +201,16 @@ def _run(report: LogitReport) -> str:
         *(("rounded", row) for row in report.lossy_rows),
     )
     settings = "".join(
-        f"<div><dt>{name}</dt><dd>{_plain(value)}</dd></div>" for name, value in entries
+        f"<div><dt>{name}</dt><dd>{plain(value)}</dd></div>" for name, value in entries
     )
-    versions = _table(("package", "version"), report.versions.items())
-    prints = _table(
+    versions = table(("package", "version"), report.versions.items())
+    prints = table(
         ("side", "file", "of it", "sha256"),
         ((one.side, one.file, one.what, one.sha256) for one in report.fingerprints),
     )
     return (
         '<section aria-labelledby="run"><h2 id="run">How it was run</h2>'
-        f'<dl class="settings">{settings}</dl><h3>Versions</h3>{_scrolling(versions, "Versions")}'
-        f'<h3>Files</h3>{_scrolling(prints, "Checksums of files")}<p class="note">Samples are 64 '
+        f'<dl class="settings">{settings}</dl><h3>Versions</h3>{scrolling(versions, "Versions")}'
+        f'<h3>Files</h3>{scrolling(prints, "Checksums of files")}<p class="note">Samples are 64 '
         "pieces spread evenly over a file of weights.</p></section>"
     )
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    columns = "".join(f'<th scope="col">{name}</th>' for name in head)
-    lines = "".join(
-        "<tr>" + "".join(f"<td>{_plain(value)}</td>" for value in row) + "</tr>" for row in rows
-    )
-    return f'<table class="plain"><thead><tr>{columns}</tr></thead><tbody>{lines}</tbody></table>'

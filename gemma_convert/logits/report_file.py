@@ -70,7 +70,7 @@ def check_report_file(path: Path, *, overwrite: bool) -> None:
 
 def _is_report(path: Path) -> bool:
     """Whether a file is empty, or begins as one of our reports does."""
-    from gemma_convert.logits.html_report import BEGINNING
+    from gemma_convert.logits.html_page import BEGINNING
     from gemma_convert.logits.junit import SUITE
 
     try:

@@ -18,7 +18,7 @@ from gemma_convert.engine.resumable import ResumableTransfer
 from gemma_convert.files.value_file import ValuesFrom
 from gemma_convert.mapping.table import HUGGINGFACE, table_file
 from gemma_convert.model.huggingface_files import CONFIG
-from gemma_convert.output import Progress
+from gemma_convert.progress import Progress
 from gemma_convert.stores.safetensors.header import safetensors_header
 from gemma_convert.tasks.conversion import Conversion
 from gemma_convert.version import __version__

@@ -123,7 +123,7 @@ def _summaries(
     unusable: list[UsageError] = []
     summaries = list(_usable_summaries(found, unusable))
     for error in unusable:
-        note(f"warning: {error.message}")
+        note(error.message, "warning")
     return tuple(summaries)
 
 

@@ -15,7 +15,7 @@ from gemma_convert.checkpoint import sidecar
 from gemma_convert.checkpoint.adapter_original import AdapterBase
 from gemma_convert.checkpoint.native import NativeReader, plan_native
 from gemma_convert.engine.memory import block_bytes
-from gemma_convert.engine.publishing import ProgressFactory, Publication
+from gemma_convert.engine.publishing import Publication
 from gemma_convert.engine.restoring import Restoring
 from gemma_convert.engine.resumable import SPARE_BYTES, ResumableTransfer
 from gemma_convert.engine.target import check_apart, check_space, check_target
@@ -23,7 +23,8 @@ from gemma_convert.engine.transfer import WORKERS
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.files.identity import Unchanged
 from gemma_convert.layouts.opening import Checkpoint, open_checkpoint
-from gemma_convert.output import Progress, shown
+from gemma_convert.output import shown
+from gemma_convert.progress import Listener, Progress
 from gemma_convert.stores.remote.locations import check_remote_options, local, local_target
 from gemma_convert.stores.safetensors.checked_writer import CheckedWriter
 from gemma_convert.stores.safetensors.writer import OutputShard
@@ -97,7 +98,7 @@ def to_hf(
     dry_run: bool = False,
     overwrite: bool = False,
     resume: bool = False,
-    progress: ProgressFactory | None = None,
+    progress: Listener | None = None,
 ) -> ToHFReport:
     """A report of the export of a native checkpoint to Hugging Face.
 
@@ -107,7 +108,8 @@ def to_hf(
     refused, unless `accept_damage` names them. Facts that the framework was told otherwise than
     config.json says, by `settings` (files, or KEY=VALUE) or the file beside `source`, go into it.
     An adapter without a sidecar becomes one of PEFT for the model `base`, scaled by `alpha` / rank.
-    Raises SourceError, TargetError or UsageError with one clear message; then nothing is left.
+    `progress` hears how far it has come (`gemma_convert.progress`). Raises SourceError, TargetError
+    or UsageError with one clear message; then nothing is left.
     """
     started = time.monotonic()
     options = ExportOptions(dtype, max_shard_size, kv_shared, text_only)
@@ -138,7 +140,7 @@ def to_hf(
         check_space(output, job.export.nbytes + files + SPARE_BYTES)
         publication = Publication(output, strangers, overwrite, resume, progress, receipt=True)
         total = job.transfer.share_bytes
-        publication.publish(job.transfer.key, "to huggingface", total, job.write)
+        publication.publish(job.transfer.key, "export", total, job.write)
         return job.report(started, dry_run=False)
 
 

@@ -14,12 +14,12 @@ from gemma_convert.engine.casting import Casting
 from gemma_convert.engine.memory import block_bytes
 from gemma_convert.engine.process_results import TransferResult
 from gemma_convert.engine.processes import Processes
-from gemma_convert.engine.publishing import ProgressFactory, Publication
+from gemma_convert.engine.publishing import Publication
 from gemma_convert.engine.resumable import ResumableTransfer
 from gemma_convert.engine.target import check_apart, check_space, check_target
 from gemma_convert.errors import UsageError
 from gemma_convert.mapping.table import load_table
-from gemma_convert.output import Progress
+from gemma_convert.progress import Listener, Progress
 from gemma_convert.stores.orbax.writer import OrbaxFormat
 from gemma_convert.stores.orbax.zarr_metadata import Compression
 from gemma_convert.stores.remote.locations import check_remote_options, local, local_target
@@ -53,10 +53,12 @@ def to_native(
     dry_run: bool = False,
     overwrite: bool = False,
     resume: bool = False,
-    progress: ProgressFactory | None = None,
+    progress: Listener | None = None,
     processes: Processes | None = None,
 ) -> ToNativeReport:
     """A report of the conversion of a checkpoint into a native layout.
+
+    `progress` hears how far it has come (`gemma_convert.progress`).
 
     `source` is a Hugging Face checkpoint, or a native one of any layout: a folder, `owner/name` on
     the hub, or a URL of an object store (`gemma_convert.stores.remote.locations`); `like` names the
@@ -141,4 +143,4 @@ def _convert(job: Conversion, publication: Publication) -> TransferResult:
 
     carried = sum(job.tensors.specs[name].nbytes for name in job.plan.carried)
     total = transfer.share_bytes + carried
-    return publication.publish(transfer.key, f"to {job.plan.layout}", total, write)
+    return publication.publish(transfer.key, "convert", total, write)

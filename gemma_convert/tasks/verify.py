@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gemma_convert.engine.comparing import Comparison
-from gemma_convert.engine.publishing import ProgressFactory
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.model.adapter import is_adapter
 from gemma_convert.output import shown
+from gemma_convert.progress import Listener
 from gemma_convert.stores.remote.locations import local
 from gemma_convert.stores.weights import is_huggingface
 from gemma_convert.tasks.verify_export import verify_export
@@ -55,7 +55,7 @@ def verify(
     against: str | Path | None = None,
     base: str | Path | None = None,
     settings: Sequence[str] = (),
-    progress: ProgressFactory | None = None,
+    progress: Listener | None = None,
 ) -> VerifyReport:
     """A report on whether the checkpoint at `path` is whole and what it was converted from.
 
@@ -64,8 +64,9 @@ def verify(
     for bit with what a conversion gives. An exported Hugging Face folder is compared, tensors and
     files, with the export that the native checkpoint `against` gives, by `settings` as `to_hf` has
     them; with another Hugging Face folder, tensor by tensor. Both may be folders, on the hub or in
-    an object store (`gemma_convert.stores.remote.locations`). Raises SourceError where a side
-    cannot be read or the two do not belong together.
+    an object store (`gemma_convert.stores.remote.locations`). `progress` hears how far it has come
+    (`gemma_convert.progress`). Raises SourceError where a side cannot be read or the two do not
+    belong together.
     """
     started = time.monotonic()
     with ExitStack() as stack:
@@ -97,7 +98,7 @@ def _compare(
     base: Path | None,
     settings: Sequence[str],
     found: Comparison,
-    progress: ProgressFactory | None,
+    progress: Listener | None,
 ) -> None:
     if base is not None and (other is None or is_huggingface(folder) or not is_adapter(other)):
         raise UsageError(

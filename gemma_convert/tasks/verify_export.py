@@ -16,7 +16,6 @@ from gemma_convert.checkpoint import sidecar
 from gemma_convert.checkpoint.native import NativeReader, plan_native
 from gemma_convert.checkpoint.original import Original
 from gemma_convert.engine.comparing import Comparing, Comparison
-from gemma_convert.engine.publishing import ProgressFactory, progress_bar
 from gemma_convert.engine.restoring import Restoring
 from gemma_convert.engine.transfer import Transfer
 from gemma_convert.files.confined import NEVER_READ
@@ -25,6 +24,7 @@ from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.region import Box, slices
 from gemma_convert.model.adapter import is_adapter
 from gemma_convert.model.config import read_architecture
+from gemma_convert.progress import Listener, working
 from gemma_convert.stores.remote.mirror import file_size
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 from gemma_convert.tasks.export_plan import Export, ExportOptions, plan_export, reversed_plan
@@ -35,7 +35,7 @@ def verify_export(
     native: Path,
     settings: Sequence[str],
     found: Comparison,
-    progress: ProgressFactory | None,
+    progress: Listener | None,
 ) -> None:
     """Compares every tensor and every file of the export at `path` with what `native` gives."""
     with ExitStack() as stack:
@@ -95,7 +95,7 @@ def _compare_tensors(
     export: Export,
     reader: SafetensorsFolder,
     found: Comparison,
-    progress: ProgressFactory | None,
+    progress: Listener | None,
 ) -> None:
     """The tensors that the export would have, and those that stand in the folder."""
     native, original = checkpoint.native, checkpoint.original
@@ -124,7 +124,7 @@ def _compare_tensors(
         values: Array = reader.mapped(reader.tensors[name])[slices(box)]
         return values
 
-    with progress_bar(progress, "verify", back.source_bytes) as shown_bar:
+    with working(progress, "verify", back.source_bytes) as shown_bar:
         rest = replace(back, sources={n: s for n, s in sources.items() if s.copies})
         blocks = NativeReader(native, original, caches)
         Transfer(rest, blocks, Comparing(read, found), values, shown_bar).run()

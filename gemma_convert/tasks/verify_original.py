@@ -21,7 +21,6 @@ from gemma_convert.engine.adapter_pairs import AdapterPairs
 from gemma_convert.engine.casting import Casting, listed_values
 from gemma_convert.engine.comparing import Comparing, Comparison
 from gemma_convert.engine.merged import MergedTensors
-from gemma_convert.engine.publishing import ProgressFactory, progress_bar
 from gemma_convert.engine.resumable import filling
 from gemma_convert.engine.transfer import HuggingFaceTensors, Transfer
 from gemma_convert.errors import SourceError
@@ -29,6 +28,7 @@ from gemma_convert.layouts.registry import open_native
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.region import Box
 from gemma_convert.model.adapter import is_adapter, read_adapter
+from gemma_convert.progress import Listener, working
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 from gemma_convert.stores.weights import open_weights
 from gemma_convert.tasks.verify_seal import compare_carried, verify_metadata
@@ -42,7 +42,7 @@ def verify_original(
     source: Path,
     base: Path | None,
     found: Comparison,
-    progress: ProgressFactory | None,
+    progress: Listener | None,
 ) -> None:
     """Compares the arrays and the sidecar of the native checkpoint at `path` with `source`.
 
@@ -62,7 +62,7 @@ def verify_original(
         plan = _stored_plan(plan_native(native, original), native)
         stored, casting = _Stored(native, found), Casting(plan.rounded)
         writer = Comparing(stored.read, found)
-        with progress_bar(progress, "verify", plan.source_bytes) as shown_bar:
+        with working(progress, "verify", plan.source_bytes) as shown_bar:
             Transfer(plan, reader, writer, casting, shown_bar).run()
         for name, target in plan.filled.items():
             for box, values in filling(target):

@@ -13,16 +13,16 @@ from gemma_convert.checkpoint.original import open_original
 from gemma_convert.checkpoint.seal import CHANGED, damage, sealed_files
 from gemma_convert.checkpoint.sealed_arrays import SealedArrays
 from gemma_convert.engine.comparing import Comparison
-from gemma_convert.engine.publishing import ProgressFactory, progress_bar
 from gemma_convert.errors import SourceError
 from gemma_convert.files.unfinished import refuse_unfinished
 from gemma_convert.layouts.registry import load_layout, open_native
 from gemma_convert.mapping.plan import Plan
+from gemma_convert.progress import Listener, working
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 
 
 def verify_seal(
-    path: Path, other: Path | None, found: Comparison, progress: ProgressFactory | None
+    path: Path, other: Path | None, found: Comparison, progress: Listener | None
 ) -> None:
     """Compares every part of a native checkpoint with its seal.
 
@@ -87,10 +87,10 @@ def _verify_arrays(
     native: NativeSource,
     manifest: Mapping[str, Any],
     found: Comparison,
-    progress: ProgressFactory | None,
+    progress: Listener | None,
 ) -> None:
     arrays = SealedArrays(native, manifest)
-    with progress_bar(
+    with working(
         progress, "verify", sum(spec.nbytes for spec in native.specs.values())
     ) as shown_bar:
         arrays.read_rest(native.specs, shown_bar.advance)

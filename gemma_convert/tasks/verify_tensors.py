@@ -9,8 +9,8 @@ import numpy as np
 from gemma_convert.arrays.dtypes import exact, numpy_dtype
 from gemma_convert.arrays.values import Array, bits
 from gemma_convert.engine.comparing import Comparison
-from gemma_convert.engine.publishing import ProgressFactory, progress_bar
 from gemma_convert.output import shown
+from gemma_convert.progress import Listener, working
 from gemma_convert.stores.tensor_folder import TensorFolder
 from gemma_convert.stores.weights import open_weights
 
@@ -18,7 +18,7 @@ PIECE_VALUES = 4 << 20
 
 
 def verify_tensors(
-    path: Path, original: Path, found: Comparison, progress: ProgressFactory | None
+    path: Path, original: Path, found: Comparison, progress: Listener | None
 ) -> None:
     """Compares every tensor at `path` with that of `original`: name, dtype, shape and values.
 
@@ -29,7 +29,7 @@ def verify_tensors(
             if name not in theirs.tensors:
                 found.differ(name, f"is no tensor of {shown(original)}")
         total = sum(spec.nbytes for spec in theirs.specs.values())
-        with progress_bar(progress, "verify", total) as shown_bar:
+        with working(progress, "verify", total) as shown_bar:
             for name, spec in theirs.specs.items():
                 if name not in ours.tensors:
                     found.differ(name, "is missing")

@@ -18,7 +18,7 @@ from typing import Any
 
 from gemma_convert.errors import TargetError
 from gemma_convert.files.unfinished import JOURNAL, UNFINISHED
-from gemma_convert.output import Progress
+from gemma_convert.progress import Progress
 from gemma_convert.stores.remote.mirror import Mirror, find_mirror, list_objects
 from gemma_convert.stores.remote.object_store import ObjectURL, reached
 
