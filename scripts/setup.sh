@@ -24,7 +24,7 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
   # shellcheck disable=SC2046
   install --no-deps $(some '!= 0')
   wait $!
-  install --constraint scripts/constraints.txt --editable '.[dev]'
+  install --no-build-isolation --constraint scripts/constraints.txt --editable '.[dev]'
   env -u PYTHONDONTWRITEBYTECODE .venv/bin/python - << 'END'
 import importlib, multiprocessing, pkgutil
 import gemma_convert

@@ -55,7 +55,6 @@ class WeightsOf017(TunixWeights):
         return RouterOf017(tunix.layer_params(self.tree, self.text, index))
 
 
-@pytest.mark.share(3, 1)
 @pytest.mark.parametrize("family", (*FAMILIES, "12b"))
 def test_tunix_own_logits(shallow, converted, monkeypatch, family):
     """To 1e-4; the largest difference seen is 1.5e-5."""
