@@ -17,13 +17,14 @@ wanted=$(cat pyproject.toml scripts/constraints.txt | cksum)
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
   [ -x .venv/bin/python ] || "$python" -m venv .venv
   install() { .venv/bin/python -m pip install --quiet --no-compile "$@"; }
-  large='^(jaxlib|torch)=='
+  large='^(jaxlib|torch)==' # as much work as a third of the others
+  some() { grep -vE "$large" scripts/constraints.txt | awk "NR % 3 $1"; }
   # shellcheck disable=SC2046
-  install --no-deps $(grep -E "$large" scripts/constraints.txt) &
+  install --no-deps $(grep -E "$large" scripts/constraints.txt) $(some '== 0') &
   # shellcheck disable=SC2046
-  install --no-deps $(grep -vE "$large" scripts/constraints.txt)
+  install --no-deps $(some '!= 0')
   wait $!
-  install --constraint scripts/constraints.txt --editable '.[dev]'
+  install --no-build-isolation --constraint scripts/constraints.txt --editable '.[dev]'
   env -u PYTHONDONTWRITEBYTECODE .venv/bin/python - << 'END'
 import importlib, multiprocessing, pkgutil
 import gemma_convert

@@ -5,14 +5,16 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 from cases import SHALLOW
 from compiling import QUICK_XLA
+from covering import covering
 from filelock import FileLock
 from hypothesis import settings
 
@@ -34,6 +36,9 @@ settings.register_profile("shared machine", deadline=None, print_blob=True)
 settings.load_profile("shared machine")
 
 MANY, HALVED, HERE = 6, 2, Path(__file__).parent
+MANY_MODULES = 200
+_modules = [0]
+"""How many there were when the collector was last told to leave them alone."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,34 +52,68 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """An ordinary run takes every n-th case of what is marked `share(n)`, and nothing `large`.
+    """An ordinary run takes a part of each test's cases, and nothing `large`; always the same ones.
 
-    Of tests with many cases that are not marked it takes every second one, but for what
-    tests/fuzz and tests/mutations have, which choose their share themselves.
+    Marked `share(n, first)`: every n-th, from `first` on. Marked `each(strength)`: few in which
+    each value of each parameter occurs, or each pair of values. Of tests with many cases that are
+    not marked it takes every second one, but for what tests/fuzz and tests/mutations have, which
+    choose their share themselves.
     """
     if config.getoption("--every"):
         return
-    cases = Counter(item.nodeid.partition("[")[0] for item in items)
-    seen: Counter[str] = Counter()
-    kept: list[pytest.Item] = []
-    left: list[pytest.Item] = []
+    cases: dict[str, list[pytest.Item]] = {}
     for item in items:
-        mark = item.get_closest_marker("share")
-        name = item.nodeid.partition("[")[0]
-        large = item.get_closest_marker("large") is not None
-        many = cases[name] >= MANY and item.path.parent == HERE
-        step = mark.args[0] if mark else HALVED if many else 1
-        (left if large or seen[name] % step else kept).append(item)
-        seen[name] += 1
-    config.hook.pytest_deselected(items=left)
-    items[:] = kept
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = {item for of_test in cases.values() for item in _share(of_test)}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+def _share(cases: list[pytest.Item]) -> list[pytest.Item]:
+    if cases[0].get_closest_marker("large") is not None:
+        return []
+    if (mark := cases[0].get_closest_marker("each")) is not None:
+        return [cases[place] for place in covering([*map(_values, cases)], *mark.args)]
+    if (mark := cases[0].get_closest_marker("share")) is not None:
+        step, first = (*mark.args, 0)[:2]
+        return cases[min(first, len(cases) - 1) :: step]
+    return cases[:: HALVED if len(cases) >= MANY and cases[0].path.parent == HERE else 1]
+
+
+def _values(case: pytest.Item) -> dict[str, Hashable]:
+    """Parameter → its value, or which of those it is that cannot be compared."""
+    return {
+        name: value if isinstance(value, str | int | float | bool | None) else id(value)
+        for name, value in case.callspec.params.items()  # type: ignore[attr-defined]
+    }
 
 
 def pytest_collection_finish() -> None:
     """What is imported by now stays: the collector need not walk through all of it every time."""
+    gc.set_threshold(20_000, 20, 20)
+    _leave_what_is_imported()
+
+
+def pytest_runtest_teardown() -> None:
+    """Nor through torch, JAX and transformers, which the first test that needs them imports."""
+    if len(sys.modules) > _modules[0] + MANY_MODULES:
+        _leave_what_is_imported()
+
+
+def _leave_what_is_imported() -> None:
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    _modules[0] = len(sys.modules)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def command_line_built_once() -> Iterator[None]:
+    """Typer makes the same commands anew at each call; a process of a command does so once."""
+    import typer.main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", cache(typer.main.get_command))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

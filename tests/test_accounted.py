@@ -28,6 +28,7 @@ def state(folder: Path) -> dict[str, bytes | str]:
     }
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("form", FORMS)
 def test_what_we_write_is_replaced(form, shallow, converted, tmp_path):
     source = shallow("31b")

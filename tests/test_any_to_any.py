@@ -76,7 +76,7 @@ def equal(left: Path, right: Path) -> bool:
 # As if converted directly.
 
 
-@pytest.mark.share(2)
+@pytest.mark.each(1)
 @pytest.mark.parametrize(("family", "one", "two"), PAIRS)
 def test_one_layout_becomes_another(shallow, converted, tmp_path, family, one, two):
     source, out = shallow(family, scanned="scanned" in (one, two)), tmp_path / "out"
@@ -97,6 +97,7 @@ def test_one_layout_becomes_another(shallow, converted, tmp_path, family, one, t
     assert sums(tmp_path / "back") == sums(source)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("family", ["26b-a4b", "31b"])
 def test_text_only_forms_become_each_other(tiny, converted, tmp_path, family):
     source = tiny(family, layers=6)
@@ -113,6 +114,7 @@ def test_text_only_forms_become_each_other(tiny, converted, tmp_path, family):
         assert sums(tmp_path / f"{name}-hf") == sums(source)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("one", ["maxtext", "gemma-jax"])
 def test_what_was_filled_in_is_left_out_and_filled_in_again(tiny, converted, tmp_path, one):
     two = {"maxtext": "gemma-jax", "gemma-jax": "maxtext"}[one]
@@ -138,7 +140,7 @@ def test_towers_come_from_the_sidecar_where_there_is_a_place_for_them(
     assert not differing(arrays(tmp_path / "out", "gemma-jax"), arrays(direct, "gemma-jax"))
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(4)
 @pytest.mark.parametrize(
     ("family", "one", "two"),
     [
@@ -180,6 +182,7 @@ def small_blocks(monkeypatch) -> None:
     monkeypatch.setattr("gemma_convert.mapping.plan.GATHER_BYTES", 2_000)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize(("one", "two"), [("gemma-jax", "scanned")])
 def test_small_blocks_give_the_same_checkpoint(tiny, converted, tmp_path, small_blocks, one, two):
     source = tiny("26b-a4b", layers=6)
@@ -204,6 +207,7 @@ def odd(values: np.ndarray) -> np.ndarray:
     return values
 
 
+@pytest.mark.share(2, 1)
 @pytest.mark.parametrize("through", ["gemma-jax", "scanned"])
 def test_single_values_that_scaling_loses_come_back(tiny, tmp_path, small_blocks, through):
     source = edited(tiny("31b", layers=6), tmp_path / "hf", {EMBED_TOKENS: odd})
@@ -223,6 +227,7 @@ def test_single_values_that_scaling_loses_come_back(tiny, tmp_path, small_blocks
     assert sums(tmp_path / "back again") == sums(source)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("through", ["gemma-jax", "fast-llm"])
 def test_an_embedding_that_is_carried_whole_comes_back(tiny, tmp_path, small_blocks, through):
     """Most float32 values times a root are rounded."""
@@ -246,6 +251,7 @@ def coarse(values: np.ndarray) -> np.ndarray:
     return values
 
 
+@pytest.mark.share(2, 1)
 @pytest.mark.parametrize("edits", [{}, {EMBED_TOKENS: coarse}])
 def test_a_tree_made_wider_goes_through_a_scaled_one(tiny, converted, tmp_path, edits):
     """The sidecar holds float32 values of a tensor that was bfloat16 in the original."""
@@ -260,6 +266,7 @@ def test_a_tree_made_wider_goes_through_a_scaled_one(tiny, converted, tmp_path, 
     assert not differing(again, wide)
 
 
+@pytest.mark.share(2, 1)
 @pytest.mark.parametrize("edits", [{}, {EMBED_TOKENS: coarse}])
 def test_and_its_export_is_the_original(tiny, tmp_path, edits):
     source = edited(tiny("31b", layers=6), tmp_path / "hf", edits)
@@ -276,6 +283,7 @@ def test_a_wide_export_of_a_scaled_tree_is_the_wide_original(tiny, converted, tm
     assert sums(tmp_path / "scaled") == sums(tmp_path / "unscaled")
 
 
+@pytest.mark.each(1)
 @pytest.mark.parametrize("like", [False, True])
 @pytest.mark.parametrize("two", ["gemma-jax", "fast-llm"])
 def test_a_wider_scaled_tree_gives_the_values_of_the_original(tiny, converted, tmp_path, two, like):
@@ -320,6 +328,7 @@ def trained(values: np.ndarray) -> np.ndarray:
     return (values * noise).astype(np.float32)
 
 
+@pytest.mark.share(3, 1)
 @pytest.mark.parametrize("two", ["gemma-jax", "fast-llm", "scanned"])
 def test_a_trained_float32_tree_stays_what_it_is(tiny, tmp_path, two):
     """A trained embedding is no multiple of a root any more: what division rounds is reported."""
@@ -378,6 +387,7 @@ def test_a_trained_embedding_alone_goes_through_maxtext(tiny, tmp_path):
     assert not report.lossy_rows
 
 
+@pytest.mark.large
 def test_trained_towers_are_carried_unrounded(tiny, tmp_path):
     """MaxText has no place for the towers of E2B: what the gemma library trained travels along."""
     import jax
@@ -418,6 +428,7 @@ def test_trained_towers_are_carried_unrounded(tiny, tmp_path):
     passes(tmp_path / "back", tmp_path / "out")
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(("one", "two"), [("maxtext", "gemma-jax"), ("gemma-jax", "fast-llm")])
 def test_casts_are_those_that_were_asked_for_in_another_layout(tiny, converted, tmp_path, one, two):
     source = tiny("31b", layers=6)

@@ -60,7 +60,7 @@ def with_size(source: Path, to: Path, file: str, section: str, key: str, value: 
     return folder
 
 
-@pytest.mark.share(7)
+@pytest.mark.share(14)
 @pytest.mark.parametrize("value", HUGE)
 @pytest.mark.parametrize(("family", "section", "key"), SIZES)
 def test_sizes_that_no_tensor_has(family, section, key, value, shallow, converted, tmp_path):

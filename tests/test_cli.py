@@ -133,6 +133,7 @@ def test_summary_says_what_happened_and_how_to_load_it(tiny, out):
         assert text in done.stdout
 
 
+@pytest.mark.large
 def test_relative_paths_work(source, tmp_path):
     done = run_apart("to-native", "in/checkpoint", "work/out", "--format", "maxtext", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -18,6 +18,7 @@ def flip(path: Path, place: int = -1) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.share(3, 2)
 @pytest.mark.parametrize(
     "options",
     [{"layout": "maxtext"}, {"layout": "gemma-jax", "ocdbt": False}, {"layout": "fast-llm"}],

@@ -111,7 +111,7 @@ def snapshot(folder: Path) -> dict[str, int]:
     return {str(path): path.lstat().st_ino for path in folder.rglob("*")}
 
 
-@pytest.mark.share(1)
+@pytest.mark.share(5)
 @pytest.mark.parametrize("name", ["hf", *NATIVE])
 def test_no_command_follows_a_link_out_of_the_folder(name: str, folders: Folders, tmp_path) -> None:
     """What is moved away, and linked to from its old place, is not read by any command."""
@@ -132,7 +132,7 @@ def test_no_command_follows_a_link_out_of_the_folder(name: str, folders: Folders
         outside.rename(folder / entry)
 
 
-@pytest.mark.share(1)
+@pytest.mark.share(5, 2)
 @pytest.mark.parametrize("name", ["hf", *NATIVE])
 def test_every_command_refuses_linked_folders_pipes_and_devices(
     name: str, folders: Folders, tmp_path
@@ -159,6 +159,7 @@ def test_every_command_refuses_linked_folders_pipes_and_devices(
     assert not out.exists()
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize(
     "name", ["../secret.safetensors", "/secret.safetensors", "a/../b", "..", "x\\y"]
 )
@@ -184,6 +185,7 @@ def test_no_command_takes_paths_from_an_index(name: str, folders: Folders, tmp_p
     assert not out.exists()
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("deep", ["", "0", "0/items"])
 def test_a_sidecar_above_the_folder_that_is_named(deep: str, folders: Folders, tmp_path) -> None:
     """The sidecar stands beside the arrays; where it is a link, or holds one, it is not read."""

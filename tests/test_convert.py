@@ -117,6 +117,7 @@ def test_vision_tower_is_converted(shallow, tmp_path, family):
     assert not [name for name in expected if not same_bits(found[name], expected[name])]
 
 
+@pytest.mark.each(1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("text_only", [False, True])
 def test_what_is_not_converted_is_carried_bit_for_bit(shallow, tmp_path, family, text_only):
@@ -202,7 +203,7 @@ def test_leftovers_of_kv_shared_layers_do_not_matter(shallow, tmp_path, kv_share
     assert report.arrays_written == len(restore(tmp_path / "out" / "0" / "items"))
 
 
-@pytest.mark.share(2)
+@pytest.mark.each(1)
 @pytest.mark.parametrize("dtype", ["keep", "float32", "bfloat16"])
 @pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
 def test_dtype_policy(shallow, tmp_path, stored, dtype):
@@ -263,6 +264,7 @@ def _patch(file: Path, tensor: str, bits: dict[int, int]) -> None:
     file.write_bytes(data)
 
 
+@pytest.mark.each(1)
 @pytest.mark.parametrize("scanned", [False, True])
 @pytest.mark.parametrize("ocdbt", [True, False])
 @pytest.mark.parametrize("compression", ["none", "zstd"])
@@ -276,6 +278,7 @@ def test_forms_of_the_store_hold_the_same_values(shallow, tmp_path, scanned, ocd
     assert (tmp_path / "out" / "0" / "items" / "manifest.ocdbt").exists() == ocdbt
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(("family", "scanned"), [("e2b", False), ("26b-a4b", True)])
 def test_small_blocks_give_the_same_checkpoint(shallow, tmp_path, monkeypatch, family, scanned):
     """Blocks of real models are cut along their slowest axes; here blocks are made tiny."""

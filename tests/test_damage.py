@@ -70,6 +70,7 @@ def negated(tensors):
     return {name: np.asarray(-t) if "audio" in name else t for name, t in tensors.items()}
 
 
+@pytest.mark.share(3, 1)
 @pytest.mark.parametrize(
     ("edit", "options", "least"),
     [(zeroed, {}, 100), (raised, {"dtype": "float32"}, 300), (negated, {}, 100)],
@@ -218,6 +219,7 @@ def skipped(path: Path) -> None:
     path.write_text(text.replace('"skip_deserialize": false', '"skip_deserialize": true', 1))
 
 
+@pytest.mark.share(4)
 @pytest.mark.parametrize(
     ("name", "edit"),
     [

@@ -60,6 +60,7 @@ WRAPPED: dict[str, Callable[[Tensors], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.each(1)
 @pytest.mark.parametrize("how", WRAPPED)
 @pytest.mark.parametrize("parts", [None, halves(0), halves(1), quarters, with_empty])
 def test_values_are_those_that_were_saved(how, parts, shallow, tmp_path):

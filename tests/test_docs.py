@@ -144,6 +144,7 @@ def _same(hf: Path, native: Path, options: dict[str, object]) -> tuple[object, .
     return (sides, sorted(options.items()))
 
 
+@pytest.mark.share(6)
 @pytest.mark.parametrize("document", runnable)
 @pytest.mark.usefixtures("checked_once")
 def test_every_block_runs(document, work):

@@ -126,7 +126,7 @@ def copied(shallow, tmp_path) -> Callable[..., Path]:
 # Every file comes back.
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(5)
 @pytest.mark.parametrize(
     ("family", "scanned", "shards", "kv_shared"),
     [
@@ -148,7 +148,7 @@ def test_every_file_comes_back(shallow, tmp_path, family, scanned, shards, kv_sh
     assert len(report.shards) == shards
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(6, 3)
 @pytest.mark.parametrize(("family", "scanned"), CASES)
 def test_text_only_sources_come_back(shallow, tmp_path, family, scanned):
     comes_back(shallow(family, scanned, text_only=True, shards=2), tmp_path, scan_layers=scanned)
@@ -162,7 +162,7 @@ def test_towers_that_were_only_carried_come_back(shallow, tmp_path, family):
     assert report.tensors_from_original == len(towers) > 0
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(6, 2)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize(("family", "scanned"), [("e2b", False), ("26b-a4b", True), ("31b", False)])
 def test_sources_of_other_dtypes_come_back(shallow, tmp_path, family, scanned, dtype):
@@ -172,7 +172,7 @@ def test_sources_of_other_dtypes_come_back(shallow, tmp_path, family, scanned, d
     assert whole == (dtype == "float32")
 
 
-@pytest.mark.share(2)
+@pytest.mark.each(1)
 @pytest.mark.parametrize(("family", "scanned"), [("e4b", False), ("26b-a4b", True)])
 @pytest.mark.parametrize(
     ("ocdbt", "compression"), [(True, "zstd"), (False, "none"), (False, "zstd")]
@@ -221,6 +221,7 @@ def test_files_of_any_kind_come_back(copied, tmp_path):
     comes_back(source, tmp_path)
 
 
+@pytest.mark.share(4, 1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_values_that_scaling_loses_come_back(copied, tmp_path, family):
     source = copied(family)
@@ -243,7 +244,7 @@ def test_few_float32_values_that_scaling_loses_come_back_one_by_one(copied, tmp_
     assert 0 < len(kept[f"{EMBEDDING}/index"]) <= len(fine)
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(4, 1)
 @pytest.mark.parametrize(
     ("family", "scanned", "whole_chunks"),
     [
@@ -291,7 +292,7 @@ def differing(left: Leaves, right: Leaves) -> set[str]:
     return {name for name in left if not same_bits(left[name], right[name])}
 
 
-@pytest.mark.share(3)  # the first and the last of four: each value once
+@pytest.mark.share(4, 2)
 @pytest.mark.parametrize(("family", "scanned"), [("e2b", False), ("26b-a4b", True)])
 @pytest.mark.parametrize("head", [False, True])
 def test_embedding_stored_in_bfloat16_alone_differs(copied, tmp_path, family, scanned, head):
@@ -316,7 +317,7 @@ def test_embedding_stored_in_bfloat16_alone_differs(copied, tmp_path, family, sc
     )
 
 
-@pytest.mark.share(3)  # the first and the last of four: each value once
+@pytest.mark.share(4, 1)
 @pytest.mark.parametrize("stored", ["float32", "float16"])
 @pytest.mark.parametrize(("family", "scanned"), [("e4b", False), ("26b-a4b", True)])
 def test_weights_stored_in_bfloat16_differ_where_numpy_says(
@@ -520,7 +521,7 @@ def leftover_names(source: Path) -> set[str]:
     }
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(6, 3)
 @pytest.mark.parametrize(("family", "scanned"), [("e2b", False), ("26b-a4b", True), ("31b", False)])
 @pytest.mark.parametrize("like", ["huggingface", "converted"])
 def test_trained_values_are_rounded_as_numpy_rounds(trained, tmp_path, family, scanned, like):
@@ -545,6 +546,7 @@ def test_trained_values_are_rounded_as_numpy_rounds(trained, tmp_path, family, s
         assert report.unchecked == report.tensors
 
 
+@pytest.mark.large
 def test_the_run_the_step_and_the_items_folder_are_accepted(trained, tmp_path):
     source, run, values = trained("31b", older=True)
     expected, _ = exported(values, source)
@@ -557,6 +559,7 @@ def test_the_run_the_step_and_the_items_folder_are_accepted(trained, tmp_path):
     assert not differing(expected, read_safetensors(tmp_path / "older"))
 
 
+@pytest.mark.large
 def test_trained_values_in_float32_are_the_trained_values(trained, tmp_path):
     source, run, values = trained("e4b")
     report = to_hf(run, tmp_path / "back", like=source, dtype="float32")
@@ -723,7 +726,7 @@ def test_arrays_sharded_over_devices_come_back(shallow, tmp_path, monkeypatch):
 # Options.
 
 
-@pytest.mark.share(3)  # the first and the last of four: each value once
+@pytest.mark.share(3, 1)
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("family", PLE_FAMILIES)
 def test_omitting_leftovers_drops_exactly_them(copied, shallow, tmp_path, family, shards):
@@ -763,7 +766,7 @@ def check_weight_map(folder: Path) -> None:
     assert json.loads((folder / INDEX).read_text())["weight_map"] == placed
 
 
-@pytest.mark.share(3)  # the first and the last of four: each value once
+@pytest.mark.share(4, 3)
 @pytest.mark.parametrize(("family", "shards"), [("e2b", 1), ("31b", 3)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_dtype_edits_the_words_of_the_config_and_casts(shallow, tmp_path, family, shards, dtype):
@@ -814,7 +817,7 @@ def test_config_with_other_line_ends_keeps_them(copied, tmp_path):
     assert edited == text.replace(b'"dtype": "bfloat16"', b'"dtype": "float32"')
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(4, 2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_new_shards_are_right_and_transformers_loads_them(shallow, tmp_path, family):
     source, limit = shallow(family), 150_000
@@ -858,7 +861,7 @@ TEXT_ONLY = [
 """(family, scanned, whether the native tree has the text model alone)."""
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(6, 1)
 @pytest.mark.parametrize(("family", "scanned", "text_tree"), TEXT_ONLY)
 def test_text_model_alone(shallow, tmp_path, family, scanned, text_tree):
     source = shallow(family, scanned, shards=3)
@@ -1138,6 +1141,7 @@ def test_write_that_fails_leaves_nothing(native, tmp_path, limit):
 # Without writing.
 
 
+@pytest.mark.share(3, 1)
 @pytest.mark.parametrize("options", [{}, {"text_only": True}, {"dtype": "float32"}])
 def test_dry_run_reads_no_values_and_writes_nothing(shallow, tmp_path, monkeypatch, options):
     to_native(shallow("e2b"), tmp_path / "native")

@@ -124,6 +124,7 @@ TOLD: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.share(8, 3)
 @pytest.mark.parametrize("fact", TOLD)
 def test_what_differs_is_printed_and_written_and_run_by(shallow, tmp_path, fact):
     """And wrong in the settings it is a failed check, like a wrong weight."""
@@ -158,6 +159,7 @@ IN_GEMMA = {
 }
 
 
+@pytest.mark.share(6, 2)
 @pytest.mark.parametrize("fact", IN_GEMMA)
 def test_the_gemma_library_is_told_too(shallow, tmp_path, fact):
     (path, value, _), (key, expected) = TOLD[fact], IN_GEMMA[fact]
@@ -303,7 +305,7 @@ MEANS_NOTHING = {
 """Keys that say how large something is that the model has not."""
 
 
-@pytest.mark.share(7)
+@pytest.mark.share(23)
 @pytest.mark.parametrize(("layout", "name", "key"), CHANGED)
 def test_a_changed_key_is_told_or_refused(layout, name, key):
     config, tensors = load_config(name), load_tensors(name)

@@ -129,6 +129,7 @@ ROUND_TRIPS = [
 ]
 
 
+@pytest.mark.share(6, 4)
 @pytest.mark.parametrize(("family", "made", "options"), ROUND_TRIPS)
 def test_every_file_comes_back_and_is_verified(tiny, converted, tmp_path, family, made, options):
     source = tiny(family, **made)
@@ -144,6 +145,7 @@ def test_every_file_comes_back_and_is_verified(tiny, converted, tmp_path, family
     assert passes(tmp_path / "back", out).checked == len(hf)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("family", LARGE)
 def test_small_blocks_give_the_same_files(shallow, converted, tmp_path, monkeypatch, family):
     monkeypatch.setattr("gemma_convert.mapping.plan.BLOCK_BYTES", 10_000)
@@ -158,6 +160,7 @@ def test_small_blocks_give_the_same_files(shallow, converted, tmp_path, monkeypa
     assert sums(tmp_path / "back") == sums(shallow(family))
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("limit", [1, 20_000])
 def test_a_file_is_closed_when_it_has_its_parameters(shallow, tmp_path, monkeypatch, limit):
     """Tensors follow in the order of the source; the one that reaches the limit ends a file."""

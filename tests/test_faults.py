@@ -95,7 +95,7 @@ def limited():
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(4, 2)
 @every_writer
 def test_a_disk_that_fills_up(direction, source, small_disk, tmp_path):
     """The disk is almost full, and the check of free space has been deceived."""
@@ -142,6 +142,7 @@ def reader_of(direction):
     return SafetensorsFolder, "read_into"
 
 
+@pytest.mark.share(4, 1)
 @every_direction
 def test_a_source_that_cannot_be_read_halfway(direction, source, tmp_path, monkeypatch):
     def fail(*_):
@@ -164,6 +165,7 @@ def test_a_source_that_cannot_be_read_halfway(direction, source, tmp_path, monke
     assert sums(source) == before
 
 
+@pytest.mark.share(4)
 @every_direction
 def test_a_source_that_changes_meanwhile(direction, source, tmp_path, monkeypatch):
     files = [path for path in source.rglob("*") if path.is_file() and path.stat().st_size > 10_000]
@@ -180,6 +182,7 @@ def test_a_source_that_changes_meanwhile(direction, source, tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.share(4, 3)
 @every_direction
 def test_a_source_that_goes_away(direction, source, tmp_path, monkeypatch):
     calls = after(
@@ -191,6 +194,7 @@ def test_a_source_that_goes_away(direction, source, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.share(4, 2)
 @every_direction
 def test_a_target_that_is_taken_away(direction, source, tmp_path, monkeypatch):
     before = sums(source)
@@ -206,6 +210,7 @@ def test_a_target_that_is_taken_away(direction, source, tmp_path, monkeypatch):
     assert sums(source) == before
 
 
+@pytest.mark.share(4)
 @every_direction
 def test_a_worker_that_fails(direction, source, tmp_path, monkeypatch):
     """A fault of our own is raised as it is, and leaves nothing either."""
@@ -222,7 +227,7 @@ def test_a_worker_that_fails(direction, source, tmp_path, monkeypatch):
     assert sums(source) == before
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(4, 1)
 @every_writer
 def test_a_target_that_may_not_be_written(direction, source, small_disk, tmp_path):
     before = sums(source)
@@ -262,7 +267,7 @@ main()
 """
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(4)
 @every_writer
 def test_a_second_run_and_an_interrupt(direction, source, tmp_path):
     """The second is sent away, the first is interrupted, what it left is no checkpoint."""

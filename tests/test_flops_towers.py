@@ -134,6 +134,7 @@ def depthwise_gradients(model: Model) -> int:
     return audio.layers * (audio.embed - 1) * forward
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("family", ["e2b", "e4b", "26b-a4b", "31b"])
 def test_a_forward_pass_with_images_equals_the_counter(family, tiny, model_of):
     model = read_model(tiny(family))
@@ -141,6 +142,7 @@ def test_a_forward_pass_with_images_equals_the_counter(family, tiny, model_of):
     assert measured(model_of(family), False, False) == found + pooling(model)
 
 
+@pytest.mark.share(3, 1)
 @pytest.mark.parametrize("family", ["e2b", "e4b", "12b"])
 def test_a_forward_pass_with_images_and_sounds_equals_the_counter(family, tiny, model_of):
     model = read_model(tiny(family))
@@ -163,7 +165,7 @@ FROZEN = [
 ]
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(6)
 @pytest.mark.parametrize("frozen", FROZEN, ids="+".join)
 def test_a_training_step_with_frozen_parts_equals_the_counter(frozen, tiny, model_of):
     theirs, model = model_of("e2b"), read_model(tiny("e2b"))

@@ -173,7 +173,7 @@ def triangular_systems(model) -> int:
     )
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(5)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_family_equals_the_counter(name):
     values = {"num_hidden_layers": 13} | PUBLISHED[name]
@@ -194,7 +194,7 @@ TEXT_MODELS = [name for name in models.PUBLISHED if name != models.UNIFIED]
 """12B's text is counted beside its embedders, on a tiny model: test_flops_towers.py."""
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(4, 2)
 @pytest.mark.parametrize("name", TEXT_MODELS)
 def test_gemma4_text_equals_the_counter(name):
     found = count(read_model(models.FOLDER / name), replace(prefill(BATCH, TOKENS), rule="dense"))
@@ -257,7 +257,7 @@ SHORT_REACH = {
 """Windows and chunks shorter than the cache."""
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(5, 1)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_decode_step_equals_the_counter(name):
     values = PUBLISHED[name] | {"num_hidden_layers": 7} | SHORT_REACH.get(name, {})
@@ -268,6 +268,7 @@ def test_a_decode_step_equals_the_counter(name):
     assert step_flops(transformers_config(values), TOKENS) == found + extra
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("name", ["gemma-4-E2B-it", "gemma-4-26B-A4B-it"])
 def test_a_decode_step_of_gemma4_equals_the_counter(name):
     longer_than_the_window = 1500
@@ -294,7 +295,7 @@ TRAINED = [name for name in PUBLISHED if "Next" not in name]
 """Not Qwen3-Next: torch has no FLOPs of its own for a triangular system's backward pass."""
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(5, 2)
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_training_step_equals_the_counter(name):
     values = PUBLISHED[name] | {"num_hidden_layers": 3}
@@ -303,6 +304,7 @@ def test_a_training_step_equals_the_counter(name):
     assert step_of_training(transformers_config(values)) == found + 3 * idle_experts(model)
 
 
+@pytest.mark.share(2, 1)
 @pytest.mark.parametrize(("family", "recomputation"), [("e2b", "full"), ("26b-a4b", "none")])
 def test_a_training_step_of_gemma4_equals_the_counter(family, recomputation, tiny):
     folder = tiny(family, layers=10 if family == "e2b" else 6)

@@ -204,6 +204,7 @@ def test_packed_weights_under_the_names_of_weights(folder, tiny, dtype):
 QUANTIZED = {"quant_method": "compressed-tensors", "format": "pack-quantized", "bits": 4}
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("place", ["", "text_config"])
 def test_the_tensors_decide_what_is_quantized(place, shallow, tmp_path):
     source = shutil.copytree(shallow("31b"), tmp_path / "in")

@@ -101,6 +101,7 @@ def by_hand(hf: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 # There and back.
 
 
+@pytest.mark.share(2, 1)
 @pytest.mark.parametrize("scanned", [False, True])
 def test_the_embedder_goes_there_and_every_file_comes_back(native, tmp_path, scanned):
     source, out = native(scanned)
@@ -154,6 +155,7 @@ def test_a_trained_tree_tells_its_version(native, tmp_path):
     assert differing(before, after) == ["model.vision_embedder.pos_norm.bias"]
 
 
+@pytest.mark.large
 def test_one_version_becomes_the_other(native, tmp_path):
     source, out = native()
     to_native(out, tmp_path / "blind", framework_version=RELEASE)
@@ -248,6 +250,7 @@ def test_other_models_are_told_what_they_were():
 # Checked by running.
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("scanned", [False, True])
 def test_text_and_images_are_those_of_transformers(native, pictures, scanned):
     source, out = native(scanned)
@@ -282,6 +285,7 @@ def test_without_the_other_epsilon_nothing_is_left(native, pictures, monkeypatch
     assert not any("epsilon" in one for one in report.warnings)
 
 
+@pytest.mark.large
 def test_the_whole_model_sees_too(native, pictures):
     source, out = native()
     report = logit_check(source, out, tokens=3, images=[pictures["noise"]], whole_model=True)
@@ -405,6 +409,7 @@ def crossed(one: str, other: str):
     return edit
 
 
+@pytest.mark.share(6)
 @pytest.mark.parametrize("name", CROSSED)
 def test_rows_crossed_in_the_table_are_found(native, pictures, mistaken, tmp_path, name):
     source, right = native()
@@ -427,6 +432,7 @@ def test_axes_exchanged_in_the_table_are_found(native, pictures, mistaken, tmp_p
         logit_check(source, tmp_path / "out", tokens=3, images=[pictures["noise"]])
 
 
+@pytest.mark.share(5, 1)
 @pytest.mark.parametrize("name", PLANTED)
 def test_mistakes_in_arrays_are_found(native, pictures, tmp_path, name):
     source, out = native()

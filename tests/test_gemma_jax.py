@@ -57,6 +57,7 @@ def native_of(source: Path, out: Path, **options) -> Path:
 # The tree.
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("family", "kv_shared"), [*((f, "keep") for f in FAMILIES), ("e2b", "omit")]
 )
@@ -66,6 +67,7 @@ def test_every_array_equals_numpy_written_by_hand(tiny, converted, family, kv_sh
     assert not differing(arrays_of(out, "gemma-jax"), by_hand(source))
 
 
+@pytest.mark.share(2, 1)
 @pytest.mark.parametrize("family", ["e4b", "26b-a4b"])
 def test_dtypes_that_are_asked_for(shallow, tmp_path, family):
     source = shallow(family, text_only=True, kv_shared="omit")
@@ -228,7 +230,7 @@ ROUND_TRIPS = [
 ]
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(5)
 @pytest.mark.parametrize(("family", "made", "options"), ROUND_TRIPS)
 def test_every_file_comes_back_and_is_verified(tiny, converted, tmp_path, family, made, options):
     source = tiny(family, **made)
@@ -278,6 +280,7 @@ def filled_names(source: Path) -> dict[str, int]:
     }
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("family", ["e2b", "e4b"])
 def test_what_the_source_lacks_is_filled_in_and_left_out_again(tiny, tmp_path, family):
     depth = {"e2b": 10, "e4b": 12}[family]
@@ -312,6 +315,7 @@ def test_a_source_with_leftovers_keeps_their_values(shallow, converted):
                 assert same_bits(np.ascontiguousarray(rows), hf[f"{at}{word}_proj.weight"])
 
 
+@pytest.mark.share(2, 1)
 @pytest.mark.parametrize(
     ("array", "value"), [("attn/kv_einsum/w", -0.0), ("attn/key_norm/scale", 1.5)]
 )
@@ -329,6 +333,7 @@ def test_a_value_altered_in_what_was_filled_in_is_named(tiny, tmp_path, array, v
         assert damaged(verify(out, against=against)) == [name]
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("name", ["layer_2/attn/kv_einsum/w", "layer_2/skip_scale"])
 def test_one_changed_bit_is_named(tiny, tmp_path, name):
     source = tiny("e2b", layers=10, text_only=True)
@@ -354,6 +359,7 @@ def bits_of(word: int):
     return lambda values: np.full_like(values, 0).view(np.uint16).__ior__(word).view(values.dtype)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("first", "second", "edge"),
     [
@@ -505,7 +511,7 @@ def save_by_pytree(folder: Path, tree: dict) -> Path:
     return folder
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(4, 1)
 @pytest.mark.parametrize(
     ("family", "save", "form"),
     [
@@ -533,6 +539,7 @@ def test_trees_saved_by_orbax_itself_are_read(tiny, tmp_path, family, save, form
     assert not differing(arrays_of(tmp_path / "again", "gemma-jax"), by_hand(source))
 
 
+@pytest.mark.large
 def test_trained_float32_values_are_rounded_as_numpy_rounds(tiny, tmp_path):
     import jax
     import jax.numpy as jnp
@@ -570,6 +577,7 @@ def test_an_export_of_the_text_model_alone(shallow, converted, tmp_path):
     passes(tmp_path / "back", converted(source, "gemma-jax"))
 
 
+@pytest.mark.large
 def test_an_export_without_leftovers_of_shared_layers(shallow, converted, tmp_path):
     source, lean = shallow("e2b"), shallow("e2b", kv_shared="omit")
     to_hf(converted(source, "gemma-jax"), tmp_path / "back", kv_shared="omit")

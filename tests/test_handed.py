@@ -66,6 +66,7 @@ def test_keys_that_lead_elsewhere(file, key, value, hf, native, tmp_path) -> Non
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.share(4, 1)
 @pytest.mark.parametrize(
     ("key", "value"),
     [

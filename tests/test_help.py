@@ -83,6 +83,7 @@ def make_files(words: list[str], example: str, folder: Path, model: Path, out: P
         assert run("to-hf", out, folder / "exported").returncode == 0
 
 
+@pytest.mark.share(5)
 @pytest.mark.parametrize("example", sorted(set(EXAMPLES)))
 def test_every_example_runs(example, desk):
     quick = ["--tokens", "8"] if SLOW.match(example) else []
@@ -184,6 +185,7 @@ def test_paths_are_left_to_the_shell(capfd):
     assert complete("bash", "gemma-convert inspect ", capfd) == []
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize(
     ("shell", "file"),
     [

@@ -135,6 +135,7 @@ def test_a_checkpoint_comes_over_and_is_converted(hub, run, revisions, tmp_path)
     assert hub.asked == []
 
 
+@pytest.mark.large
 def test_a_revision_is_chosen_and_a_second_run_takes_the_cache(hub, run, revisions, tmp_path):
     branch, again, commit, local = run(
         f"to-native {REPOSITORY}@v2 one --format maxtext --json",
@@ -165,6 +166,7 @@ def test_a_download_that_breaks_off_is_resumed(hub, run, revisions, tmp_path):
     assert checked.code == 0, checked.out
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("file", [SHARDS[1], "tokenizer.json"])
 def test_a_file_that_is_not_what_was_announced_is_refused(hub, run, file, tmp_path):
     hub.damaged = file
@@ -248,6 +250,7 @@ def test_headers_of_what_is_in_the_cache_are_not_asked_for(hub, run, revisions, 
     failed(offline, f"where: {REPOSITORY}")
 
 
+@pytest.mark.large
 def test_native_repositories_are_inspected(hub, run, revisions, tmp_path):
     """Of Fast-LLM's files the headers are read; Orbax's arrays are downloaded."""
     made = run(

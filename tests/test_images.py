@@ -244,6 +244,7 @@ def test_either_file_configures_the_processor(file, folders, tmp_path, pictures,
     assert 0 < one.pixels.max() <= 0.5 < sequences["e2b"]["square.png"].pixels.max()
 
 
+@pytest.mark.share(4, 1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["square.png", "tall.png", "turned.jpg"])
 def test_logits_are_bit_equal_to_transformers_own_path(
@@ -265,6 +266,7 @@ def on_device(inputs, reference):
     return {name: tensor.to(reference.device) for name, tensor in inputs.items()}
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pixels_and_positions_matter(family, references, sequences):
     reference, one = references[family], sequences[family]["square.png"]

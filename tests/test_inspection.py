@@ -61,6 +61,7 @@ def test_maxtext(shallow, tmp_path, family, scanned):
     assert (bare.family, bare.layers, bare.scanned) == (family, whole.layers, scanned)
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize(
     ("family", "layout"),
     [*((family, "gemma-jax") for family in FAMILIES), ("26b-a4b", "fast-llm"), ("31b", "fast-llm")],

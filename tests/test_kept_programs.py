@@ -198,6 +198,7 @@ def test_where_it_is(monkeypatch):
     assert programs_folder() is None and kept_programs._usable(None) is None
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize(("layout", "scanned"), JAX_LAYOUTS)
 def test_a_layer_is_compiled_once_for_its_kind(shallow, converted, layout, scanned):
     """31B has two kinds, sliding and full; prompts come in two lengths: short ones, and one."""

@@ -64,7 +64,7 @@ EVERY = {
 }
 
 
-@pytest.mark.share(3)
+@pytest.mark.each(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("layout", "model"), MODELS)
 def test_a_right_conversion_is_within_its_rounding(shallow, converted, layout, model, dtype):
@@ -125,6 +125,7 @@ EDITS = {name: edit for name, edit, _, _ in MISTAKES.values()}
 NAMED = {part: words for _, _, part, words in MISTAKES.values()}
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_mistakes_are_named_where_they_are_and_nowhere_else(shallow, tmp_path, dtype):
     """Three at once: each part is run on the original's states, whatever is before it."""
@@ -177,6 +178,7 @@ def test_features_by_their_own_noise():
     assert not any(map(is_by_feature, ["output projection", "dense MLP", "embedding", "router"]))
 
 
+@pytest.mark.share(3, 1)
 @pytest.mark.parametrize("layout", ["maxtext", "gemma-jax", "fast-llm"])
 def test_what_kl_does_not_see_fails_by_itself(shallow, tmp_path, layout):
     """One per cent of one matrix, in bfloat16's sight too small for its limit of KL."""
@@ -190,6 +192,7 @@ def test_what_kl_does_not_see_fails_by_itself(shallow, tmp_path, layout):
     assert loose.divergence.kl_max < 1.0 and not loose.passed
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_lost_factor_is_named(shallow, tmp_path, dtype):
     source = shallow("31b", text_only=True)
@@ -200,6 +203,7 @@ def test_a_lost_factor_is_named(shallow, tmp_path, dtype):
     assert failed.mistake.startswith("it is 2") and failed.name == "layer 3, dense MLP"
 
 
+@pytest.mark.each(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stored", ["float32", "float16"])
 def test_an_original_of_any_dtype_is_checked(tmp_path, stored, dtype):
@@ -259,6 +263,7 @@ def test_what_is_wrong_everywhere_is_not_said_of_a_few(shallow, tmp_path):
         assert failed.name == "layer 2, output projection" and failed.mistake is None
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("name", "part"),
     [("model.norm.weight", "the final norm"), ("embed_tokens.weight", "the embedding")],
@@ -286,6 +291,7 @@ def wild(tiny, tmp_path_factory):
     return amplifying(tiny("31b", text_only=True), tmp_path_factory.mktemp("wild") / "in")
 
 
+@pytest.mark.share(3, 2)
 @pytest.mark.parametrize("layout", ["maxtext", "gemma-jax", "fast-llm"])
 def test_a_network_that_amplifies_rounding_passes_and_says_so(wild, converted, layout):
     report = logit_check(wild, converted(wild, layout))

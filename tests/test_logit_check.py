@@ -110,6 +110,7 @@ def test_right_conversion_is_proven(dense, native):
     assert "same model" in text and "limit 1e-05 (float32, nothing rounded)" in text
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("kind", ["moe", "ple"])
 def test_other_kinds_pass_and_do_not_pass_with_a_mistake(others, kind, tmp_path):
     one = others[kind]
@@ -394,7 +395,7 @@ def test_text_of_every_layout(tiny, converted, layout, family):
     assert report.longest_sequence > report.sliding_window and report.warnings == ()
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(6, 4)
 @pytest.mark.parametrize(("layout", "family"), WITH_IMAGES)
 def test_images_of_every_layout_that_sees(tiny, converted, picture, layout, family):
     """The text that runs beside the image is held to the same limit."""

@@ -63,7 +63,7 @@ def test_published_models_are_named_by_their_size():
     assert named_model("E4B") == named_model("e4b")
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(4)
 @pytest.mark.parametrize(("name", "layout", "scanned"), FORMS)
 def test_every_published_tensor_is_listed_whole_and_none_is_left_over(name, layout, scanned):
     source = load_tensors(NAMES[name])

@@ -71,6 +71,7 @@ def measured(code: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("scanned", [False, True])
 def test_three_times_the_layers_take_the_same_memory(tmp_path, scanned):
     """Of a conversion, and of the export of what it made; threads and allocator vary."""

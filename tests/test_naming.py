@@ -72,7 +72,7 @@ IN_LAYOUTS = [
 """Every naming in every layout; each naming begins with another layout than the one before."""
 
 
-@pytest.mark.share(len(LAYOUTS))
+@pytest.mark.share(9)
 @pytest.mark.parametrize(("kind", "layout"), IN_LAYOUTS)
 def test_there_and_back(kind, layout, shallow, converted, tmp_path):
     plain = shallow("31b", shards=3)
@@ -92,7 +92,7 @@ def test_there_and_back(kind, layout, shallow, converted, tmp_path):
     assert inspect(source).coverage.complete
 
 
-@pytest.mark.share(3)
+@pytest.mark.share(9, 5)
 @pytest.mark.parametrize("kind", NAMINGS)
 def test_the_check_runs_on_them(kind, shallow, converted, tmp_path):
     plain = shallow("31b")
@@ -136,6 +136,7 @@ def of_modules(name: str) -> str:
     return name.replace(old, new).replace("vision_embedder.", "embed_vision.")
 
 
+@pytest.mark.share(2, 1)
 @pytest.mark.parametrize("before", ["", "module."])
 def test_names_of_modules(before, shallow, tmp_path):
     plain = shallow("12b", shards=2)
@@ -163,6 +164,7 @@ def test_names_of_modules_are_those_of_transformers(shallow):
     assert stored == {*Reference(source)._model.state_dict()} - {"lm_head.weight"}
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("kind", ["both", "base model", "older", "compiled layers"])
 def test_an_export_like_another_original_has_its_names(kind, shallow, converted, tmp_path):
     plain = shallow("31b", shards=2)
@@ -296,7 +298,7 @@ def test_any_composition_is_read(wrappers):
     shards=st.integers(1, 4),
 )
 @settings(
-    max_examples=8,
+    max_examples=4,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

@@ -73,7 +73,7 @@ def cases(tiny):
     return cache(lambda family: Case(tiny(family, dtype="float32", seed=4)))
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(5, 1)
 @pytest.mark.parametrize("frames", [1, 50, 203])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_features_are_those_of_transformers(cases, family, frames):
@@ -84,6 +84,7 @@ def test_features_are_those_of_transformers(cases, family, frames):
     assert case.difference(features) < LIMIT
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("samples", [1000, 8003, 20000])
 def test_a_clip_as_the_feature_extractor_gives_it(cases, tiny, samples):
     from transformers import AutoFeatureExtractor

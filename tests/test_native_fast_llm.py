@@ -467,6 +467,7 @@ def test_conversion_mistake_shows(cases, name):
     assert case.kl(case.write(f"mistake {name}", tensors=tensors)) > 10 * LIMIT
 
 
+@pytest.mark.share(2, 1)
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_every_norm_counts_with_its_weight(cases, kind):
     case = cases[kind]

@@ -60,6 +60,7 @@ def case():
     return cache(Case)
 
 
+@pytest.mark.share(3, 1)
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_forward_is_that_of_transformers(case, kind):
     one = case(kind)
@@ -72,7 +73,7 @@ def test_forward_is_that_of_transformers(case, kind):
     assert one.logits.std() > 0.5  # logits that are all alike would prove nothing
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(4)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_forward_over_a_stored_tree_is_that_of_transformers(tiny, family, tmp_path):
     import orbax.checkpoint as ocp
@@ -112,6 +113,7 @@ def test_layers_that_share_keys_never_look_at_their_own(case):
     assert gemma_jax.layer_params(tree, one.text, 3) is tree["layer_3"]
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_bfloat16_is_as_near_as_that_of_transformers(case, kind):
     import torch
@@ -128,6 +130,7 @@ def test_bfloat16_is_as_near_as_that_of_transformers(case, kind):
     assert 1e-5 < mean_kl(found) < 2 * mean_kl(theirs)
 
 
+@pytest.mark.large
 def test_the_tree_may_be_stored_in_bfloat16(case):
     one = case("ple")
     rounded = {path: array.astype(ml_dtypes.bfloat16) for path, array in flat(one.tree).items()}

@@ -46,6 +46,7 @@ def cases():
     return {kind: Case(kind) for kind in CONFIGS}
 
 
+@pytest.mark.share(2, 1)
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_forward_is_that_of_transformers(cases, kind):
     case = cases[kind]
@@ -101,6 +102,7 @@ def test_batches_of_other_lengths_run_together(cases):
     np.testing.assert_allclose(short[0], whole[0, :11], atol=1e-4)
 
 
+@pytest.mark.share(2, 1)
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_bfloat16_is_as_near_as_that_of_transformers(cases, kind):
     import torch
@@ -185,6 +187,7 @@ WRONG_FACTS = {
 }
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("name", WRONG_FACTS)
 def test_wrong_fact_shows(cases, name):
     kind, wrong = WRONG_FACTS[name]

@@ -90,7 +90,7 @@ def case(tiny):
     return cache(lambda family: Case(tiny(family)))
 
 
-@pytest.mark.share(3)
+@pytest.mark.share(6, 1)
 @pytest.mark.parametrize("name", TREES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_images_are_seen_as_transformers_sees_them(case, family, name):
@@ -108,6 +108,7 @@ def test_images_are_seen_as_transformers_sees_them(case, family, name):
     assert decoder.layer._cache_size() == kinds
 
 
+@pytest.mark.share(4, 2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_processor_makes_of_two_images(case, family):
     import torch
@@ -143,6 +144,7 @@ def test_what_a_processor_makes_of_two_images(case, family):
         assert compare(expected[0], found[0, : len(ids)]).kl.max() < 1e-8
 
 
+@pytest.mark.share(2, 1)
 @pytest.mark.parametrize("name", TREES)
 def test_an_image_changes_only_what_sees_it(case, name):
     dense, ple = case("31b"), case("e2b")
@@ -178,6 +180,7 @@ WRONG = {
 }
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("mistake", WRONG)
 def test_a_mistake_with_images_shows(case, mistake):
     family, wrong = WRONG[mistake]

@@ -164,7 +164,7 @@ def cases(tiny):
     return cache(lambda family: Case(tiny(family, dtype="float32", seed=3)))
 
 
-@pytest.mark.share(2)
+@pytest.mark.each(1)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_features_are_those_of_transformers(cases, family, shape):
@@ -173,6 +173,7 @@ def test_features_are_those_of_transformers(cases, family, shape):
     assert max(found.values()) < LIMIT, found
 
 
+@pytest.mark.share(4, 3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_image_that_needs_no_padding(cases, family):
     side = cases(family).architecture.vision.patch_size * 3
@@ -182,6 +183,7 @@ def test_an_image_that_needs_no_padding(cases, family):
     assert max(found.values()) < LIMIT, found
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("family", ["e2b", "31b"])
 def test_padding_is_never_seen(cases, family):
     case = cases(family)
@@ -223,6 +225,7 @@ def odd(tiny):
     return cache(lambda kind: makers[kind]())
 
 
+@pytest.mark.share(2, 1)
 @pytest.mark.parametrize("kind", ["clipped", "plain"])
 def test_constants_are_those_of_the_config(odd, kind):
     case = odd(kind)

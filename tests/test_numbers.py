@@ -106,7 +106,7 @@ def test_the_numbers_are_odd():
         assert values[np.isfinite(values)].max() == float(ml_dtypes.finfo(kind).max)
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(5, 1)
 @pytest.mark.parametrize(
     ("dtype", "form"), [(dtype, form) for dtype in DTYPES for form in forms_of(dtype)]
 )
@@ -142,6 +142,7 @@ def sorted_bits(arrays: list[np.ndarray]) -> np.ndarray:
     return np.sort(np.concatenate([bits(np.ascontiguousarray(a)).reshape(-1) for a in arrays]))
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_from_layout_to_layout(sources, tmp_path, dtype):
     last = sources[dtype]

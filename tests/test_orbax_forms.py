@@ -78,6 +78,7 @@ def training_state(run, tree):
 FORMS = (item_of_another_name, bare_tree, tuned, reinforced, training_state)
 
 
+@pytest.mark.share(5)
 @pytest.mark.parametrize("layout", ITEMS)
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_goes_back(form, layout, shallow, converted, tmp_path):
@@ -94,6 +95,7 @@ def test_every_form_goes_back(form, layout, shallow, converted, tmp_path):
         assert sums(back) == sums(source)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("layout", ITEMS)
 def test_every_command_takes_them(layout, shallow, converted, tmp_path):
     source = shallow("31b")
@@ -111,6 +113,7 @@ def test_every_command_takes_them(layout, shallow, converted, tmp_path):
         assert logit_check(source, run, tokens=5, **told).passed
 
 
+@pytest.mark.share(2, 1)
 @pytest.mark.parametrize("layout", ITEMS)
 def test_a_mistake_in_them_is_found(layout, shallow, converted, tmp_path):
     source = shallow("31b")

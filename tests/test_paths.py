@@ -38,6 +38,7 @@ def beside(tmp_path: Path, shallow, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.share(5, 1)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_command_takes_parent_folders(layout: str, beside: Path) -> None:
     run("to-native", "../t", "../O", *LAYOUTS[layout], "--verify")
@@ -57,6 +58,7 @@ def test_every_command_takes_parent_folders(layout: str, beside: Path) -> None:
     run("to-native", "../t", "../O", *LAYOUTS[layout], "--overwrite")
 
 
+@pytest.mark.share(3, 1)
 @pytest.mark.parametrize("layout", ["zarr", "ocdbt", "gemma-jax", "fast-llm"])
 def test_logit_check_takes_parent_folders(layout: str, beside: Path) -> None:
     run("to-native", "../t", "../O", *LAYOUTS[layout])
@@ -122,7 +124,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, shallow, converted) -> tuple
     return tmp_path_factory.mktemp("spelled") / "w", converted(source, "maxtext", ocdbt=False)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(name=NAMES, spelling=SPELLINGS)
 def test_a_path_may_be_spelled_in_any_way(
     small: tuple[Path, Path], name: str, spelling: str
@@ -165,6 +167,7 @@ def test_names_that_are_no_text(tmp_path: Path, shallow) -> None:
             assert (folder / "back" / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.share(4, 2)
 @pytest.mark.parametrize("layout", ["zarr", "ocdbt", "gemma-jax", "fast-llm"])
 def test_a_path_may_begin_with_two_slashes(layout: str, beside: Path) -> None:
     run("to-native", f"/{beside}/t", f"/{beside}/O", *LAYOUTS[layout], "--verify")
@@ -193,6 +196,7 @@ def shell(line: str) -> subprocess.CompletedProcess[bytes]:
     )
 
 
+@pytest.mark.share(3, 1)
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
 @pytest.mark.parametrize("command", ["mappings --format maxtext", "--help", "--version"])
 def test_output_without_room_ends_with_74(command: str) -> None:
@@ -201,6 +205,7 @@ def test_output_without_room_ends_with_74(command: str) -> None:
     assert done.stderr.decode().startswith("error: The standard output cannot be written")
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize(
     "command",
     ["GC mappings --format maxtext | true", "GC --help | true", "GC --version 2>&- | cat"],
@@ -225,6 +230,7 @@ def test_output_waits_for_a_reader_of_a_pipe_that_does_not_block() -> None:
         assert (started.wait(), started.communicate()[1]) == (0, b"")
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize(
     ("command", "code"),
     [("GC mappings >&-", 0), ("GC inspect nowhere 2>&-", 3), ("GC mappings <&- >&- 2>&-", 0)],

@@ -97,6 +97,7 @@ def alter(folder: Path, file: str, change: Any) -> None:
     path.write_text(json.dumps(content))
 
 
+@pytest.mark.large
 def test_a_manifest_that_speaks_to_the_terminal(tiny, converted, tmp_path) -> None:
     """`lossy_rows` and `not_carried` are texts of the manifest, and end in summaries."""
     hf = tiny("31b", layers=6)
@@ -151,6 +152,7 @@ def test_file_names_that_speak_to_the_terminal(layout, tiny, converted, tmp_path
     assert (".bin" in output) == (layout == "hf")
 
 
+@pytest.mark.share(3, 1)
 @pytest.mark.parametrize(
     "file", ["tokenizer_config.json", "config.json", "special_tokens_map.json"]
 )

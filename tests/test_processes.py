@@ -127,7 +127,7 @@ def test_shares_are_of_about_equal_bytes(shallow, small_blocks):
     assert max(sizes) - min(sizes) <= largest
 
 
-@pytest.mark.share(2)
+@pytest.mark.each(1)
 @pytest.mark.parametrize("options", [{}, {"ocdbt": False}, {"scan_layers": True}])
 @pytest.mark.parametrize("layout", ["maxtext", "gemma-jax", "tunix"])
 def test_three_processes_make_what_one_makes(shallow, tmp_path, small_blocks, layout, options):

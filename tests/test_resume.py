@@ -145,6 +145,7 @@ def test_what_is_complete_is_not_read_again(shallow, tmp_path):
     assert entry["regions"]
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("damage", ["value", "journal", "source"])
 def test_nothing_is_trusted_that_is_not_so(shallow, tmp_path, damage):
     """A damaged region is written again; another source, or another journal, starts anew."""
@@ -201,7 +202,7 @@ def test_resume_with_nothing_to_resume_is_a_plain_run(shallow, tmp_path):
 LEAN = {"layers": 10, "kv_shared": "omit", "text_only": True}
 
 
-@pytest.mark.share(2)
+@pytest.mark.large
 @pytest.mark.parametrize(
     ("layout", "family", "made"), [("gemma-jax", "e2b", LEAN), ("fast-llm", "26b-a4b", {})]
 )
@@ -219,7 +220,7 @@ def test_killed_conversions_to_other_layouts_continue(
     assert sums(tmp_path / "back") == sums(source)
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(3, 2)
 @pytest.mark.parametrize(
     ("one", "two"), [("gemma-jax", "fast-llm"), ("fast-llm", "maxtext"), ("maxtext", "gemma-jax")]
 )

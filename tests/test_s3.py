@@ -52,7 +52,7 @@ def stored(s3, hf):
     return "stored/maxtext"
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(4, 2)
 @pytest.mark.parametrize(
     ("layout", "options", "loaded_by"),
     [
@@ -111,6 +111,7 @@ def test_it_is_proved_by_its_manifest_and_inspected(stored):
     assert found.converted_by == f"gemma-convert {gemma_convert.__version__}"
 
 
+@pytest.mark.large
 def test_a_damaged_array_is_found(s3, hf, place):
     gemma_convert.to_native(hf, f"{URL}/{place}", layout="fast-llm")
     key = f"{place}/model_0.safetensors"
@@ -138,6 +139,7 @@ def test_from_store_to_store(s3, hf, stored, place, tmp_path):
     assert gemma_convert.verify(other, against=hf).passed
 
 
+@pytest.mark.large
 def test_a_wrong_export_is_found(s3, hf, stored, place):
     s3.put_folder(hf, place)
     key = f"{place}/model.safetensors"
@@ -162,6 +164,7 @@ def test_only_what_is_small_is_copied_into_a_mirror(s3, hf, stored):
     assert remote.find_mirror(folder) is None
 
 
+@pytest.mark.large
 def test_a_large_file_that_is_no_weights_is_read_where_it_is(s3, hf, place, tmp_path, monkeypatch):
     s3.put_folder(hf, place)
     monkeypatch.setattr(remote, "SMALL_BYTES", 10_000)
@@ -205,6 +208,7 @@ def test_a_key_that_climbs_out_is_refused(s3, place, monkeypatch):
             local(f"{URL}/{place}", stack)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("below", ["", "/0/items"])
 def test_an_unfinished_conversion_is_refused(s3, stored, place, tmp_path, below):
     for key in s3.keys(stored):
@@ -237,6 +241,7 @@ def test_what_is_there_is_not_replaced(s3, hf, place):
     assert s3.keys(place) == [f"{place}/mine.txt"]
 
 
+@pytest.mark.large
 def test_overwrite_replaces_an_unfinished_conversion(s3, hf, place):
     s3.put(f"{place}/{JOURNAL}", b"{}")
     s3.put(f"{place}/0/items/left", b"over")
@@ -350,6 +355,7 @@ def test_what_is_sent_is_told_too(s3, hf, place):
     assert sent and {f"{place}/{name}" for name in sent} <= set(s3.keys(place))
 
 
+@pytest.mark.large
 def test_a_source_that_changes_is_noticed(s3, hf, place, stored, tmp_path):
     s3.put_folder(hf, place)
     key = f"{place}/model.safetensors"

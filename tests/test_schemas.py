@@ -257,6 +257,7 @@ REPORTS = {
 }
 
 
+@pytest.mark.share(5)
 @pytest.mark.parametrize("name", REPORTS)
 def test_what_is_printed_is_what_the_schema_says(
     name, source, edited, tmp_path, shallow, converted

@@ -60,6 +60,7 @@ def test_convert_and_check(shallow, tmp_path):
     assert done.stdout.count("same model") == 1
 
 
+@pytest.mark.share(2, 1)
 @pytest.mark.parametrize(
     ("family", "forms"), [("e2b", ["unscanned"]), ("26b-a4b", ["unscanned", "scanned"])]
 )
@@ -72,6 +73,7 @@ def test_every_form_is_converted_and_checked(shallow, checked_by, tmp_path, fami
     assert checks(tmp_path) == [f"logit-check {source} {out / form} --tokens 16" for form in forms]
 
 
+@pytest.mark.large
 def test_other_layouts(shallow, checked_by, tmp_path):
     source, out = shallow("e2b"), tmp_path / "out"
     done = run("convert_e2b.sh", source, out, "gemma-jax", **checked_by(0))

@@ -61,6 +61,7 @@ def kept(path: Path) -> Iterator[bytes]:
         path.write_bytes(data)
 
 
+@pytest.mark.share(6)
 @each
 @given(data=st.data())
 def test_a_flipped_bit_anywhere_is_reported(sealed, data):
@@ -85,6 +86,7 @@ def test_a_flipped_bit_anywhere_is_reported(sealed, data):
         assert all(good[key].tobytes() == after[key].tobytes() for key in good)
 
 
+@pytest.mark.share(6, 4)
 @each
 @given(data=st.data())
 def test_a_lost_file_is_reported(sealed, data):
@@ -97,6 +99,7 @@ def test_a_lost_file_is_reported(sealed, data):
         assert reported(out, name), name
 
 
+@pytest.mark.share(6, 2)
 @each
 @given(data=st.data())
 def test_an_added_file_is_reported(sealed, data):

@@ -36,6 +36,7 @@ def edited(out: Path, layout: str, **values: object) -> None:
     file.write_text(json.dumps(settings))
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("layout", SETTINGS)
 def test_odd_values_in_settings_are_messages(shallow, converted, tmp_path, layout):
     source = shallow("31b")
@@ -184,7 +185,7 @@ def told(shallow, converted, tmp_path, monkeypatch):
     return make
 
 
-@pytest.mark.share(3)
+@pytest.mark.share(8)
 @pytest.mark.parametrize(("layout", "key"), CASES)
 def test_a_fact_planted_wrong_fails_the_check(told, layout, key):
     source, out = told(layout, key)
@@ -193,7 +194,7 @@ def test_a_fact_planted_wrong_fails_the_check(told, layout, key):
     assert any(KEYS[layout][key] in warning for warning in report.warnings)
 
 
-@pytest.mark.share(4)
+@pytest.mark.share(10, 1)
 @pytest.mark.parametrize(("layout", "key"), CASES)
 def test_a_changed_fact_goes_into_config_json(told, tmp_path, layout, key):
     """The export then computes what the native side does, and nothing else of config.json moves."""
@@ -219,6 +220,7 @@ def test_a_changed_fact_goes_into_config_json(told, tmp_path, layout, key):
     assert verify(tmp_path / "back", against=out).passed
 
 
+@pytest.mark.share(2, 1)
 @pytest.mark.parametrize("layout", KEYS)
 def test_settings_that_say_the_same_change_no_byte(shallow, converted, tmp_path, layout):
     source = shallow("26b-a4b", text_only=True)
@@ -302,6 +304,7 @@ def test_a_trained_run_is_exported_by_its_settings(trained, tmp_path):
     assert to_hf(run, tmp_path / "as it was", like=source).changed_facts == {}
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("layout", ["gemma-jax", "fast-llm"])
 def test_changed_facts_go_along_to_another_layout(told, tmp_path, layout):
     source, out = told("maxtext", "global_rope_max_timescale")
@@ -359,7 +362,7 @@ def test_settings_that_have_no_place(shallow, converted, tmp_path):
         assert (code, expected in errors) == (2, True), errors
 
 
-@pytest.mark.share(3)
+@pytest.mark.share(5, 1)
 @pytest.mark.parametrize(
     ("layout", "model"),
     [

@@ -551,6 +551,7 @@ def test_each_sound_runs_by_itself_and_once(sequences):
     assert batches([text, one, text, other]) == [[0, 2], [1], [3]]
 
 
+@pytest.mark.share(2, 1)
 @pytest.mark.parametrize("whole_model", [False, True])
 def test_text_around_a_sound_is_compared_and_its_places_are_not(
     whole_model, folders, converted, clips
@@ -623,7 +624,7 @@ FAILING = {
 """Each fault → the parts that fail by themselves, and no other does."""
 
 
-@pytest.mark.share(3)
+@pytest.mark.share(10)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_broken_tower_is_heard(fault, folders, converted, clips, tmp_path):
     items = tmp_path / "native"
@@ -643,6 +644,7 @@ def test_a_broken_tower_is_not_seen_by_text(folders, converted, tmp_path):
     assert logit_check(folders["e2b"], items, tokens=3).passed
 
 
+@pytest.mark.large
 def test_a_sound_and_an_image_side_by_side(folders, converted, clips, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")

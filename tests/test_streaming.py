@@ -80,7 +80,7 @@ def hidden_of_layers(reference, sequence):
     return [state[0].numpy() for state in (*seen, final[None])]
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(4, 2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layer_by_layer_is_the_whole_model_bit_for_bit(family, tiny, prompts):
     whole, sequences = Reference(tiny(family, layers=SHALLOW[family])), prompts(family)
@@ -231,6 +231,7 @@ def same(left, right):
     return left.dtype == right.dtype and left.tobytes() == right.tobytes()
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("layout", "family", "options"),
     [
@@ -455,6 +456,7 @@ def test_the_first_stage_beyond_is_named_and_nan_is_beyond():
     assert Drift(0.0, (9.0,), 9.0, None).first is None
 
 
+@pytest.mark.share(4, 2)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_whole_model_has_the_same_figures(tiny, converted, media, layout, monkeypatch):
     """In many slices, with an image where the layout sees."""
@@ -518,7 +520,7 @@ GEMMA_JAX_MISTAKES = (
 )
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(3)
 @pytest.mark.parametrize(("array", "edit", "place"), GEMMA_JAX_MISTAKES)
 def test_a_mistake_is_named_by_its_layer(tiny, converted, tmp_path, array, edit, place):
     source = tiny("31b", layers=6)
@@ -605,6 +607,7 @@ def test_logits_before_the_layers_are_an_error(tiny, converted):
             next(stream.logits([slice(0, 10)]))
 
 
+@pytest.mark.large
 def test_whole_model_on_the_command_line(tiny, converted, monkeypatch, capsys):
     monkeypatch.setattr(check_module, "LayerwiseReference", None)
     native = str(converted(tiny("31b", layers=6), "fast-llm"))

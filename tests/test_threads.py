@@ -23,6 +23,7 @@ main()
 """
 
 
+@pytest.mark.each(1)
 @pytest.mark.parametrize("command", ["golden", "logit-check"])
 @pytest.mark.parametrize(("given", "policy"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
 def test_threads_sleep_unless_the_user_says_otherwise(

@@ -88,6 +88,7 @@ def divergence(reference, other):
     return (reference.exp() * (reference - other)).sum(-1)
 
 
+@pytest.mark.share(2, 1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_sane_and_float32_noise_is_far_below_the_limit(family, checkpoints, model):
     from transformers import Gemma4ForConditionalGeneration
@@ -114,6 +115,7 @@ def test_logits_are_sane_and_float32_noise_is_far_below_the_limit(family, checkp
     assert entropy.min() > 0.05
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_window_and_every_layers_scalar_are_seen_in_the_logits(family, model):
     loaded, _ = model(family)

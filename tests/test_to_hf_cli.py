@@ -181,6 +181,7 @@ def test_no_space(native, tmp_path):
         subprocess.run(["umount", str(small)], check=True)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("where", ["OrbaxArray.read", "copy_files"])
 def test_interrupt_exits_130_and_is_forgotten_by_the_next_run(native, out, where):
     """Interrupted while arrays are read on other threads, and while files are copied."""

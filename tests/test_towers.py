@@ -37,7 +37,7 @@ def of_tower(report, tower="vision"):
     return [one for one in report.local.parts if one.tower == tower]
 
 
-@pytest.mark.share(2)
+@pytest.mark.each(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("layout", "family"), FAMILIES)
 def test_a_right_tower_is_within_its_rounding(tiny, converted, picture, layout, family, dtype):
@@ -58,6 +58,7 @@ def test_a_right_tower_is_within_its_rounding(tiny, converted, picture, layout, 
     assert list(report.local.parts[: len(parts)]) == parts
 
 
+@pytest.mark.large
 def test_what_is_rounded_has_the_rounding_of_what_it_is_rounded_to(
     tiny, converted, picture, tmp_path
 ):
@@ -134,6 +135,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.share(4, 2)
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_where_it_is(tiny, converted, picture, tmp_path, name):
     source, (path, edit, words) = tiny("31b", layers=6), MISTAKES[name]
@@ -159,6 +161,7 @@ def amplifying(tiny, tmp_path_factory):
     return folder
 
 
+@pytest.mark.share(2, 1)
 @pytest.mark.parametrize("shifted", [False, True])
 def test_a_tower_that_amplifies_rounding(amplifying, converted, picture, shifted, monkeypatch):
     """Its noise raises the limit, and soft tokens in each other's places fail by themselves."""

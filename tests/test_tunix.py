@@ -103,7 +103,7 @@ def test_towers_are_carried_and_missing_keys_and_values_filled(shallow, tmp_path
 # Every file comes back.
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(6)
 @pytest.mark.parametrize(
     ("family", "made", "options"),
     [
@@ -126,6 +126,7 @@ def test_every_file_comes_back_and_is_verified(shallow, converted, tmp_path, fam
     assert sums(tmp_path / "back") == sums(source)
 
 
+@pytest.mark.share(3, 1)
 @pytest.mark.parametrize(
     ("family", "other"), [("e2b", "gemma-jax"), ("26b-a4b", "maxtext"), ("12b", "fast-llm")]
 )
@@ -159,6 +160,7 @@ def save(folder: Path, tree: dict, *, value: bool, optimizer: bool) -> Path:
     return folder
 
 
+@pytest.mark.share(3, 2)
 @pytest.mark.parametrize(
     ("family", "value", "optimizer"),
     [("e2b", True, True), ("31b", False, False), ("26b-a4b", True, False)],

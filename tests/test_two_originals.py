@@ -76,6 +76,7 @@ def test_the_same_tensors_pass_in_other_shards_and_under_other_names(naming, sha
     assert verify(source, against=other).passed
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("whole", [False, True])
 def test_the_same_weights_have_no_divergence(whole, shallow, tmp_path):
     source = shallow("31b")

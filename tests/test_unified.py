@@ -76,6 +76,7 @@ def test_arrays_are_those_written_by_hand_and_the_rest_is_carried(native, layout
     assert sorted(name for name in kept if kept[name]["kept"] == "carried") == EMBEDDERS
 
 
+@pytest.mark.share(2, 1)
 @EVERY
 def test_it_is_verified_and_every_file_comes_back(native, tmp_path, layout, scanned):
     source, out = native(layout, scanned)
@@ -153,6 +154,7 @@ def test_an_export_of_the_text_alone_is_the_same_language_model(native, tiny, tm
 # Checked by running.
 
 
+@pytest.mark.share(3, 1)
 @EVERY
 def test_logits_are_those_of_transformers(native, layout, scanned):
     source, out = native(layout, scanned)
@@ -162,6 +164,7 @@ def test_logits_are_those_of_transformers(native, layout, scanned):
     assert len(report.drift.layers) == len(read_architecture(source).text.layers)
 
 
+@pytest.mark.large
 def test_logits_of_the_whole_model_and_of_a_golden_file(native, tmp_path):
     source, out = native("maxtext", False)
     whole = logit_check(source, out, tokens=3, whole_model=True)

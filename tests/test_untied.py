@@ -97,6 +97,7 @@ def by_hand(source: Path, layout: str, scanned: bool) -> dict[str, np.ndarray]:
 # What is written, and comes back.
 
 
+@pytest.mark.share(2, 1)
 @pytest.mark.parametrize(("family", "layout", "options"), FORMS)
 def test_arrays_are_those_written_by_hand_and_every_file_comes_back(
     uncapped, tmp_path, family, layout, options
@@ -189,6 +190,7 @@ def test_frameworks_are_told(uncapped, shallow, tmp_path):
 # What it computes.
 
 
+@pytest.mark.share(4, 1)
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize(("family", "layout", "options"), FORMS)
 def test_logits_are_those_of_transformers(uncapped, tmp_path, family, layout, options, whole):
@@ -257,6 +259,7 @@ def _one_value(tensors: dict[str, np.ndarray]) -> None:
 MISTAKES = {"transposed": _transposed, "from the embedding": _from_embedding, "one": _one_value}
 
 
+@pytest.mark.share(6, 2)
 @pytest.mark.parametrize("mistake", MISTAKES)
 @pytest.mark.parametrize("layout", ["maxtext", "fast-llm"])
 def test_a_wrong_head_is_found(uncapped, tmp_path, layout, mistake):

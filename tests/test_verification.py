@@ -32,7 +32,7 @@ def change(items: Path, array: str, edit) -> None:
     store.write(edit(np.array(store.read().result()))).result()
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(4)
 @pytest.mark.parametrize(
     ("family", "scanned", "scaled"),
     [
@@ -63,6 +63,7 @@ def swap_rows(values: np.ndarray) -> np.ndarray:
     return values[::-1].copy()
 
 
+@pytest.mark.each(1)
 @pytest.mark.parametrize("edit", [one_bit, swap_rows])
 @pytest.mark.parametrize("by", ["manifest", "source"])
 def test_one_changed_bit_is_named(shallow, tmp_path, edit, by):
@@ -108,7 +109,7 @@ FILES = {
 }
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(5, 1)
 @pytest.mark.parametrize("what", FILES)
 @pytest.mark.parametrize("by", ["manifest", "source"])
 def test_the_sidecar_is_verified_too(shallow, tmp_path, what, by):
@@ -162,6 +163,7 @@ def test_a_changed_export_is_named(shallow, tmp_path):
     assert damaged(verify(tmp_path / "back", against=tmp_path / "out")) == [name]
 
 
+@pytest.mark.large
 def test_exports_with_options_are_verified(shallow, tmp_path):
     to_native(shallow("e4b"), tmp_path / "out")
     for number, options in enumerate(

@@ -143,6 +143,7 @@ def test_mistakes_are_seen_in_trained_ones(mistake, model):
     assert found > 1e-4
 
 
+@pytest.mark.share(3, 1)
 @pytest.mark.parametrize(
     ("family", "layout"), [("e2b", "gemma-jax"), ("31b", "maxtext"), ("26b-a4b", "fast-llm")]
 )

@@ -56,6 +56,7 @@ def text(model_type: str, path: tuple[str, ...], value: Any) -> str:
     return json.dumps(changed)
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_every_key_with_odd_values(model_type, tmp_path, request):
     path = tmp_path / "config.json"

@@ -64,7 +64,7 @@ def bench(request, shallow, converted, tmp_path_factory) -> Bench:
 
 def test_every_key_with_odd_values(bench: Bench, request: pytest.FixtureRequest) -> None:
     every = [(path, value) for path in places(bench.config) for value in ODD]
-    step = 1 if request.config.getoption("--every") else 181
+    step = 1 if request.config.getoption("--every") else 401
     for path, value in every[::step]:
         bench.run(path, value)
 
@@ -101,7 +101,7 @@ def test_odd_files_beside_the_weights(
     source = shallow("31b", shards=2)
     bench = Bench(source, converted(source, "gemma-jax"), tmp_path)
     (bench.folder / "config.json").write_text(json.dumps(bench.config))
-    step = 1 if request.config.getoption("--every") else 3
+    step = 1 if request.config.getoption("--every") else 5
     for text in ODD_FILES[FILES.index(name) % step :: step]:
         (bench.folder / name).unlink(missing_ok=True)
         (bench.folder / name).write_text(text)

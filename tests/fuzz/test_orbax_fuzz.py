@@ -183,6 +183,7 @@ def test_absurd_sizes(stores, tmp_path, form, key, sizes):
     check(tmp_path / "store")
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("form", sorted(FORMS))
 def test_every_file_that_is_no_file(stores, tmp_path, form):
     for number, (name, kind) in enumerate(

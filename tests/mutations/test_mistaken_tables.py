@@ -2,7 +2,7 @@
 
 First the table's own checks while it is read or planned, then `logit-check` at its default limit,
 and where logits cannot see it (towers, keys that nobody reads), the arrays that numpy makes by
-hand, without any table. An ordinary run plants every sixth one, and all of them where
+hand, without any table. An ordinary run plants every twelfth one, and all of them where
 GEMMA_CONVERT_MUTATIONS asks for the report (scripts/mutations.sh).
 """
 
@@ -299,7 +299,7 @@ def cases():
             yield layout, options, family, name, (file, *how)
 
 
-CASES = list(cases())[:: 1 if os.environ.get(REPORT) else 6]
+CASES = list(cases())[:: 1 if os.environ.get(REPORT) else 12]
 
 
 @pytest.fixture

@@ -1,11 +1,13 @@
 """A mistake in a tower: the part that is wrong fails, no other does, and the mistake is named.
 
-Mistakes in weights are planted many at once (`towers.py`). An ordinary run takes every fifth of
-those checkpoints, and one mistaken forward pass.
+Mistakes in weights are planted many at once (`towers.py`). An ordinary run takes every ninth of
+those checkpoints, one with the report of scripts/mutations.sh every fifth; and one mistaken forward
+pass.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import wave
@@ -17,6 +19,7 @@ import pytest
 from cases import SHALLOW
 from PIL import Image
 from planting import planted
+from record import REPORT
 from towers import Planted, audio, batches, bounds, standardization, unknown, vision
 from trees import read_safetensors
 
@@ -88,7 +91,7 @@ def agree(said, expected):
         assert words is None or re.search(words, said[part]), (part, said[part])
 
 
-@pytest.mark.share(5)
+@pytest.mark.share(5 if os.environ.get(REPORT) else 9)
 @pytest.mark.parametrize(
     ("layout", "family", "number", "mistakes"),
     CASES,

@@ -1,7 +1,7 @@
 """A mistake in a written checkpoint: `verify` finds every one, and `logit-check` says where it is.
 
-An ordinary run plants every third in Fast-LLM's and checks the logits, which need no compilation,
-and every ninth in the others'; where GEMMA_CONVERT_MUTATIONS asks for the report
+An ordinary run plants every seventh in Fast-LLM's and checks the logits, which need no compilation,
+and every seventeenth in the others'; where GEMMA_CONVERT_MUTATIONS asks for the report
 (scripts/mutations.sh) all are planted and checked, and the KL is noted.
 """
 
@@ -56,8 +56,8 @@ ALL, NAMES = len(CASES), {name for *_, name, _ in CASES}
 if not os.environ.get(REPORT):
     CASES = [
         case
-        for layout in ("maxtext", "gemma-jax", "fast-llm")
-        for case in [one for one in CASES if one[0] == layout][:: 3 if layout == "fast-llm" else 9]
+        for layout in ("maxtext", "gemma-jax", "fast-llm", "tunix")
+        for case in [one for one in CASES if one[0] == layout][:: 7 if layout == "fast-llm" else 17]
     ]
 
 
