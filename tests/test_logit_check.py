@@ -28,6 +28,7 @@ from gemma_convert.cli.app import main
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.logits import check as check_module
 from gemma_convert.logits import opened as opened_module
+from gemma_convert.logits import running
 from gemma_convert.logits.check import logit_check
 from gemma_convert.logits.golden_writing import save_golden
 from gemma_convert.logits.limit import choose_limit, find_lossy_rows
@@ -134,7 +135,7 @@ def test_other_kinds_pass_and_do_not_pass_with_a_mistake(others, kind, tmp_path)
 
 def test_sliced_runs_give_the_same_figures(dense, native, monkeypatch):
     whole = logit_check(dense.hf, native, whole_model=True)
-    monkeypatch.setattr(check_module, "SLICE_BYTES", 4 * 94 * 5)
+    monkeypatch.setattr(running, "SLICE_BYTES", 4 * 94 * 5)
     sliced = logit_check(dense.hf, native, whole_model=True)
     assert sliced.divergence.tokens == whole.divergence.tokens
     assert sliced.divergence.kl_max == pytest.approx(whole.divergence.kl_max, rel=1, abs=1e-9)
@@ -257,8 +258,8 @@ def test_golden_logits_stand_in_for_the_reference(dense, native, golden, tmp_pat
         raise AssertionError("the reference model was loaded")
 
     direct = logit_check(dense.hf, native)
-    monkeypatch.setattr(check_module, "TransformersLogits", never)
-    monkeypatch.setattr(check_module, "LayerwiseReference", never)
+    monkeypatch.setattr(running, "TransformersLogits", never)
+    monkeypatch.setattr(running, "LayerwiseReference", never)
     (tmp_path / "config.json").write_bytes((dense.hf / "config.json").read_bytes())
     report = logit_check(tmp_path, native, golden=golden)
     assert report.passed and report.proof
@@ -415,7 +416,7 @@ def test_layouts_without_a_tower_refuse_images(
 ):
     """Before the original is loaded, which may take long."""
     source = tiny(family, layers=SHALLOW[family])
-    monkeypatch.setattr(check_module, "LayerwiseReference", None)
+    monkeypatch.setattr(running, "LayerwiseReference", None)
     with pytest.raises(UsageError, match="without the vision tower, so it sees no images") as one:
         logit_check(source, converted(source, layout), tokens=3, images=[picture])
     assert one.value.found == f"layout {layout}" and "--image" in one.value.do
@@ -423,7 +424,7 @@ def test_layouts_without_a_tower_refuse_images(
 
 @pytest.mark.parametrize(("layout", "family"), [("gemma-jax", "e2b"), ("maxtext", "31b")])
 def test_trees_without_a_tower_refuse_images(tiny, converted, picture, layout, family, monkeypatch):
-    monkeypatch.setattr(check_module, "LayerwiseReference", None)
+    monkeypatch.setattr(running, "LayerwiseReference", None)
     native = converted(tiny(family, layers=SHALLOW[family], text_only=True), layout)
     with pytest.raises(UsageError, match="without the vision tower"):
         logit_check(tiny(family, layers=SHALLOW[family]), native, tokens=3, images=[picture])

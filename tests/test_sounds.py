@@ -17,7 +17,7 @@ from test_tiny import processor_of
 
 from gemma_convert.cli.app import main
 from gemma_convert.errors import SourceError, UsageError
-from gemma_convert.logits import check as check_module
+from gemma_convert.logits import running
 from gemma_convert.logits.check import logit_check
 from gemma_convert.logits.part_check import FACTOR
 from gemma_convert.logits.reference import Reference
@@ -676,7 +676,7 @@ def test_trees_without_the_tower_hear_nothing(
     source, of, layout, tiny, converted, clips, monkeypatch
 ):
     """Before the original is loaded, which may take long."""
-    monkeypatch.setattr(check_module, "LayerwiseReference", None)
+    monkeypatch.setattr(running, "LayerwiseReference", None)
     native = converted(tiny("e2b", **of), layout)
     with pytest.raises(UsageError, match="without the audio tower, so it hears no") as caught:
         logit_check(tiny("e2b", **source), native, tokens=3, audio=[clips["odd.wav"]])

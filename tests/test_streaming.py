@@ -26,7 +26,7 @@ from gemma_convert.layouts.gemma_jax import tree as gemma_jax_orbax
 from gemma_convert.layouts.maxtext import tree as maxtext_orbax
 from gemma_convert.layouts.registry import open_model
 from gemma_convert.logits import check as check_module
-from gemma_convert.logits import streaming
+from gemma_convert.logits import running, streaming
 from gemma_convert.logits.check import logit_check
 from gemma_convert.logits.divergence import compare
 from gemma_convert.logits.drift import TOLERANCE, Drift, measure_drift
@@ -586,8 +586,8 @@ def test_golden_logits_are_read_in_slices_and_have_no_layers(
     native = converted(source, "fast-llm")
     monkeypatch.setattr(streaming, "_LEAST_ROWS", 100)
     monkeypatch.setattr(streaming, "LOGIT_BYTES", 0)
-    monkeypatch.setattr(check_module, "LayerwiseReference", None)
-    monkeypatch.setattr(check_module, "TransformersLogits", None)
+    monkeypatch.setattr(running, "LayerwiseReference", None)
+    monkeypatch.setattr(running, "TransformersLogits", None)
     streamed = logit_check(source, native, golden=path)
     whole = logit_check(source, native, golden=path, whole_model=True)
     assert streamed.drift is None and streamed.passed and whole.passed
@@ -609,7 +609,7 @@ def test_logits_before_the_layers_are_an_error(tiny, converted):
 
 @pytest.mark.large
 def test_whole_model_on_the_command_line(tiny, converted, monkeypatch, capsys):
-    monkeypatch.setattr(check_module, "LayerwiseReference", None)
+    monkeypatch.setattr(running, "LayerwiseReference", None)
     native = str(converted(tiny("31b", layers=6), "fast-llm"))
     arguments = [
         "logit-check",

@@ -11,7 +11,6 @@ import platform
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -24,41 +23,29 @@ from gemma_convert.forward.kept_programs import kept_programs
 from gemma_convert.forward.native_model import (
     ComparedModel,
     Dtype,
-    LogitSource,
     check_towers,
 )
 from gemma_convert.logits.achieved import forward_flops
-from gemma_convert.logits.divergence import Accumulator
-from gemma_convert.logits.drift import TOLERANCE, Drift, drift_of
 from gemma_convert.logits.fingerprint import fingerprints
-from gemma_convert.logits.golden import SLICE_BYTES, Golden, load_golden
-from gemma_convert.logits.layerwise import LayerwiseReference
+from gemma_convert.logits.golden import Golden, load_golden
 from gemma_convert.logits.limit import choose_limit, find_lossy_rows, recorded_lossy_rows
-from gemma_convert.logits.local import LocalRun
-from gemma_convert.logits.opened import Opened, opened
-from gemma_convert.logits.part_check import LocalCheck
-from gemma_convert.logits.reference import TransformersLogits, reference_config
+from gemma_convert.logits.opened import opened
+from gemma_convert.logits.reference import reference_config
 from gemma_convert.logits.report import LogitReport
+from gemma_convert.logits.running import run_streamed, run_whole, slice_rows
 from gemma_convert.logits.sides import AdapterOptions, Sides, sides_of
 from gemma_convert.logits.sizes import check_sizes
 from gemma_convert.logits.streaming import (
-    GoldenSlices,
-    compare_slices,
     compared_slices,
-    run_in_step,
-    summed,
 )
 from gemma_convert.logits.tokens import checked_sequences, worst_predictions
-from gemma_convert.logits.towers import check_each_part
-from gemma_convert.logits.watched import Watched
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import read_architecture
 from gemma_convert.output import note
-from gemma_convert.progress import Listener, ended, steps
+from gemma_convert.progress import Listener, ended
 from gemma_convert.prompts.images import image_sequences
 from gemma_convert.prompts.sounds import sound_sequences
 from gemma_convert.prompts.text import (
-    TokenSequence,
     check_ids,
     has_tokenizer,
     load_tokenizer,
@@ -186,16 +173,16 @@ def _logit_check(
         sequences = list(stored.sequences)
     if not is_leader() and side.native is not None:
         text = architecture.text
-        rows = _rows(text.vocab)
+        rows = slice_rows(text.vocab)
         vocab = compared_slices(sequences, vocab=text.vocab, embed=text.embed)
         side.native.follow(sequences, dtype, whole_model, rows=rows, vocab=vocab)
         return LogitReport.from_text(published())
     running = time.monotonic()
     if whole_model:
-        found = _run_whole(sides, stored, model, sequences, dtype, architecture, progress)
+        found = run_whole(sides, stored, model, sequences, dtype, architecture, progress)
     else:
         exact = not lossy_rows
-        found = _run_streamed(sides, stored, side, sequences, dtype, architecture, exact, progress)
+        found = run_streamed(sides, stored, side, sequences, dtype, architecture, exact, progress)
     longest, window = max(len(one.ids) for one in sequences), architecture.text.window
     divergence, by_token = found.compared.result(), found.compared.tokens()
     if max_kl is None:
@@ -246,106 +233,6 @@ def _logit_check(
     return report
 
 
-@dataclass(frozen=True)
-class _Run:
-    compared: Accumulator
-    drift: Drift | None
-    local: LocalCheck | None
-    noise_floor: float | None
-    reference_device: str
-    native_device: str
-    known: tuple[str, ...] = ()
-    """What the framework is known to compute otherwise, in words."""
-
-
-def _run_streamed(
-    sides: Sides,
-    golden: Golden | None,
-    side: Opened,
-    sequences: Sequence[TokenSequence],
-    dtype: Dtype,
-    architecture: Architecture,
-    exact: bool,
-    progress: Listener | None,
-) -> _Run:
-    """Layer by layer; where this process has both sides to itself, each layer also by itself.
-
-    `exact` says that the native checkpoint holds no rounded values.
-    """
-    noise = dtype if exact else "bfloat16"
-    text, native = architecture.text, side.native
-    tolerance = TOLERANCE if noise == "float32" else None
-    if golden is not None or process_count() > 1 or native is None:
-        other = (
-            LayerwiseReference(sides.hf, sequences, sides.changes)
-            if golden is None
-            else GoldenSlices(golden)
-        )
-        staged = Watched(side.model.stream(sequences, dtype), len(text.layers), progress)
-        drift = run_in_step(other, staged, tolerance)
-        compared = compare_slices(other, staged, sequences, vocab=text.vocab, embed=text.embed)
-        return _Run(compared, drift, None, None, other.device, staged.device)
-    reference = LayerwiseReference(sides.hf, sequences, sides.changes)
-    ours = Watched(native.stream(sequences, dtype), len(text.layers), progress)
-    of_towers: Dtype = "float32" if exact else "bfloat16"  # they are never run in another dtype
-    towers = check_each_part(reference, native.towers, sequences, of_towers)
-    run = LocalRun(reference, ours, sequences, noise, towers.soft_errors)
-    drift = drift_of(run.stages(), tolerance)
-    slices = compared_slices(sequences, vocab=text.vocab, embed=text.embed)
-    compared = summed(run.logits(slices), sequences)
-    local = run.result()
-    local = replace(local, parts=(*towers.parts, *local.parts))
-    floor = run.noise_floor if local.passed else None  # of a mistake it would be no noise
-    if local.passed:
-        compared.count_tied(run.tied)
-    return _Run(compared, drift, local, floor, reference.device, ours.device, towers.known)
-
-
-def _run_whole(
-    sides: Sides,
-    golden: Golden | None,
-    model: ComparedModel,
-    sequences: Sequence[TokenSequence],
-    dtype: Dtype,
-    architecture: Architecture,
-    progress: Listener | None,
-) -> _Run:
-    reference: LogitSource = (
-        TransformersLogits(sides.hf, sequences, sides.changes) if golden is None else golden
-    )
-    ours = model.run(sequences, dtype)
-    compared = _compared(reference, ours, sequences, architecture.text.vocab, progress)
-    return _Run(compared, None, None, None, reference.device, ours.device)
-
-
-def _compared(
-    reference: LogitSource,
-    native: LogitSource,
-    sequences: Sequence[TokenSequence],
-    vocab: int,
-    progress: Listener | None,
-) -> Accumulator:
-    rows = _rows(vocab)
-    total = Accumulator()
-    names = [one.name for one in sequences]
-    for index, sequence in enumerate(steps(progress, "logits", "sequences", sequences, names)):
-        start = 0
-        sides = zip(reference.slices(index, rows), native.slices(index, rows), strict=True)
-        for expected, found in sides:
-            end = start + len(expected)
-            total.add(
-                expected,
-                found,
-                sequence=sequence.name,
-                start=start,
-                ids=sequence.ids[start:end],
-                pieces=None if sequence.pieces is None else sequence.pieces[start:end],
-                compared=sequence.compared[start:end],
-            )
-            start = end
-    return total
-
-
 def _texts(hf: Path, ids: Sequence[int]) -> dict[int, str]:
     """Each id's text; nothing where the folder has no tokenizer, which golden logits do without."""
     try:
@@ -356,11 +243,6 @@ def _texts(hf: Path, ids: Sequence[int]) -> dict[int, str]:
         return {}
     with told_by_library("The tokenizer has no text for a token.", hf):
         return {id: tokenizer.decode([id]) for id in ids}
-
-
-def _rows(vocab: int) -> int:
-    """Positions of one slice of a whole model's logits."""
-    return max(1, SLICE_BYTES // (4 * vocab))
 
 
 def _matching_golden(path: Path, hf: Path, architecture: Architecture) -> Golden:
