@@ -83,7 +83,7 @@ def _specs(native: NativeSource, architecture: Architecture) -> dict[str, Tensor
     for tensor in hf_tensors(architecture, table.inventory):
         for row in table.rows_of(tensor.row):
             array = row.native.pattern.render(tensor.index, table.spellings)
-            if array in left and row.when.holds(architecture, tensor.index):
+            if array in native.specs and row.when.holds(architecture, tensor.index):
                 found[tensor.name] = TensorSpec(native.specs[array].dtype, tensor.shape)
                 left.discard(array)
     if left:

@@ -9,6 +9,12 @@ commands:
     train SETTINGS FOLDER          three steps on made-up tokens, from what SETTINGS load; the
                                    framework saves below FOLDER, at the row's `trained`
 
+A framework with `adapters` has two commands more; ADAPTER is what to-native printed of an adapter:
+
+    adapted SETTINGS ADAPTER INPUT OUTPUT     logits of the model with the adapter
+    train_adapter SETTINGS ADAPTER FOLDER     three steps of the adapter alone; the framework saves
+                                              below FOLDER, at the row's `tuned`
+
 Several commands, set apart by `+`, run one after the other; a failed one does not stop the others:
 asked.py does that. It is run by `python -P`, so that `import NAME` finds the framework.
 SETTINGS is a JSON object, what `to-native --json` calls `settings`: every value as it is printed.
@@ -33,7 +39,9 @@ class Framework:
     `towers` has the forms that are converted with their towers; others are the text model alone.
     `limit` bounds the KL divergence of every token, in nats. `computes` says by model what its
     release computes otherwise than transformers (`reference.DEVIATIONS`); what was mended later
-    stands in `mended` with the first release that is right. `note` is told on the page.
+    stands in `mended` with the first release that is right. `adapters` are the models of which
+    adapters are tried, unscanned; `tuned` is where `train_adapter` saves one, and `one_a` says that
+    keys and values have one matrix A. `note` is told on the page.
     """
 
     name: str
@@ -48,6 +56,9 @@ class Framework:
     companions: tuple[str, ...] = ("jax", "flax", "orbax-checkpoint")
     computes: Mapping[str, str] = field(default_factory=dict)
     mended: Mapping[str, str] = field(default_factory=dict)
+    adapters: tuple[str, ...] = ()
+    tuned: str = ""
+    one_a: bool = False
     note: str = ""
 
     def sees(self, model: str, scanned: bool) -> bool:
@@ -106,6 +117,8 @@ FRAMEWORKS = {
             towers=dict.fromkeys(("26b-a4b", "31b"), (True,)),
             converted="0/items",
             trained="run/checkpoints/2/items",
+            adapters=ALL,
+            tuned="tuned/run/checkpoints/3/model_params",
             note=MAXTEXT,
             computes=dict.fromkeys(ALL, "output table in bfloat16"),
         ),
@@ -128,6 +141,9 @@ FRAMEWORKS = {
             layout="tunix",
             models=dict.fromkeys(ALL, UNSCANNED),
             trained="checkpoints",
+            adapters=ALL,
+            tuned="tuned/checkpoints",
+            one_a=True,
             note=TUNIX,
             computes={"26b-a4b": "router normalised twice"},
         ),

@@ -76,12 +76,41 @@ def logits(settings: Path, given: Path, out: Path) -> None:
     np.savez(out, logits=computed(load(settings), np.load(given)["ids"]))
 
 
+def with_adapter(model: Any, adapter: Path) -> Any:
+    """The model with an adapter, by the lines that were printed of that."""
+    import qwix
+    from flax import nnx
+    from tunix.sft.checkpoint_manager import CheckpointManager
+
+    lines = json.loads(adapter.read_text(encoding="utf-8"))
+    known = {"CheckpointManager": CheckpointManager, "model": model, "nnx": nnx, "qwix": qwix}
+    known["model"] = eval(lines["model"], known)
+    eval(lines["params"], known)
+    return known["model"]
+
+
+def adapted(settings: Path, adapter: Path, given: Path, out: Path) -> None:
+    """Writes the logits of the tokens in `given`, of the model with an adapter."""
+    model = with_adapter(load(settings), adapter)
+    np.savez(out, logits=computed(model, np.load(given)["ids"]))
+
+
 def train(settings: Path, folder: Path) -> None:
     """Three steps of Tunix' trainer on random tokens; its CheckpointManager saves the last."""
+    train_model(load(settings), folder)
+
+
+def train_adapter(settings: Path, adapter: Path, folder: Path) -> None:
+    """The same of an adapter alone: Tunix' trainer trains and saves nothing else then."""
+    train_model(with_adapter(load(settings), adapter), folder)
+
+
+def train_model(model: Any, folder: Path) -> None:
+    """Three steps of a model, saved below `folder`."""
     import optax
     from tunix.sft import peft_trainer
 
-    model, random = load(settings), np.random.default_rng(4)
+    random = np.random.default_rng(4)
     config = peft_trainer.TrainingConfig(
         eval_every_n_steps=10 * STEPS,
         max_steps=STEPS,
@@ -177,4 +206,4 @@ if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parent))
     from asked import run
 
-    sys.exit(run(sys.argv[1:], logits, train, record))
+    sys.exit(run(sys.argv[1:], logits, train, adapted, train_adapter, record))

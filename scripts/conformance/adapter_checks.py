@@ -1,0 +1,156 @@
+"""Adapters: what a framework computes, trains and saves of one, against PEFT."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import reference
+from case import Case
+from tensors import different, furthest, tensors
+
+import gemma_convert
+
+RANK, ALPHA = 4, 8
+MOVED = 1e-3
+MERGED = 2.0**-20
+"""Eight units in the last place of a float32: PEFT multiplies and adds in it, we in float64."""
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CONVERTERS = "maxtext"
+"""The framework that has converters of its own for adapters."""
+
+
+def tried(case: Case) -> bool:
+    """Whether adapters are tried in this form of this model."""
+    return case.model in case.framework.adapters and not case.scanned
+
+
+def prepare(case: Case) -> None:
+    """Makes an adapter with PEFT, and its conversion, and writes what the framework is told."""
+    adapter, converted = case.folder / "adapter", case.folder / "adapter-converted"
+    _make(case.original, adapter, one_a=case.framework.one_a)
+    report = gemma_convert.to_native(adapter, converted, layout=case.framework.layout)
+    case.tell("adapter", report.settings, converted, case.folder / case.framework.tuned)
+
+
+def commands(case: Case) -> list[tuple[object, ...]]:
+    """What the framework is asked."""
+    given: list[tuple[object, ...]] = [
+        ("adapted", "settings.json", "adapter.json", "input.npz", "adapted.npz"),
+        ("train_adapter", "settings.json", "adapter.json", "tuned"),
+        ("adapted", "settings.json", "adapter-trained.json", "input.npz", "tuned.npz"),
+    ]
+    if case.framework.name == CONVERTERS:
+        given.append(("adapter_to_huggingface", "adapter.json", case.original, "adapter-theirs"))
+    return given
+
+
+def compare(case: Case) -> None:
+    """The rows of what `commands` gave."""
+    adapter, limit = case.folder / "adapter", case.framework.limit
+    case.compare(
+        "its logits with an adapter, against those of PEFT",
+        limit,
+        lambda: reference.worst_kl(_logits(case, adapter), case.array("adapted.npz")),
+    )
+    case.compare(
+        "those, the largest difference of a log-probability",
+        1e-4,
+        lambda: reference.worst_log(_logits(case, adapter), case.array("adapted.npz")),
+    )
+    case.compare(
+        "three steps of the adapter alone moved a logit by",
+        MOVED,
+        lambda: float(abs(case.array("tuned.npz") - case.array("adapted.npz")).max()),
+        least=True,
+    )
+    case.compare(
+        "its logits with the trained adapter, against those of the export in PEFT",
+        limit,
+        lambda: reference.worst_kl(_logits(case, _exported(case)), case.array("tuned.npz")),
+    )
+    case.compare(
+        "tensors of that export that PEFT misses or does not know",
+        0,
+        lambda: _unlike(case.original, case.folder / "adapter-exported"),
+    )
+    case.compare(
+        "the adapter merged by us, against PEFT's merge, as a share of the largest value",
+        MERGED,
+        lambda: furthest(_merged(case), _merged_by_peft(_wide(case), adapter)),
+    )
+    if case.framework.name == CONVERTERS:
+        case.compare(
+            "tensors of an adapter by its to_huggingface whose bits are not ours",
+            0,
+            lambda: different(tensors(case.folder / "adapter-theirs"), tensors(adapter)),
+        )
+
+
+def _make(original: Path, out: Path, *, one_a: bool) -> None:
+    """An adapter of PEFT whose every matrix is random; with `one_a` keys and values share A."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    model = reference.load(original)
+    names = [name for name, _ in model.named_modules() if _adapted(name)]
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names, init_lora_weights=False)
+    adapted = get_peft_model(model, config)
+    weights = dict(adapted.named_parameters())
+    for name, weight in weights.items():
+        if one_a and "v_proj.lora_A" in name:
+            weight.data = weights[name.replace("v_proj", "k_proj")].data.clone()
+    with torch.no_grad():
+        adapted.save_pretrained(out)
+    file = out / "adapter_config.json"
+    config_json = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(config_json | {"base_model_name_or_path": str(original)}))
+
+
+def _adapted(name: str) -> bool:
+    return "language_model.layers" in name and name.endswith(MODULES)
+
+
+def _logits(case: Case, adapter: Path) -> np.ndarray:
+    return reference.logits(case.original, case.deviation, adapter)
+
+
+def _exported(case: Case) -> Path:
+    """The adapter of PEFT that the framework's trained one is, proven against it."""
+    trained, out = case.folder / case.framework.tuned, case.folder / "adapter-exported"
+    gemma_convert.to_hf(trained, out, base=case.original, alpha=float(ALPHA))
+    return out
+
+
+def _unlike(original: Path, adapter: Path) -> float:
+    """How many tensors of an adapter PEFT does not find, or finds without a place for them."""
+    model = reference.adapted(reference.load(original), adapter)
+    found = model.load_adapter(str(adapter), "again")
+    missing = [name for name in found.missing_keys if "lora_" in name]
+    return float(len(missing) + len(found.unexpected_keys))
+
+
+def _wide(case: Case) -> Path:
+    """The model in float32."""
+    out = case.folder / "original-float32"
+    if not out.exists():
+        gemma_convert.to_hf(case.folder / "converted", out, dtype="float32")
+    return out
+
+
+def _merged(case: Case) -> Mapping[str, np.ndarray]:
+    """The tensors of the model with the adapter merged on the way to the framework and back."""
+    out = case.folder / "merged"
+    gemma_convert.to_native(
+        case.folder / "adapter", out, layout=case.framework.layout, merge=True, base=_wide(case)
+    )
+    gemma_convert.to_hf(out, case.folder / "merged-back")
+    return tensors(case.folder / "merged-back")
+
+
+def _merged_by_peft(model: Path, adapter: Path) -> Mapping[str, np.ndarray]:
+    merged: Any = reference.adapted(reference.load(model), adapter).merge_and_unload()
+    return {name: value.numpy() for name, value in merged.state_dict().items()}
