@@ -143,13 +143,18 @@ def train(settings: Path, folder: Path) -> None:
 
 
 def train_adapter(settings: Path, adapter: Path, folder: Path) -> None:
-    """Three steps of MaxText's fine-tuning of an adapter alone, on its synthetic data."""
+    """Three steps of MaxText's fine-tuning of an adapter alone, on its synthetic data.
+
+    With the config that its command makes it finds no data: that one cannot be hashed.
+    """
+    from maxtext.configs import pyconfig
     from maxtext.trainers.post_train.sft import train_sft
 
     more: dict[str, Any] = {"base_output_directory": folder.absolute(), "steps": STEPS}
     more |= {"checkpoint_period": 1, "learning_rate": 1e-3}
     more |= {"per_device_batch_size": 1, "max_target_length": 64}
-    train_sft.main(["maxtext", *arguments(settings, adapter, config=TUNING, **more)])
+    told = arguments(settings, adapter, config=TUNING, **more)
+    train_sft.train(pyconfig.initialize(["maxtext", *told]))
 
 
 def parameters_only(settings: Path, state: Path, folder: Path) -> None:
@@ -204,9 +209,18 @@ def to_huggingface(settings: Path, original: Path, out: Path) -> None:
 
 
 def adapter_to_huggingface(adapter: Path, original: Path, out: Path) -> None:
-    """MaxText's converter makes an adapter of PEFT of the one that ADAPTER names."""
+    """MaxText's converter makes an adapter of PEFT of the one that ADAPTER names.
+
+    It gives JAX arrays to safetensors, which takes those of numpy: here it gets them.
+    """
     from absl import flags
     from maxtext.checkpoint_conversion import to_huggingface as converter
+    from maxtext.checkpoint_conversion.utils import utils
+
+    save = utils.numpy_save_file
+    utils.numpy_save_file = lambda arrays, file: save(
+        {name: np.ascontiguousarray(array) for name, array in arrays.items()}, file
+    )
 
     given = arguments(adapter, config=TUNING, base_output_directory=out.absolute())
     _sizes_of(original, adapter, converter.HF_MODEL_CONFIGS)
