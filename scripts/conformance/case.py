@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -95,6 +96,7 @@ class Case:
         for command in commands:
             words += ["+"] * bool(words) + [str(word) for word in command]
         script = Path(__file__).with_name(f"{self.framework.name.replace('-', '_')}.py")
+        own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         with (self.folder / "log.txt").open("ab") as log:
             subprocess.run(
                 [self.environment / "bin" / "python", "-P", script, *words],
@@ -102,6 +104,7 @@ class Case:
                 stderr=subprocess.STDOUT,
                 check=False,
                 cwd=self.folder,
+                env=own,
             )
 
     def compare(

@@ -85,7 +85,10 @@ no name of its own yet, so 31B's is printed. It casts the output table to bfloat
 says, so transformers is compared with that done to it too, and as it is. Its vision tower has heads
 of hidden / heads, and fixed images of 2,520 patches of 16: the tiny models' towers are made so. Its
 two converters take a model's sizes from a table of published ones; they are told the tiny ones
-here, and read safetensors files with numpy instead of torch."""
+here, and read safetensors files with numpy instead of torch. Adapters are trained by its
+`train_sft`; it is given the config of pre-training, since with that of its own command, which
+cannot be hashed, it finds no synthetic data. Its converter of adapters hands JAX arrays to
+safetensors, which takes numpy's, and ends in an error of its own; here they are made numpy's."""
 
 GEMMA = """\
 The language model runs; towers are converted and loaded with it. Version 4.0.1, the newest on the
@@ -95,9 +98,10 @@ before the checkpoint is complete unless it is told `wait_until_finished=True`."
 
 TUNIX = """\
 The language model, which is all that 0.1.7 has; for 12B it has no config yet, so 31B's is printed
-with 12B's sizes. Its trainer is `PeftTrainer`, with all parameters trained. 0.1.7 gives the router
-of 26B-A4B an input that is normalised already, which its repository has mended since: transformers
-is compared with that done to it too, and as it is."""
+with 12B's sizes. Its trainer is `PeftTrainer`, with all parameters trained, or an adapter alone,
+which qwix puts in: keys and values are one array, so an adapter has one matrix A for both. 0.1.7
+gives the router of 26B-A4B an input that is normalised already, which its repository has mended
+since: transformers is compared with that done to it too, and as it is."""
 
 FAST_LLM = """\
 It is on no package index, so a commit of its repository is installed. Its own `fast-llm train gpt`

@@ -132,13 +132,14 @@ def measure(case: Case) -> dict[str, Any]:
     except Exception as error:
         traceback.print_exc()
         case.rows.append(Row("it is run", None, 0, note=str(error)))
+    ours = ("gemma-convert", "transformers", *(["peft"] if adapter_checks.tried(case) else []))
     return {
         "framework": case.framework.name,
         "model": case.model,
         "scanned": case.scanned,
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "versions": versions(case.framework, case.environment)
-        | {name: version(name) for name in ("gemma-convert", "transformers", "peft")},
+        | {name: version(name) for name in ours},
         "rows": [asdict(row) | {"passed": row.passed} for row in case.rows],
     }
 
