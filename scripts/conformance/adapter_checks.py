@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import reference
 from case import Case
+from frameworks import Framework
 from tensors import different, furthest, tensors
 
 import gemma_convert
@@ -18,7 +19,6 @@ RANK, ALPHA = 4, 8
 MOVED = 1e-3
 MERGED = 2.0**-20
 """Eight units in the last place of a float32: PEFT multiplies and adds in it, we in float64."""
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONVERTERS = "maxtext"
 """The framework that has converters of its own for adapters."""
 
@@ -31,7 +31,7 @@ def tried(case: Case) -> bool:
 def prepare(case: Case) -> None:
     """Makes an adapter with PEFT, and its conversion, and writes what the framework is told."""
     adapter, converted = case.folder / "adapter", case.folder / "adapter-converted"
-    _make(case.original, adapter, one_a=case.framework.one_a)
+    _make(case.original, adapter, case.framework)
     report = gemma_convert.to_native(adapter, converted, layout=case.framework.layout)
     case.tell("adapter", report.settings, converted, case.folder / case.framework.tuned)
 
@@ -93,28 +93,28 @@ def compare(case: Case) -> None:
         )
 
 
-def _make(original: Path, out: Path, *, one_a: bool) -> None:
-    """An adapter of PEFT whose every matrix is random; with `one_a` keys and values share A."""
+def _make(original: Path, out: Path, framework: Framework) -> None:
+    """An adapter of PEFT of all modules that a framework adapts, every matrix random."""
     import torch
     from peft import LoraConfig, get_peft_model
 
     model = reference.load(original)
-    names = [name for name, _ in model.named_modules() if _adapted(name)]
+    names = [
+        name
+        for name, _ in model.named_modules()
+        if ".language_model." in name and name.endswith(framework.adapted)
+    ]
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names, init_lora_weights=False)
     adapted = get_peft_model(model, config)
     weights = dict(adapted.named_parameters())
     for name, weight in weights.items():
-        if one_a and "v_proj.lora_A" in name:
+        if framework.one_a and "v_proj.lora_A" in name:
             weight.data = weights[name.replace("v_proj", "k_proj")].data.clone()
     with torch.no_grad():
         adapted.save_pretrained(out)
     file = out / "adapter_config.json"
     config_json = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps(config_json | {"base_model_name_or_path": str(original)}))
-
-
-def _adapted(name: str) -> bool:
-    return "language_model.layers" in name and name.endswith(MODULES)
 
 
 def _logits(case: Case, adapter: Path) -> np.ndarray:

@@ -28,6 +28,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 UNSCANNED, EITHER = (False,), (False, True)
+ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PER_LAYER = ("per_layer_input_gate", "per_layer_projection", "per_layer_model_projection")
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class Framework:
     `limit` bounds the KL divergence of every token, in nats. `computes` says by model what its
     release computes otherwise than transformers (`reference.DEVIATIONS`); what was mended later
     stands in `mended` with the first release that is right. `adapters` are the models of which
-    adapters are tried, unscanned; `tuned` is where `train_adapter` saves one, and `one_a` says that
-    keys and values have one matrix A. `note` is told on the page.
+    adapters are tried, unscanned, of the modules `adapted`; `tuned` is where `train_adapter` saves
+    one, and `one_a` says that keys and values have one matrix A. `note` is told on the page.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Framework:
     computes: Mapping[str, str] = field(default_factory=dict)
     mended: Mapping[str, str] = field(default_factory=dict)
     adapters: tuple[str, ...] = ()
+    adapted: tuple[str, ...] = ATTENTION_AND_MLP
     tuned: str = ""
     one_a: bool = False
     note: str = ""
@@ -147,6 +150,7 @@ FRAMEWORKS = {
             trained="checkpoints",
             adapters=ALL,
             tuned="tuned/checkpoints",
+            adapted=(*ATTENTION_AND_MLP, *PER_LAYER),
             one_a=True,
             note=TUNIX,
             computes={"26b-a4b": "router normalised twice"},
