@@ -39,9 +39,10 @@ def adapter_form(record: Record, rows: Iterable[NativeRow]) -> AdapterForm:
         for row in found:
             weight = {axis for dim in row.hf.view.dims for axis in dim}
             array_axes = {axis for dim in row.native.dims for axis in dim}
-            if not weight <= array_axes or len(array_axes - weight) > 1:
+            more = array_axes - weight
+            if len(row.hf.view.dims) != 2 or not weight <= array_axes or len(more) > 1:
                 raise record.error(
-                    "The array of an adapted weight has the axes of that weight, and at most one "
+                    "An adapted weight is a matrix, and its array has its axes and at most one "
                     "more, along which it has several.",
                     expected=str(row.hf.view),
                     found=str(row.native),
