@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from trees import read_safetensors
 
-PER_LAYER = ("per_layer_input_gate", "per_layer_projection", "per_layer_model_projection")
+PER_LAYER = ("per_layer_input_gate", "per_layer_projection")
 """Modules of E2B and E4B that Tunix adapts and MaxText does not."""
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK, ALPHA = 3, 6

@@ -63,28 +63,24 @@ def in_tunix(architecture, found: dict[str, np.ndarray]) -> dict[str, np.ndarray
 
     Keys and values are one array, so one A and one B [rank kv kv_heads head_dim].
     """
-    text, tree = architecture.text, {}
+    tree = {}
     for name in {name.partition(".lora_")[0] for name in found}:
         a, b = (found[f"{name}.lora_{letter}.weight"].T for letter in "AB")
         values = found.get(f"{name.replace('k_proj', 'v_proj')}.lora_B.weight")
-        at = re.search(r"layers\.(\d+)\.(.+)$", name)
-        if at is None:
-            path = "embedder/per_layer_model_projection/w"
-            b = b.reshape(RANK, len(text.layers), text.ple)
-        else:
-            layer, module = text.layers[int(at[1])], at[2]
-            if module == "self_attn.v_proj" or (module == "self_attn.k_proj" and not layer.owns_kv):
-                continue
-            if module == "self_attn.q_proj":
-                b = b.reshape(RANK, layer.heads, layer.head_dim)
-            elif module == "self_attn.o_proj":
-                a = a.reshape(layer.heads, layer.head_dim, RANK)
-            elif module == "self_attn.k_proj":
-                b = b.reshape(RANK, layer.kv_heads, layer.head_dim)
-                if values is not None:
-                    module = "keys and values"
-                    b = np.stack([b, values.T.reshape(b.shape)], axis=1)
-            path = f"layers/{at[1]}/{TUNIX[module]}"
+        number, module = re.search(r"layers\.(\d+)\.(.+)$", name).groups()
+        layer = architecture.text.layers[int(number)]
+        if module == "self_attn.v_proj" or (module == "self_attn.k_proj" and not layer.owns_kv):
+            continue
+        if module == "self_attn.q_proj":
+            b = b.reshape(RANK, layer.heads, layer.head_dim)
+        elif module == "self_attn.o_proj":
+            a = a.reshape(layer.heads, layer.head_dim, RANK)
+        elif module == "self_attn.k_proj":
+            b = b.reshape(RANK, layer.kv_heads, layer.head_dim)
+            if values is not None:
+                module = "keys and values"
+                b = np.stack([b, values.T.reshape(b.shape)], axis=1)
+        path = f"layers/{number}/{TUNIX[module]}"
         tree |= {f"{path}_lora_a/value": a, f"{path}_lora_b/value": b}
     return tree
 
@@ -170,7 +166,7 @@ def test_what_tunix_is_told(shallow, tmp_path):
     arrays = stored(tmp_path / "out" / "0" / "model_params")
     modules = {path.rpartition("/value")[0].rpartition("/")[0] for path in arrays}
     assert all(pattern.fullmatch(module) for module in modules)
-    assert "embedder/per_layer_model_projection" in modules
+    assert "layers/9/per_layer_input_gate" in modules
     assert pattern.fullmatch("layers/4/attn/kv_einsum")
     assert not pattern.fullmatch("layers/5/attn/kv_einsum")  # it takes those of another layer
     assert not (tmp_path / "out" / "tunix.json").exists()
@@ -253,7 +249,7 @@ def test_what_nobody_says_is_asked_for(adapter, model, shallow, tmp_path):
         to_hf(tmp_path / "run", tmp_path / "back")
     with pytest.raises(UsageError, match="no alpha"):
         to_hf(tmp_path / "run", tmp_path / "back", base=model)
-    with pytest.raises(SourceError, match=r"no weight|config\.json"):
+    with pytest.raises(SourceError, match=r"lacks their weights|config\.json"):
         to_hf(tmp_path / "run", tmp_path / "back", base=shallow("26b-a4b"), alpha=1.0)
     with pytest.raises(UsageError, match="positive"):
         to_hf(tmp_path / "run", tmp_path / "back", base=model, alpha=0.0)
@@ -560,6 +556,20 @@ def test_weights_that_tunix_has_in_one_array(model, tmp_path):
         assert not (tmp_path / "out").exists()
     to_native(tmp_path / "apart", tmp_path / "out", layout="tunix", merge=True)
     assert verify(tmp_path / "out", against=tmp_path / "apart").passed
+
+
+def test_what_tunix_would_compute_otherwise(shallow, tmp_path):
+    model, module = shallow("e2b"), "per_layer_model_projection"
+    source = save(tmp_path / "adapter", model, matrices(model, (module,)))
+    with pytest.raises(UsageError, match=f"no place for a part of this adapter[\\s\\S]*{module}"):
+        to_native(source, tmp_path / "out", layout="tunix")
+    import orbax.checkpoint as ocp
+
+    array = {"value": np.zeros((3, 3), np.float32)}
+    matrix = {f"w_lora_{letter}": array for letter in "ab"}
+    ocp.PyTreeCheckpointer().save(tmp_path / "run", {"embedder": {module: matrix}})
+    with pytest.raises(SourceError, match=f"are not converted[\\s\\S]*{module}"):
+        to_hf(tmp_path / "run", tmp_path / "back", base=model, alpha=1.0)
 
 
 def test_a_matrix_without_its_partner(model, tmp_path):

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 
 UNSCANNED, EITHER = (False,), (False, True)
 ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-PER_LAYER = ("per_layer_input_gate", "per_layer_projection", "per_layer_model_projection")
+PER_LAYER = ("per_layer_input_gate", "per_layer_projection")
 
 
 @dataclass(frozen=True)
