@@ -11,7 +11,7 @@ import numpy as np
 import reference
 from case import Case
 from frameworks import Framework
-from tensors import different, furthest, tensors
+from tensors import different, furthest, tensors, tree
 
 import gemma_convert
 
@@ -74,6 +74,11 @@ def compare(case: Case) -> None:
         lambda: reference.worst_kl(_logits(case, _exported(case)), case.array("tuned.npz")),
     )
     case.compare(
+        "arrays of the trained adapter whose bits a conversion of that export does not give again",
+        0,
+        lambda: different(tree(_items(case.folder / case.framework.tuned)), _again(case)),
+    )
+    case.compare(
         "tensors of that export that PEFT misses or does not know",
         0,
         lambda: _unlike(case.original, case.folder / "adapter-exported"),
@@ -126,6 +131,19 @@ def _exported(case: Case) -> Path:
     trained, out = case.folder / case.framework.tuned, case.folder / "adapter-exported"
     gemma_convert.to_hf(trained, out, base=case.original, alpha=float(ALPHA))
     return out
+
+
+def _again(case: Case) -> Mapping[str, np.ndarray]:
+    """What the export is in the framework's own form."""
+    export, out = case.folder / "adapter-exported", case.folder / "adapter-again"
+    gemma_convert.to_native(export, out, layout=case.framework.layout)
+    return tree(_items(out))
+
+
+def _items(folder: Path) -> Path:
+    """The parameters of the last step below a folder."""
+    found = (file.parent for file in folder.rglob("_METADATA"))
+    return max(items for items in found if items.name != "optimizer_state")
 
 
 def _unlike(original: Path, adapter: Path) -> float:
