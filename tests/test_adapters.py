@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from adapters import ALPHA, PER_LAYER, RANK, TARGETS, matrices, one_a, save
 from cases import SHALLOW
-from native_checkpoints import nested_tree, sums
+from native_checkpoints import edit_tensors, nested_tree, sums
 from test_cli import fails, run
 from trees import flatten, read_safetensors
 
@@ -175,7 +175,9 @@ def test_what_tunix_is_told(shallow, tmp_path):
 def test_an_adapter_of_a_few_modules_names_just_these(model, tmp_path):
     found = matrices(model, ("q_proj", "down_proj"))
     some = {name: found[name] for name in found if ".layers.1." in name or "q_proj" in name}
-    settings = to_native(save(tmp_path / "adapter", model, some), tmp_path / "out").settings
+    source = save(tmp_path / "adapter", model, some)
+    assert to_native(source, tmp_path / "tunix", layout="tunix").arrays_written == len(some)
+    settings = to_native(source, tmp_path / "out").settings
     pattern = re.compile(settings["lora.lora_module_path"])
     assert pattern.fullmatch("decoder/layers_1/mlp/wo")
     assert pattern.fullmatch("decoder/layers_4/self_attention/query")
@@ -238,6 +240,12 @@ def test_an_adapter_that_tunix_saved(adapter, model, tmp_path):
     assert list(before) == list(after)
     assert all(np.array_equal(before[name], after[name]) for name in before)
     assert read_adapter(tmp_path / "back") == read_adapter(adapter)
+    assert verify(tmp_path / "back", against=run).passed
+    name = next(name for name in after if "v_proj.lora_A" in name)
+    edit_tensors(tmp_path / "back", {name: lambda matrix: matrix[::-1]})
+    assert [*verify(tmp_path / "back", against=run).different] == [
+        name.removeprefix("base_model.model.")
+    ]
 
 
 def test_what_nobody_says_is_asked_for(adapter, model, shallow, tmp_path):

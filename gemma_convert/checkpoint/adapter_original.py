@@ -56,7 +56,7 @@ def adapter_original(native: NativeSource, base: AdapterBase | None, stack: Exit
         raise UsageError(
             "Nothing says how this adapter is scaled: its metadata has no alpha.",
             where=native.folder,
-            do="say what it was trained with: --alpha NUMBER",
+            do="say what it was trained with: to-hf --alpha NUMBER",
         )
     adapter = Adapter(native.adapter.rank, alpha)
     architecture = replace(read_architecture(base.folder), adapter=adapter)

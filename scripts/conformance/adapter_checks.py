@@ -130,6 +130,7 @@ def _exported(case: Case) -> Path:
     """The adapter of PEFT that the framework's trained one is, proven against it."""
     trained, out = case.folder / case.framework.tuned, case.folder / "adapter-exported"
     gemma_convert.to_hf(trained, out, base=case.original, alpha=float(ALPHA))
+    assert gemma_convert.verify(out, against=trained).passed
     return out
 
 
