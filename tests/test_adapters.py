@@ -102,6 +102,7 @@ def stored(items: Path) -> dict[str, np.ndarray]:
     return {"/".join(keys): array for keys, array in flatten(nested_tree(items)).items()}
 
 
+SAVED_BY_TUNIX = Path(__file__).parent / "data" / "tunix"
 LAYOUTS = {"maxtext": "0/items", "tunix": "0/model_params"}
 """Layout with adapters → where its tree lies."""
 
@@ -132,6 +133,18 @@ def test_there_and_back(shallow, tmp_path, layout, family):
         assert np.array_equal(array, wanted[path]), path
     to_hf(out, back)
     assert sums(back) == sums(source)
+
+
+@pytest.mark.parametrize("family", ["e2b", "26b-a4b"])
+def test_the_matrices_are_those_that_tunix_saved(shallow, tmp_path, family):
+    model = shallow(family)
+    found = one_a(matrices(model, (*TARGETS, *PER_LAYER)))
+    to_native(save(tmp_path / "adapter", model, found), tmp_path / "out", layout="tunix")
+    recorded = json.loads((SAVED_BY_TUNIX / f"{family}-adapter.json").read_text())
+    embedder = {name: recorded.pop(name) for name in list(recorded) if "embedder" in name}
+    assert len(embedder) == (2 if family == "e2b" else 0)  # which is refused by name
+    arrays = stored(tmp_path / "out" / LAYOUTS["tunix"])
+    assert {name: list(array.shape) for name, array in arrays.items()} == recorded
 
 
 def test_values_that_nothing_reads_are_carried(shallow, tmp_path):
