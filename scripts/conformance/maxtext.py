@@ -211,7 +211,8 @@ def to_huggingface(settings: Path, original: Path, out: Path) -> None:
 def adapter_to_huggingface(adapter: Path, original: Path, out: Path) -> None:
     """MaxText's converter makes an adapter of PEFT of the one that ADAPTER names.
 
-    It gives JAX arrays to safetensors, which takes those of numpy: here it gets them.
+    It gives JAX arrays to safetensors, which takes those of numpy: here it gets them. It does not
+    get the arrays of experts, which no adapter has, since it takes their names for one.
     """
     from absl import flags
     from maxtext.checkpoint_conversion import to_huggingface as converter
@@ -222,6 +223,10 @@ def adapter_to_huggingface(adapter: Path, original: Path, out: Path) -> None:
         {name: np.ascontiguousarray(array) for name, array in arrays.items()}, file
     )
 
+    transform = converter._transform_weights_to_adapter
+    converter._transform_weights_to_adapter = lambda names, arrays: transform(
+        {name: to for name, to in names.items() if isinstance(name, str)}, arrays
+    )
     given = arguments(adapter, config=TUNING, base_output_directory=out.absolute())
     _sizes_of(original, adapter, converter.HF_MODEL_CONFIGS)
     converter.AutoProcessor = converter.AutoTokenizer
