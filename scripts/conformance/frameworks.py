@@ -90,8 +90,8 @@ of hidden / heads, and fixed images of 2,520 patches of 16: the tiny models' tow
 two converters take a model's sizes from a table of published ones; they are told the tiny ones
 here, and read safetensors files with numpy instead of torch. Adapters are trained by its
 `train_sft`; it is given the config of pre-training, since with that of its own command, which
-cannot be hashed, it finds no synthetic data. Its converter of adapters ends in errors of its own: it
-hands JAX arrays to safetensors, which takes numpy's, and takes the several names of 26B-A4B's
+cannot be hashed, it finds no synthetic data. Its converter of adapters ends in errors of its own:
+it hands JAX arrays to safetensors, which takes numpy's, and takes the several names of 26B-A4B's
 experts for one. Here the arrays are made numpy's, and experts, which no adapter has, left out."""
 
 GEMMA = """\
