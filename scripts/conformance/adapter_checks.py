@@ -18,8 +18,8 @@ RANK, ALPHA = 4, 8
 MOVED = 1e-3
 MERGED = 2.0**-20
 """Eight units in the last place of a float32: PEFT multiplies and adds in it, we in float64."""
-CONVERTERS = "maxtext"
-"""The framework that has converters of its own for adapters."""
+CONVERTERS = {"maxtext": ("e2b", "e4b", "26b-a4b", "31b")}
+"""The framework that has converters of its own for adapters, and the models that they know."""
 
 
 def tried(case: Case) -> bool:
@@ -42,7 +42,7 @@ def commands(case: Case) -> list[tuple[object, ...]]:
         ("train_adapter", "settings.json", "adapter.json", "tuned"),
         ("adapted", "settings.json", "adapter-trained.json", "input.npz", "tuned.npz"),
     ]
-    if case.framework.name == CONVERTERS:
+    if case.model in CONVERTERS.get(case.framework.name, ()):
         theirs = ("adapter_to_huggingface", "adapter-trained.json", case.original, "theirs-adapter")
         given.append(theirs)
     return given
@@ -87,7 +87,7 @@ def compare(case: Case) -> None:
         MERGED,
         lambda: _apart(_merged_by_peft(_wide(case), adapter), _merged(case), tensors(adapter)),
     )
-    if case.framework.name == CONVERTERS:
+    if case.model in CONVERTERS.get(case.framework.name, ()):
         case.compare(
             "tensors of its to_huggingface, of the trained adapter, whose bits are not ours",
             0,
