@@ -22,11 +22,14 @@ while [ $# -gt 0 ]; do
     --environments) environments=${2:?--environments wants a folder}; shift 2 ;;
     --models | --out) options+=("$1" "${2:?$1 wants a value}"); shift 2 ;;
     -*) usage ;;
-    *) [ -f "$root/scripts/conformance/$1.txt" ] || usage; names+=("$1"); shift ;;
+    *) [ "$1" != peft ] && [ -f "$root/scripts/conformance/$1.txt" ] || usage; names+=("$1"); shift ;;
   esac
 done
 if [ ${#names[@]} = 0 ]; then
-  for file in "$root"/scripts/conformance/*.txt; do names+=("$(basename "$file" .txt)"); done
+  for file in "$root"/scripts/conformance/*.txt; do
+    name=$(basename "$file" .txt)
+    [ "$name" = peft ] || names+=("$name")
+  done
 fi
 mkdir -p "$environments"
 environments=$(cd "$environments" && pwd)
@@ -72,8 +75,10 @@ environment() {
 }
 
 "$root/scripts/setup.sh"
-for name in "${names[@]}"; do environment "$name"; done
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
+for name in peft "${names[@]}"; do environment "$name"; done
+# PEFT runs in .venv, beside transformers, and is not of .venv: nothing else needs it.
+PYTHONPATH=$(echo "$environments"/peft/lib/python3.*/site-packages):$root${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
 export XLA_FLAGS=--xla_backend_optimization_level=0 # programs run for milliseconds, compile for minutes
 unset PYTHONDONTWRITEBYTECODE
 JAX_COMPILATION_CACHE_DIR=$(mktemp -d)

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from trees import read_safetensors
 
+PER_LAYER = ("per_layer_input_gate", "per_layer_projection")
+"""Modules of E2B and E4B that Tunix adapts and MaxText does not."""
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK, ALPHA = 3, 6
 
@@ -17,7 +19,7 @@ def weights(model: Path, targets=TARGETS) -> dict[str, tuple[int, ...]]:
     return {
         name.removesuffix(".weight"): array.shape
         for name, array in read_safetensors(model).items()
-        if ".layers." in name and "tower" not in name and name.split(".")[-2] in targets
+        if "tower" not in name and name.split(".")[-2] in targets
     }
 
 
@@ -29,6 +31,11 @@ def matrices(model: Path, targets=TARGETS, seed: int = 0) -> dict[str, np.ndarra
         found[f"{name}.lora_A.weight"] = random.normal(size=(RANK, inputs)).astype(np.float32)
         found[f"{name}.lora_B.weight"] = random.normal(size=(outputs, RANK)).astype(np.float32)
     return found
+
+
+def one_a(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The adapter with one matrix A for the keys and the values of a layer, as Tunix has it."""
+    return {name: found[name.replace("v_proj.lora_A", "k_proj.lora_A")] for name in found}
 
 
 def save(folder: Path, model: Path, found: dict[str, np.ndarray], **config) -> Path:

@@ -1,4 +1,4 @@
-"""Adapters: to MaxText and back, merged into their models, and what is refused by name."""
+"""Adapters: to MaxText and Tunix and back, merged into their models, what is refused by name."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import ml_dtypes
 import numpy as np
 import pytest
-from adapters import ALPHA, RANK, expert_matrices, matrices, save
+from adapters import ALPHA, PER_LAYER, RANK, TARGETS, expert_matrices, matrices, one_a, save
 from cases import SHALLOW
-from native_checkpoints import nested_tree, sums
+from native_checkpoints import edit_tensors, nested_tree, sums
 from safetensors.numpy import load_file, save_file
 from test_cli import fails, run
 from trees import flatten, read_safetensors
@@ -24,6 +24,7 @@ from gemma_convert.engine import merged as merged_module
 from gemma_convert.engine.adapter_pairs import AdapterPairs
 from gemma_convert.engine.merged import MergedTensors
 from gemma_convert.model.adapter import read_adapter
+from gemma_convert.model.config import read_architecture
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 
 MODULES = {
@@ -38,7 +39,55 @@ MODULES = {
 EXPERTS = {name: f"mlp/moe_block/shared_experts/{at[4:]}" for name, at in MODULES.items()}
 
 
-def by_hand(family: str, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+TUNIX = {
+    "self_attn.q_proj": "attn/q_einsum/w",
+    "self_attn.k_proj": "attn/k_einsum/w",
+    "keys and values": "attn/kv_einsum/w",
+    "self_attn.o_proj": "attn/attn_vec_einsum/w",
+    "mlp.gate_proj": "mlp/gate_proj/kernel",
+    "mlp.up_proj": "mlp/up_proj/kernel",
+    "mlp.down_proj": "mlp/down_proj/kernel",
+    "per_layer_input_gate": "per_layer_input_gate/w",
+    "per_layer_projection": "per_layer_projection/w",
+}
+
+
+def by_hand(layout: str, model: Path, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Path in a layout's tree → matrix."""
+    architecture = read_architecture(model)
+    if layout == "tunix":
+        return in_tunix(architecture, found)
+    return in_maxtext(architecture.family, found)
+
+
+def in_tunix(architecture, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """qwix multiplies from the left, with a dimension for each axis of the array.
+
+    Keys and values are one array, so one A and one B [rank kv kv_heads head_dim].
+    """
+    tree = {}
+    for name in {name.partition(".lora_")[0] for name in found}:
+        a, b = (found[f"{name}.lora_{letter}.weight"].T for letter in "AB")
+        values = found.get(f"{name.replace('k_proj', 'v_proj')}.lora_B.weight")
+        number, module = re.search(r"layers\.(\d+)\.(.+)$", name).groups()
+        layer = architecture.text.layers[int(number)]
+        if module == "self_attn.v_proj" or (module == "self_attn.k_proj" and not layer.owns_kv):
+            continue
+        if module == "self_attn.q_proj":
+            b = b.reshape(RANK, layer.heads, layer.head_dim)
+        elif module == "self_attn.o_proj":
+            a = a.reshape(layer.heads, layer.head_dim, RANK)
+        elif module == "self_attn.k_proj":
+            b = b.reshape(RANK, layer.kv_heads, layer.head_dim)
+            if values is not None:
+                module = "keys and values"
+                b = np.stack([b, values.T.reshape(b.shape)], axis=1)
+        path = f"layers/{number}/{TUNIX[module]}"
+        tree |= {f"{path}_lora_a/value": a, f"{path}_lora_b/value": b}
+    return tree
+
+
+def in_maxtext(family: str, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Path in MaxText's tree → matrix: qwix multiplies from the left, so both are transposed."""
     tree = {}
     for name, matrix in found.items():
@@ -55,6 +104,11 @@ def stored(items: Path) -> dict[str, np.ndarray]:
     return {"/".join(keys): array for keys, array in flatten(nested_tree(items)).items()}
 
 
+SAVED_BY_TUNIX = Path(__file__).parent / "data" / "tunix"
+LAYOUTS = {"maxtext": "0/items", "tunix": "0/model_params"}
+"""Layout with adapters → where its tree lies."""
+
+
 @pytest.fixture
 def model(shallow):
     return shallow("31b")
@@ -62,23 +116,37 @@ def model(shallow):
 
 @pytest.fixture
 def adapter(model, tmp_path):
-    return save(tmp_path / "adapter", model, matrices(model))
+    return save(tmp_path / "adapter", model, one_a(matrices(model)))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", SHALLOW)
-def test_to_maxtext_and_back(shallow, tmp_path, family):
+def test_there_and_back(shallow, tmp_path, layout, family):
     model = shallow(family)
-    found = matrices(model)
-    source = save(tmp_path / "adapter", model, found)
+    found = matrices(model, TARGETS if layout == "maxtext" else (*TARGETS, *PER_LAYER))
+    source = save(tmp_path / "adapter", model, found if layout == "maxtext" else one_a(found))
     out, back = tmp_path / "out", tmp_path / "back"
-    report = to_native(source, out)
+    report = to_native(source, out, layout=layout)
     assert verify(out).passed and verify(out, against=source).passed
-    arrays, wanted = stored(out / "0" / "items"), by_hand(family, found)
-    assert len(arrays) == report.tensors_converted == len(wanted) - report.tensors_carried
+    arrays, wanted = stored(out / LAYOUTS[layout]), by_hand(layout, model, found)
+    assert len(arrays) == report.arrays_written
+    assert report.tensors_converted + report.tensors_carried + report.shared == len(found)
     for path, array in arrays.items():
         assert np.array_equal(array, wanted[path]), path
     to_hf(out, back)
     assert sums(back) == sums(source)
+
+
+@pytest.mark.parametrize("family", ["e2b", "26b-a4b"])
+def test_the_matrices_are_those_that_tunix_saved(shallow, tmp_path, family):
+    model = shallow(family)
+    found = one_a(matrices(model, (*TARGETS, *PER_LAYER)))
+    to_native(save(tmp_path / "adapter", model, found), tmp_path / "out", layout="tunix")
+    recorded = json.loads((SAVED_BY_TUNIX / f"{family}-adapter.json").read_text())
+    embedder = {name: recorded.pop(name) for name in list(recorded) if "embedder" in name}
+    assert len(embedder) == (2 if family == "e2b" else 0)  # which is refused by name
+    arrays = stored(tmp_path / "out" / LAYOUTS["tunix"])
+    assert {name: list(array.shape) for name, array in arrays.items()} == recorded
 
 
 def test_values_that_nothing_reads_are_carried(shallow, tmp_path):
@@ -101,14 +169,35 @@ def test_what_maxtext_is_told(adapter, tmp_path):
     assert metadata["custom_metadata"]["lora"] == {"lora_rank": RANK, "lora_alpha": float(ALPHA)}
 
 
+def test_what_tunix_is_told(shallow, tmp_path):
+    model = shallow("e2b")
+    found = one_a(matrices(model, (*TARGETS, *PER_LAYER)))
+    settings = to_native(
+        save(tmp_path / "adapter", model, found), tmp_path / "out", layout="tunix"
+    ).settings
+    assert f"rank={RANK}, alpha={float(ALPHA)}" in settings["model"]
+    assert f'"{tmp_path / "out"}"' in settings["params"]
+    pattern = re.compile(re.search(r'module_path="([^"]+)"', settings["model"])[1])
+    arrays = stored(tmp_path / "out" / "0" / "model_params")
+    modules = {path.rpartition("/value")[0].rpartition("/")[0] for path in arrays}
+    assert all(pattern.fullmatch(module) for module in modules)
+    assert "layers/9/per_layer_input_gate" in modules
+    assert pattern.fullmatch("layers/4/attn/kv_einsum")
+    assert not pattern.fullmatch("layers/5/attn/kv_einsum")  # it takes those of another layer
+    assert not (tmp_path / "out" / "tunix.json").exists()
+
+
 def test_an_adapter_of_a_few_modules_names_just_these(model, tmp_path):
     found = matrices(model, ("q_proj", "down_proj"))
     some = {name: found[name] for name in found if ".layers.1." in name or "q_proj" in name}
-    settings = to_native(save(tmp_path / "adapter", model, some), tmp_path / "out").settings
+    source = save(tmp_path / "adapter", model, some)
+    assert to_native(source, tmp_path / "tunix", layout="tunix").arrays_written == len(some)
+    settings = to_native(source, tmp_path / "out").settings
     pattern = re.compile(settings["lora.lora_module_path"])
     assert pattern.fullmatch("decoder/layers_1/mlp/wo")
     assert pattern.fullmatch("decoder/layers_4/self_attention/query")
-    assert not pattern.fullmatch("decoder/layers_4/mlp/wo")
+    for other in (0, 4):
+        assert not pattern.fullmatch(f"decoder/layers_{other}/mlp/wo")
 
 
 def test_names_of_the_text_model_alone(model, tmp_path):
@@ -155,6 +244,26 @@ def test_an_adapter_that_maxtext_saved(adapter, model, tmp_path, form):
     assert config["target_modules"] == sorted(adapted)
 
 
+def test_an_adapter_that_tunix_saved(adapter, model, tmp_path):
+    out, run = tmp_path / "out", tmp_path / "run"
+    to_native(adapter, out, layout="tunix")
+    for item in ("model_params", "optimizer_state"):
+        shutil.copytree(out / "0" / "model_params", run / "20" / item)
+    with pytest.raises(UsageError, match="no alpha"):
+        to_hf(run, tmp_path / "back", base=model)
+    to_hf(run, tmp_path / "back", base=model, alpha=float(ALPHA))
+    before, after = (read_safetensors(folder) for folder in (adapter, tmp_path / "back"))
+    assert list(before) == list(after)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    assert read_adapter(tmp_path / "back") == read_adapter(adapter)
+    assert verify(tmp_path / "back", against=run).passed
+    name = next(name for name in after if "v_proj.lora_A" in name)
+    edit_tensors(tmp_path / "back", {name: lambda matrix: matrix[::-1]})
+    assert [*verify(tmp_path / "back", against=run).different] == [
+        name.removeprefix("base_model.model.")
+    ]
+
+
 def test_what_nobody_says_is_asked_for(adapter, model, shallow, tmp_path):
     import orbax.checkpoint as ocp
 
@@ -164,7 +273,7 @@ def test_what_nobody_says_is_asked_for(adapter, model, shallow, tmp_path):
         to_hf(tmp_path / "run", tmp_path / "back")
     with pytest.raises(UsageError, match="no alpha"):
         to_hf(tmp_path / "run", tmp_path / "back", base=model)
-    with pytest.raises(SourceError, match=r"no weight|config\.json"):
+    with pytest.raises(SourceError, match=r"lacks their weights|config\.json"):
         to_hf(tmp_path / "run", tmp_path / "back", base=shallow("26b-a4b"), alpha=1.0)
     with pytest.raises(UsageError, match="positive"):
         to_hf(tmp_path / "run", tmp_path / "back", base=model, alpha=0.0)
@@ -361,6 +470,16 @@ def test_from_one_form_of_maxtext_into_another(adapter, model, tmp_path):
     assert sums(tmp_path / "back") == sums(adapter)
 
 
+def test_from_one_framework_into_another(adapter, tmp_path):
+    to_native(adapter, tmp_path / "one", layout="tunix")
+    to_native(tmp_path / "one", tmp_path / "two")
+    to_native(tmp_path / "two", tmp_path / "three", layout="tunix")
+    assert verify(tmp_path / "two", against=adapter).passed
+    for out in ("two", "three"):
+        to_hf(tmp_path / out, tmp_path / f"{out}-back")
+        assert sums(tmp_path / f"{out}-back") == sums(adapter)
+
+
 def flip(file: Path) -> None:
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
@@ -393,27 +512,38 @@ def other_half(found):
     return found | {name: found[name.replace("gate_proj", "up_proj")]}
 
 
+def other_of_keys_and_values(found):
+    keys = next(name for name in found if "k_proj.lora_B" in name)
+    values = keys.replace("k_proj", "v_proj")
+    return found | {keys: found[values], values: found[keys]}
+
+
 def reversed_heads(found):
     name = next(name for name in found if "q_proj.lora_B" in name)
     return found | {name: found[name][::-1].copy()}
 
 
-@pytest.mark.parametrize("mistake", [other_layer, other_half, reversed_heads])
-def test_a_mistake_is_found(adapter, model, tmp_path, mistake):
-    wrong = save(tmp_path / "wrong", model, mistake(matrices(model)))
-    to_native(wrong, tmp_path / "out")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "mistake", [other_layer, other_half, other_of_keys_and_values, reversed_heads]
+)
+def test_a_mistake_is_found(adapter, model, tmp_path, layout, mistake):
+    wrong = save(tmp_path / "wrong", model, mistake(one_a(matrices(model))))
+    to_native(wrong, tmp_path / "out", layout=layout)
     assert not verify(tmp_path / "out", against=adapter).passed
 
 
-def test_a_lost_scale_is_found(adapter, model, tmp_path):
-    wrong = save(tmp_path / "wrong", model, matrices(model), lora_alpha=1)
-    to_native(wrong, tmp_path / "out")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_lost_scale_is_found(adapter, model, tmp_path, layout):
+    wrong = save(tmp_path / "wrong", model, one_a(matrices(model)), lora_alpha=1)
+    to_native(wrong, tmp_path / "out", layout=layout)
     assert list(verify(tmp_path / "out", against=adapter).different) == ["hf/adapter_config.json"]
 
 
-def test_swapped_matrices_do_not_fit(model, tmp_path):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_swapped_matrices_do_not_fit(model, tmp_path, layout):
     wrong = save(tmp_path / "wrong", model, swapped(matrices(model)))
-    message = fails(3, "to-native", wrong, tmp_path / "out", "--format", "maxtext")
+    message = fails(3, "to-native", wrong, tmp_path / "out", "--format", layout)
     assert "of a shape that config.json does not ask for" in message
 
 
@@ -516,8 +646,9 @@ def test_a_tensor_of_another_kind(model, tmp_path, name):
 
 
 def test_what_a_layout_has_no_place_for(adapter, model, tmp_path):
-    with pytest.raises(UsageError, match="no place for an adapter"):
-        to_native(adapter, tmp_path / "out", layout="gemma-jax")
+    for layout, why in (("fast-llm", r"\."), ("gemma-jax", r": gm\.nn\.LoRA of the gemma")):
+        with pytest.raises(UsageError, match=f"no place for an adapter{why}"):
+            to_native(adapter, tmp_path / "out", layout=layout)
     with pytest.raises(UsageError, match="cannot apply an adapter to scanned layers"):
         to_native(adapter, tmp_path / "out", scan_layers=True)
     tower = "model.embed_vision.embedding_projection"
@@ -530,6 +661,35 @@ def test_what_a_layout_has_no_place_for(adapter, model, tmp_path):
     with pytest.raises(UsageError, match="no place for a part of this adapter"):
         to_native(source, tmp_path / "out")
     assert to_native(source, tmp_path / "out", merge=True, layout="gemma-jax").adapter["merged"]
+
+
+def test_weights_that_tunix_has_in_one_array(model, tmp_path):
+    apart, found = matrices(model), one_a(matrices(model))
+    keys = {name: array for name, array in found.items() if "v_proj" not in name}
+    for name, changed, error, told in (
+        ("apart", apart, SourceError, "tunix has one tensor for two that differ"),
+        ("keys", keys, UsageError, r"one array for several weights[\s\S]*v_proj\.lora_A"),
+    ):
+        source = save(tmp_path / name, model, changed)
+        with pytest.raises(error, match=f"{told}[\\s\\S]*--merge"):
+            to_native(source, tmp_path / "out", layout="tunix")
+        assert not (tmp_path / "out").exists()
+    to_native(tmp_path / "apart", tmp_path / "out", layout="tunix", merge=True)
+    assert verify(tmp_path / "out", against=tmp_path / "apart").passed
+
+
+def test_what_tunix_would_compute_otherwise(shallow, tmp_path):
+    model, module = shallow("e2b"), "per_layer_model_projection"
+    source = save(tmp_path / "adapter", model, matrices(model, (module,)))
+    with pytest.raises(UsageError, match=f"no place for a part of this adapter[\\s\\S]*{module}"):
+        to_native(source, tmp_path / "out", layout="tunix")
+    import orbax.checkpoint as ocp
+
+    array = {"value": np.zeros((3, 3), np.float32)}
+    matrix = {f"w_lora_{letter}": array for letter in "ab"}
+    ocp.PyTreeCheckpointer().save(tmp_path / "run", {"embedder": {module: matrix}})
+    with pytest.raises(SourceError, match=f"are not converted[\\s\\S]*{module}"):
+        to_hf(tmp_path / "run", tmp_path / "back", base=model, alpha=1.0)
 
 
 def test_a_matrix_without_its_partner(model, tmp_path):
@@ -568,8 +728,9 @@ def test_options_that_are_for_adapters(model, converted, tmp_path):
 
 
 def test_told_by_inspect_and_refused_by_commands_for_models(adapter, tmp_path):
-    to_native(adapter, tmp_path / "out")
-    for folder in (adapter, tmp_path / "out"):
+    for layout in LAYOUTS:
+        to_native(adapter, tmp_path / layout, layout=layout)
+    for folder in (adapter, *(tmp_path / layout for layout in LAYOUTS)):
         found = inspect(folder).adapter
         assert (found.rank, found.alpha) == (RANK, ALPHA)
     message = fails(3, "golden", adapter, tmp_path / "golden.safetensors")

@@ -25,7 +25,8 @@ from case import Row  # noqa: E402
 from frameworks import ALL, FRAMEWORKS  # noqa: E402
 from judge import merged  # noqa: E402
 from page import page  # noqa: E402
-from reference import worst_kl  # noqa: E402
+from reference import worst_kl, worst_log  # noqa: E402
+from tensors import different, furthest  # noqa: E402
 
 INSTALLED = os.environ.get("GEMMA_CONVERT_FRAMEWORKS")
 
@@ -85,6 +86,23 @@ def test_worst_kl_is_of_the_worst_token():
     assert worst_kl(same, other) == pytest.approx(0.9 * np.log(1.8) + 0.1 * np.log(0.2))
 
 
+def test_the_largest_difference_of_a_log_probability():
+    same = np.log(np.array([[0.5, 0.5], [0.9, 0.1]]))
+    other = np.log(np.array([[0.5, 0.5], [0.5, 0.5]])) + 7
+    assert worst_log(same, same) == 0
+    assert worst_log(same, other) == pytest.approx(np.log(5))
+
+
+def test_arrays_are_counted_and_measured_one_by_one():
+    ours = {"a": np.array([1.0, -4.0]), "b": np.array([100.0])}
+    assert different(ours, ours) == 0
+    assert different(ours | {"c": ours["b"]}, ours) == 1
+    assert different(ours, ours | {"b": ours["b"].astype(np.float32)}) == 1
+    assert furthest(ours | {"a": np.array([1.0, -3.0])}, ours) == 0.25
+    with pytest.raises(ValueError, match="no arrays"):
+        different({}, ours)
+
+
 def test_a_newer_record_takes_the_place_of_the_older():
     def record(framework: str, model: str, date: str) -> dict:
         return {"framework": framework, "model": model, "scanned": False, "date": date}
@@ -95,8 +113,15 @@ def test_a_newer_record_takes_the_place_of_the_older():
 
 
 @pytest.mark.parametrize("name", FRAMEWORKS)
-def test_a_framework_has_its_script_and_its_two_lists(name):
+def test_a_framework_has_its_script_and_models_that_are_known(name):
+    framework = FRAMEWORKS[name]
     assert (HERE / f"{name.replace('-', '_')}.py").is_file()
+    assert set(framework.models) <= set(ALL) and set(framework.adapters) <= set(framework.models)
+    assert bool(framework.adapters) == bool(framework.tuned)
+
+
+@pytest.mark.parametrize("name", [*FRAMEWORKS, "peft"])
+def test_what_is_installed_stands_in_two_lists(name):
     pinned = (HERE / f"{name}.txt").read_text(encoding="utf-8").splitlines()
     commit = r"[\w.-]+ @ git\+https://github\.com/[\w/-]+@[0-9a-f]{40}  # built"
     assert all(re.fullmatch(rf"[\w.-]+==[\w.]+|{commit}", line) for line in pinned)
@@ -106,12 +131,11 @@ def test_a_framework_has_its_script_and_its_two_lists(name):
         if not line.startswith("#")
     ]
     assert set(asked) <= {re.split("==| @", line)[0].replace("_", "-").lower() for line in pinned}
-    assert FRAMEWORKS[name].package in asked
-    assert set(FRAMEWORKS[name].models) <= set(ALL)
+    assert (FRAMEWORKS[name].package if name in FRAMEWORKS else name) in asked
 
 
 def test_wrong_use_installs_nothing(tmp_path):
-    for words in (["keras"], ["--fast"], ["--environments"]):
+    for words in (["keras"], ["peft"], ["--fast"], ["--environments"]):
         command = [ROOT / "scripts" / "conformance.sh", "--environments", tmp_path / "e", *words]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode in {1, 2}, words

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from adapters import matrices, save
+from adapters import matrices, one_a, save
 from cases import SHALLOW
 from distcp_folders import halves, save_distcp, state_of
 from documents import PAGES, ROOT, SHELLS, Block, Command, blocks, code_spans, command, excuses
@@ -98,6 +98,7 @@ def work(shallow, tmp_path, monkeypatch) -> Path:
             shutil.copytree(shallow(family), folder)
     model = tmp_path / "gemma-4-31B-it"
     save(tmp_path / "adapter", model, matrices(model))
+    save(tmp_path / "tunix-adapter", model, one_a(matrices(model)))
     generator = np.random.default_rng(0)
     from PIL import Image
 

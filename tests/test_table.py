@@ -1,5 +1,7 @@
 """The shipped tables load; every way to get a table wrong is an error that names its place."""
 
+import re
+
 import pytest
 from native_tables import native_data, native_row, read_native
 from tables import (
@@ -139,6 +141,7 @@ UNKNOWN_IN_MAXTEXT = {
     "maxtext.toml, section 2": lambda d: d["section"][1],
     "maxtext.toml, section 2, row 5": lambda d: d["section"][1]["rows"][4],
     "maxtext.toml, carried 3": lambda d: d["carried"][2],
+    "maxtext.toml, adapter": lambda d: d["adapter"],
     "maxtext.toml, placement, scanned": lambda d: d["placement"]["scanned"],
     "maxtext.toml, placement, scanned, refused 1": lambda d: d["placement"]["scanned"]["refused"][
         0
@@ -294,6 +297,31 @@ def test_a_placement_that_is_wrong(change, what, where):
         maxtext(lambda data: change(data["placement"]["scanned"]))
     assert caught.value.what == what
     assert caught.value.where == "maxtext.toml, placement, scanned" + where
+
+
+FORMS = [
+    ({"array": "params/params/"}, "`array` is a path with {array}."),
+    ({"array": "{array}/{array}"}, "`array` is a path with {array}."),
+    ({"a": "{array}_lora_a/value [(out) rank]"}, "A matrix of an adapter is a path with {array}"),
+    ({"b": "kernel_lora_b/value [rank (out)]"}, "A matrix of an adapter is a path with {array}"),
+    ({"targets": ["q_proj"]}, "`targets` names no weight that a row converts."),
+    ({"targets": [f"{ROW}layer_scalar"]}, "An adapted weight is a matrix"),
+    ({"targets": [f"{ROW}experts.gate_up_proj"]}, "An adapted weight is a matrix"),
+]
+
+
+@pytest.mark.parametrize(("change", "what"), FORMS)
+def test_an_adapter_that_is_wrong(change, what):
+    with pytest.raises(MappingError, match=re.escape(what)) as caught:
+        maxtext(lambda data: data["adapter"].update(change))
+    assert caught.value.where == "maxtext.toml, adapter"
+
+
+def test_an_adapter_of_arrays_that_are_filled_in_says_why_they_are_carried():
+    data = native_data("tunix")
+    del data["adapter"]["unread"]
+    with pytest.raises(MappingError, match="`unread` says why"):
+        read_native(data, "tunix")
 
 
 @pytest.mark.parametrize(

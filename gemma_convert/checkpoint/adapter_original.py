@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from gemma_convert.arrays.dtypes import TensorSpec
 from gemma_convert.checkpoint.native import NativeSource
 from gemma_convert.checkpoint.original import Original
-from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.errors import SourceError, UsageError, some
 from gemma_convert.mapping.adapted import adapter_table
 from gemma_convert.mapping.inventory import hf_tensors
 from gemma_convert.model.adapter import ADAPTER_CONFIG, Adapter, StoredAdapter, adapter_config
@@ -94,14 +94,16 @@ def _specs(native: NativeSource, architecture: Architecture) -> dict[str, Tensor
     for tensor in hf_tensors(architecture, table.inventory):
         for row in table.rows_of(tensor.row):
             array = row.native.pattern.render(tensor.index, table.spellings)
-            if array in left and row.when.holds(architecture, tensor.index):
+            if array in native.specs and row.when.holds(architecture, tensor.index):
                 found[tensor.name] = TensorSpec(native.specs[array].dtype, tensor.shape)
                 left.discard(array)
     if left:
+        targets = () if table.adapter is None else table.adapter.targets
         raise SourceError(
-            "The adapter has matrices for which its base model has no weight.",
+            "The adapter has matrices that are not converted, or its model lacks their weights.",
             where=native.folder,
+            expected=f"matrices of {some(list(targets), 3)}",
             found=min(left),
-            do="name the model that it was trained on with --base",
+            do="name the model that it was trained on with --base, or merge it in its framework",
         )
     return found

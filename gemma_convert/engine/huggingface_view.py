@@ -53,7 +53,7 @@ class HuggingFaceView:
 
     def read_block(self, source: SourceTensor, ranges: Ranges, offset: int, data: Array) -> None:
         """Fills `data` with the block `ranges` of one tensor, which begins at byte `offset`."""
-        name = source.region.tensor
+        name = self._stored(source.region.tensor)
         if name not in self.plan.sources:
             self.original.read_bytes(name, offset, data)
             return
@@ -76,7 +76,7 @@ class HuggingFaceView:
 
     def pieces(self, name: str) -> Iterator[memoryview]:
         """The bytes of a tensor, in pieces that are valid until the next one is asked for."""
-        name = self.plan.equal.get(name, name)
+        name = self._stored(name)
         planned = self.plan.sources.get(name)
         if planned is None:
             yield from self.original.at_hand(name).pieces(name)
@@ -91,12 +91,17 @@ class HuggingFaceView:
 
     def arrays(self, names: Iterable[str]) -> list[str]:
         """The native arrays that these tensors are put together from."""
-        sources = (self.plan.sources[name] for name in names if name in self.plan.sources)
+        stored = map(self._stored, names)
+        sources = (self.plan.sources[name] for name in stored if name in self.plan.sources)
         return sorted({copy.target.tensor for source in sources for copy in source.copies})
 
     def check_unchanged(self) -> None:
         """Raises SourceError where the checkpoint has changed since it was opened."""
         self.native.check_unchanged()
+
+    def _stored(self, name: str) -> str:
+        """The tensor whose values the native side has for this one."""
+        return self.plan.equal.get(name, name)
 
     def _assemble(self, name: str, ranges: Ranges, block: Array) -> None:
         """Fills `block`, which has the tensor's own order of axes, with native values."""

@@ -66,17 +66,15 @@ def adapter_table(layout: str, version: str | None = None) -> Table:
     form = table.adapter
     if form is None:
         raise UsageError(
-            f"The layout {layout} has no place for an adapter.",
+            f"The layout {layout} has no place for an adapter"
+            + (f": {table.no_adapter}." if table.no_adapter else "."),
             do="merge it into its base model with --merge, or choose another --format",
         )
     inventory = adapter_inventory()
-    rows = (
-        pair
-        for row in table.rows
-        if row.hf.view.pattern.text in form.targets
-        for pair in _native_pair(row, form, inventory)
-    )
-    carried = (pair for row in table.carried for pair in _carried_pair(row, inventory))
+    targets = [row for row in table.rows if row.hf.view.pattern.text in form.targets]
+    unread = (_unread(row, form) for row in targets if row.fill is not None)
+    rows = (pair for row in targets for pair in _native_pair(row, form, inventory))
+    carried = (pair for row in (*table.carried, *unread) for pair in _carried_pair(row, inventory))
     scanned = {} if form.scanned is None else {"scanned": _never(form.scanned)}
     return replace(
         table,
@@ -140,16 +138,35 @@ def _matrix(pattern: Pattern, letter: str) -> Pattern:
 
 
 def _native_pair(row: NativeRow, form: AdapterForm, inventory: Inventory) -> Iterator[NativeRow]:
+    """The two matrices of an array.
+
+    Of one that has several weights along an axis, A is one for all, and B has that axis.
+    """
     order = [axis for dim in row.native.dims for axis in dim]
-    outputs, inputs = (tuple(axis for axis in order if axis in dim) for dim in row.hf.view.dims)
-    array = row.native.pattern.text.removeprefix(form.root)
-    for letter, view in (("A", form.a), ("B", form.b)):
+    inputs = tuple(axis for axis in order if axis in row.hf.view.dims[1])
+    outputs = tuple(axis for axis in order if axis not in inputs)
+    along = next((axis for axis in outputs if axis not in row.hf.view.dims[0]), None)
+    when = row.when if row.fill is None else row.when & ~_optional(row)
+    array = form.array(row.native.pattern.text)
+    for letter, view, share in (("A", form.a, along), ("B", form.b, None)):
         hf = inventory.row(_matrix(row.hf.view.pattern, letter).text)
         assert hf is not None
         name = Pattern(view.name.replace("{array}", array))
         dims = view.dims(inputs=inputs, outputs=outputs)
         where = f"{row.where}, lora_{letter}"
-        yield replace(row, hf=hf, native=View(name, dims), where=where)
+        native = View(name, dims)
+        yield replace(row, hf=hf, native=native, when=when, share=share, fill=None, where=where)
+
+
+def _optional(row: NativeRow) -> Condition:
+    assert row.hf.optional is not None
+    return row.hf.optional
+
+
+def _unread(row: NativeRow, form: AdapterForm) -> CarriedRow:
+    """An array that is filled in where its weight is absent is one that nothing reads there."""
+    assert form.unread is not None
+    return CarriedRow(row.hf.view.pattern.text, _optional(row), form.unread, row.where)
 
 
 def _carried_pair(row: CarriedRow, inventory: Inventory) -> Iterator[CarriedRow]:

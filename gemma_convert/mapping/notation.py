@@ -163,6 +163,11 @@ class Condition:
     def __and__(self, other: Condition) -> Condition:
         return Condition(self.terms + other.terms, self.possible and other.possible)
 
+    def __invert__(self) -> Condition:
+        """Where the condition does not hold; it is one fact."""
+        ((fact, wanted),) = self.terms
+        return Condition(((fact, not wanted),))
+
 
 def parse_condition(text: str, version: Mapping[str, bool] = NO_VERSION) -> Condition:
     """The condition that `a & !b` describes; raises MappingError for a word that is no fact.

@@ -14,6 +14,7 @@ from gemma_convert.mapping.adapted import no_place
 from gemma_convert.mapping.coverage import check_source, check_targets
 from gemma_convert.mapping.inventory import HFTensor, axis_size, hf_tensors, indices, shape_of
 from gemma_convert.mapping.notation import Index, View
+from gemma_convert.mapping.partners import check_partners
 from gemma_convert.mapping.placement import place, scanned_placement
 from gemma_convert.mapping.region import (
     Extent,
@@ -158,6 +159,8 @@ def plan_to_native(
             tied[name] = _tied_name(tensor.tied, tensor.row.where, architecture, table)
             continue
         row, reason = _find_row(tensor, architecture, table, text_only)
+        if row is not None and architecture.adapter is not None:
+            check_partners(tensor, row, architecture, table, source)
         if row is None:
             carried[name] = reason
         elif row.share is not None and tensor.index[row.share]:

@@ -132,16 +132,23 @@ class MatrixForm:
 class AdapterForm:
     """How a layout has an adapter: its two matrices, and the weights that it may change.
 
-    `root` is what stands before the path of a changed array and not before that of a matrix;
-    `scanned` says why scanned layers take none, and `experts` why batched experts take none.
+    `around` is what stands before and behind a changed array's path and not in that of a matrix;
+    `unread` says why matrices of arrays that nothing reads, which are filled in, are carried,
+    `scanned` why scanned layers take none, and `experts` why batched experts take none.
     """
 
-    root: str
+    around: tuple[str, str]
     a: MatrixForm
     b: MatrixForm
     targets: tuple[str, ...]
+    unread: str | None
     scanned: str | None
     experts: str | None
+
+    def array(self, path: str) -> str:
+        """What `{array}` stands for, of the path of a changed array."""
+        before, behind = self.around
+        return path.removeprefix(before).removesuffix(behind)
 
 
 @dataclass(frozen=True)
@@ -185,6 +192,8 @@ class Table:
     files: Files | None
     inventory: Inventory
     adapter: AdapterForm | None = None
+    no_adapter: str | None = None
+    """Why the framework has no adapters that could be converted, where that is known."""
 
     @cached_property
     def _rows_by_hf(self) -> Mapping[str, tuple[NativeRow, ...]]:

@@ -44,6 +44,7 @@ _KEYS = [
     "refused",
     "placement",
     "adapter",
+    "no_adapter",
     "section",
     "fact",
     "models",
@@ -171,6 +172,7 @@ def parse_table(
         files=_files(top.table("files")) if top.has("files") else None,
         inventory=inventory,
         adapter=adapter_form(top.table("adapter"), rows) if top.has("adapter") else None,
+        no_adapter=top.text("no_adapter") if top.has("no_adapter") else None,
     )
     for row in inventory.rows:
         mapped = row.view.pattern.text in without or any(native.hf is row for native in rows)

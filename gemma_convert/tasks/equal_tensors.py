@@ -25,6 +25,7 @@ def check_equal(plan: Plan, tensors: HuggingFaceTensors, where: Path) -> None:
                 do="if the head is the model's own, say so in config.json, outside of text_config "
                 'where there is one: "tie_word_embeddings": false',
             )
+    adapted = plan.architecture.adapter is not None
     for name, other in plan.shared.items():
         if not _same(tensors, name, other):
             raise SourceError(
@@ -32,7 +33,9 @@ def check_equal(plan: Plan, tensors: HuggingFaceTensors, where: Path) -> None:
                 where=where,
                 expected=f"{name} equal to {other}, bit for bit",
                 found=f"{_shown(tensors, name)} and {_shown(tensors, other)}",
-                do="make them equal, choose another layout, or carry the towers with --text-only",
+                do="merge the adapter into its base model with --merge"
+                if adapted
+                else "make them equal, choose another layout, or carry the towers with --text-only",
             )
 
 

@@ -158,7 +158,8 @@ def _native(path: Path, native: NativeSource) -> InspectReport:
         config=config,
         manifest=read_manifest(root, damaged=True),
     )
-    return replace(report, adapter=native.adapter)
+    told = read_adapter(root / sidecar.FOLDER) if adapter else None
+    return replace(report, adapter=None if told is None else StoredAdapter(told.rank, told.alpha))
 
 
 def _native_coverage(architecture: Architecture, native: NativeSource) -> Coverage | None:

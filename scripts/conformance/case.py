@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,12 +80,15 @@ class Case:
             dtype="float32",
             text_only=not self.sees,
         )
+        self.tell("settings", report.settings, converted, self.folder / self.framework.trained)
+
+    def tell(self, name: str, settings: Mapping[str, str], converted: Path, trained: Path) -> None:
+        """Writes NAME.json, and NAME-trained.json with another path for that of the conversion."""
         old = str((converted / self.framework.converted).resolve())
-        new = str((self.folder / self.framework.trained).resolve())
-        trained = {key: value.replace(old, new) for key, value in report.settings.items()}
-        assert trained != report.settings, f"{old} is nowhere in {report.settings}"
-        for name, told in (("settings", report.settings), ("trained", trained)):
-            (self.folder / f"{name}.json").write_text(json.dumps(told), encoding="utf-8")
+        after = {key: value.replace(old, str(trained.resolve())) for key, value in settings.items()}
+        assert after != settings, f"{old} is nowhere in {settings}"
+        for file, told in ((name, settings), (f"{name}-trained", after)):
+            (self.folder / f"{file}.json").write_text(json.dumps(told), encoding="utf-8")
 
     def ask(self, *commands: Iterable[object]) -> None:
         """Runs commands of the framework's script, one after the other, in one process."""
@@ -92,6 +96,7 @@ class Case:
         for command in commands:
             words += ["+"] * bool(words) + [str(word) for word in command]
         script = Path(__file__).with_name(f"{self.framework.name.replace('-', '_')}.py")
+        own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         with (self.folder / "log.txt").open("ab") as log:
             subprocess.run(
                 [self.environment / "bin" / "python", "-P", script, *words],
@@ -99,6 +104,7 @@ class Case:
                 stderr=subprocess.STDOUT,
                 check=False,
                 cwd=self.folder,
+                env=own,
             )
 
     def compare(

@@ -9,6 +9,12 @@ commands:
     train SETTINGS FOLDER          three steps on made-up tokens, from what SETTINGS load; the
                                    framework saves below FOLDER, at the row's `trained`
 
+A framework with `adapters` has two commands more; ADAPTER is what to-native printed of an adapter:
+
+    adapted SETTINGS ADAPTER INPUT OUTPUT     logits of the model with the adapter
+    train_adapter SETTINGS ADAPTER FOLDER     three steps of the adapter alone; the framework saves
+                                              below FOLDER, at the row's `tuned`
+
 Several commands, set apart by `+`, run one after the other; a failed one does not stop the others:
 asked.py does that. It is run by `python -P`, so that `import NAME` finds the framework.
 SETTINGS is a JSON object, what `to-native --json` calls `settings`: every value as it is printed.
@@ -22,6 +28,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 UNSCANNED, EITHER = (False,), (False, True)
+ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PER_LAYER = ("per_layer_input_gate", "per_layer_projection")
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,9 @@ class Framework:
     `towers` has the forms that are converted with their towers; others are the text model alone.
     `limit` bounds the KL divergence of every token, in nats. `computes` says by model what its
     release computes otherwise than transformers (`reference.DEVIATIONS`); what was mended later
-    stands in `mended` with the first release that is right. `note` is told on the page.
+    stands in `mended` with the first release that is right. `adapters` are the models of which
+    adapters are tried, unscanned, of the modules `adapted`; `tuned` is where `train_adapter` saves
+    one, and `one_a` says that keys and values have one matrix A. `note` is told on the page.
     """
 
     name: str
@@ -48,6 +58,10 @@ class Framework:
     companions: tuple[str, ...] = ("jax", "flax", "orbax-checkpoint")
     computes: Mapping[str, str] = field(default_factory=dict)
     mended: Mapping[str, str] = field(default_factory=dict)
+    adapters: tuple[str, ...] = ()
+    adapted: tuple[str, ...] = ATTENTION_AND_MLP
+    tuned: str = ""
+    one_a: bool = False
     note: str = ""
 
     def sees(self, model: str, scanned: bool) -> bool:
@@ -74,7 +88,11 @@ no name of its own yet, so 31B's is printed. It casts the output table to bfloat
 says, so transformers is compared with that done to it too, and as it is. Its vision tower has heads
 of hidden / heads, and fixed images of 2,520 patches of 16: the tiny models' towers are made so. Its
 two converters take a model's sizes from a table of published ones; they are told the tiny ones
-here, and read safetensors files with numpy instead of torch."""
+here, and read safetensors files with numpy instead of torch. Adapters are trained by its
+`train_sft`; it is given the config of pre-training, since with that of its own command, which
+cannot be hashed, it finds no synthetic data. Its converter of adapters ends in errors of its own:
+it hands JAX arrays to safetensors, which takes numpy's, and takes the several names of 26B-A4B's
+experts for one. Here the arrays are made numpy's, and experts, which no adapter has, left out."""
 
 GEMMA = """\
 The language model runs; towers are converted and loaded with it. Version 4.0.1, the newest on the
@@ -84,9 +102,10 @@ before the checkpoint is complete unless it is told `wait_until_finished=True`."
 
 TUNIX = """\
 The language model, which is all that 0.1.7 has; for 12B it has no config yet, so 31B's is printed
-with 12B's sizes. Its trainer is `PeftTrainer`, with all parameters trained. 0.1.7 gives the router
-of 26B-A4B an input that is normalised already, which its repository has mended since: transformers
-is compared with that done to it too, and as it is."""
+with 12B's sizes. Its trainer is `PeftTrainer`, with all parameters trained, or an adapter alone,
+which qwix puts in: keys and values are one array, so an adapter has one matrix A for both. 0.1.7
+gives the router of 26B-A4B an input that is normalised already, which its repository has mended
+since: transformers is compared with that done to it too, and as it is."""
 
 FAST_LLM = """\
 It is on no package index, so a commit of its repository is installed. Its own `fast-llm train gpt`
@@ -106,6 +125,8 @@ FRAMEWORKS = {
             towers=dict.fromkeys(("26b-a4b", "31b"), (True,)),
             converted="0/items",
             trained="run/checkpoints/2/items",
+            adapters=ALL,
+            tuned="tuned/run/checkpoints/3/model_params",
             note=MAXTEXT,
             computes=dict.fromkeys(ALL, "output table in bfloat16"),
         ),
@@ -128,6 +149,10 @@ FRAMEWORKS = {
             layout="tunix",
             models=dict.fromkeys(ALL, UNSCANNED),
             trained="checkpoints",
+            adapters=ALL,
+            tuned="tuned/checkpoints",
+            adapted=(*ATTENTION_AND_MLP, *PER_LAYER),
+            one_a=True,
             note=TUNIX,
             computes={"26b-a4b": "router normalised twice"},
         ),

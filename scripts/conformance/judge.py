@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import adapter_checks
 import maxtext_checks
 import numpy as np
 import reference
@@ -46,12 +47,16 @@ def run(case: Case) -> None:
     case.ask(
         ("logits", "settings.json", "input.npz", "before.npz"),
         ("train", "settings.json", "."),
-        ("logits", "trained.json", "input.npz", "after.npz"),
+        ("logits", "settings-trained.json", "input.npz", "after.npz"),
         *commands(case),
     )
     _forward(case)
     _training(case)
     compare(case)
+    if adapter_checks.tried(case):
+        adapter_checks.prepare(case)
+        case.ask(*adapter_checks.commands(case))
+        adapter_checks.compare(case)
 
 
 def _forward(case: Case) -> None:
@@ -127,13 +132,14 @@ def measure(case: Case) -> dict[str, Any]:
     except Exception as error:
         traceback.print_exc()
         case.rows.append(Row("it is run", None, 0, note=str(error)))
+    ours = ("gemma-convert", "transformers", *(["peft"] if adapter_checks.tried(case) else []))
     return {
         "framework": case.framework.name,
         "model": case.model,
         "scanned": case.scanned,
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "versions": versions(case.framework, case.environment)
-        | {name: version(name) for name in ("gemma-convert", "transformers")},
+        | {name: version(name) for name in ours},
         "rows": [asdict(row) | {"passed": row.passed} for row in case.rows],
     }
 

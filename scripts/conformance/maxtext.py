@@ -8,6 +8,8 @@ frameworks.py. Besides `logits` and `train` there are
     to_maxtext SETTINGS ORIGINAL FOLDER   MaxText's converter makes FOLDER/0/items, in float32
     to_huggingface SETTINGS ORIGINAL OUT  the way back, of the checkpoint that SETTINGS name
     parameters_only SETTINGS STATE FOLDER FOLDER/run/checkpoints/0/items of a training state
+    adapter_to_huggingface ADAPTER ORIGINAL OUT
+                                          its converter makes an adapter of PEFT of one of its own
 
 The converters take a model's sizes from a table of published ones; here they are those of
 ORIGINAL's config.json. They read safetensors files with torch; here with numpy, the same values.
@@ -24,6 +26,7 @@ from typing import Any
 import numpy as np
 
 STEPS = 3
+TUNING = "post_train/sft.yml"
 RUN = (
     "run_name=run",
     "dataset_type=synthetic",
@@ -43,28 +46,39 @@ RUN = (
 )
 
 
-def arguments(settings: Path, **more: object) -> list[str]:
-    """A command line of MaxText: its base config, how we run it, and the printed settings.
+def arguments(*settings: Path, config: str = "base.yml", **more: object) -> list[str]:
+    """A command line of MaxText: a config of its own, how we run it, and the printed settings.
 
     `more` counts most; None takes a setting away.
     """
     import maxtext
 
-    base = Path(next(iter(maxtext.__path__))) / "configs" / "base.yml"
-    told = json.loads(settings.read_text(encoding="utf-8")) | more
+    base = Path(next(iter(maxtext.__path__))) / "configs" / config
+    told: dict[str, object] = {}
+    for file in settings:
+        told |= json.loads(file.read_text(encoding="utf-8"))
+    told |= more
     return [str(base), *RUN, *(f"{key}={one}" for key, one in told.items() if one is not None)]
 
 
-def load(settings: Path, batch: int, length: int) -> Any:
-    """The model with its parameters."""
+def load(settings: Path, batch: int, length: int, adapter: Path | None = None) -> Any:
+    """The model with its parameters, and with those of an adapter."""
     from maxtext.configs import pyconfig
-    from maxtext.utils import model_creation_utils
+    from maxtext.utils import lora_utils, model_creation_utils
 
-    more = {"per_device_batch_size": batch, "max_target_length": length}
+    more: dict[str, Any] = {"per_device_batch_size": batch, "max_target_length": length}
     more |= {"base_output_directory": settings.parent.absolute()}
-    config = pyconfig.initialize(["maxtext", *arguments(settings, **more)])
+    if adapter is None:
+        told = arguments(settings, **more)
+    else:
+        told = arguments(settings, adapter, config=TUNING, **more)
+    config = pyconfig.initialize(["maxtext", *told])
     loaded = model_creation_utils.from_pretrained(config)
-    return loaded[0] if isinstance(loaded, tuple) else loaded
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    if adapter is not None:
+        model = lora_utils.apply_lora_to_model(model, mesh(model), config)
+        lora_utils.restore_lora_from_path(model, config)
+    return model
 
 
 def mesh(model: Any) -> Any:
@@ -74,11 +88,22 @@ def mesh(model: Any) -> Any:
 
 def logits(settings: Path, given: Path, out: Path) -> None:
     """Writes the logits of the tokens in `given`."""
+    ids = np.load(given)["ids"]
+    np.savez(out, logits=computed(load(settings, *ids.shape), ids))
+
+
+def adapted(settings: Path, adapter: Path, given: Path, out: Path) -> None:
+    """Writes the logits of the tokens in `given`, of the model with an adapter."""
+    ids = np.load(given)["ids"]
+    np.savez(out, logits=computed(load(settings, *ids.shape, adapter), ids))
+
+
+def computed(model: Any, tokens: np.ndarray) -> np.ndarray:
+    """The logits [batch length vocab] of tokens."""
     import jax.numpy as jnp
     from flax import nnx
 
-    ids = jnp.asarray(np.load(given)["ids"], jnp.int32)
-    model = load(settings, *ids.shape)
+    ids = jnp.asarray(tokens, jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     with mesh(model):
         found = nnx.jit(
@@ -91,7 +116,7 @@ def logits(settings: Path, given: Path, out: Path) -> None:
             )
         )(model)
     found = found[0] if isinstance(found, tuple) else found
-    np.savez(out, logits=np.asarray(found, np.float32))
+    return np.asarray(found, np.float32)
 
 
 def vision(settings: Path, given: Path, out: Path) -> None:
@@ -115,6 +140,21 @@ def train(settings: Path, folder: Path) -> None:
     more = {"base_output_directory": folder.absolute(), "steps": STEPS, "checkpoint_period": 1}
     more |= {"per_device_batch_size": 1, "max_target_length": 64, "learning_rate": 1e-3}
     trainer.main(["maxtext", *arguments(settings, **more)])
+
+
+def train_adapter(settings: Path, adapter: Path, folder: Path) -> None:
+    """Three steps of MaxText's fine-tuning of an adapter alone, on its synthetic data.
+
+    With the config that its command makes it finds no data: that one cannot be hashed.
+    """
+    from maxtext.configs import pyconfig
+    from maxtext.trainers.post_train.sft import train_sft
+
+    more: dict[str, Any] = {"base_output_directory": folder.absolute(), "steps": STEPS}
+    more |= {"checkpoint_period": 1, "learning_rate": 1e-3}
+    more |= {"per_device_batch_size": 1, "max_target_length": 64}
+    told = arguments(settings, adapter, config=TUNING, **more)
+    train_sft.train(pyconfig.initialize(["maxtext", *told]))
 
 
 def parameters_only(settings: Path, state: Path, folder: Path) -> None:
@@ -177,6 +217,32 @@ def to_huggingface(settings: Path, original: Path, out: Path) -> None:
     converter.main(["maxtext", *given])
 
 
+def adapter_to_huggingface(adapter: Path, original: Path, out: Path) -> None:
+    """MaxText's converter makes an adapter of PEFT of the one that ADAPTER names.
+
+    It gives JAX arrays to safetensors, which takes those of numpy: here it gets them. It does not
+    get the arrays of experts, which no adapter has, since it takes their names for one.
+    """
+    from absl import flags
+    from maxtext.checkpoint_conversion import to_huggingface as converter
+    from maxtext.checkpoint_conversion.utils import utils
+
+    save = utils.numpy_save_file
+    utils.numpy_save_file = lambda arrays, file: save(
+        {name: np.ascontiguousarray(array) for name, array in arrays.items()}, file
+    )
+
+    transform = converter._transform_weights_to_adapter
+    converter._transform_weights_to_adapter = lambda names, arrays: transform(
+        {name: to for name, to in names.items() if isinstance(name, str)}, arrays
+    )
+    given = arguments(adapter, config=TUNING, base_output_directory=out.absolute())
+    _sizes_of(original, adapter, converter.HF_MODEL_CONFIGS)
+    converter.AutoProcessor = converter.AutoTokenizer
+    flags.FLAGS(["maxtext", f"--hf_model_path={original}"])
+    converter.main(["maxtext", *given])
+
+
 def _sizes_of(original: Path, settings: Path, configs: dict[str, Any]) -> None:
     from transformers import AutoConfig
 
@@ -191,4 +257,5 @@ if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parent))
     from asked import run
 
-    sys.exit(run(sys.argv[1:], logits, train, vision, *CONVERTERS))
+    commands = (logits, train, vision, *CONVERTERS)
+    sys.exit(run(sys.argv[1:], *commands, adapted, train_adapter, adapter_to_huggingface))

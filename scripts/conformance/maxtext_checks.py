@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import reference
 from case import Case
+from tensors import Arrays, different, tensors, tree
 
 import gemma_convert
 
@@ -31,7 +30,7 @@ def commands(case: Case) -> list[tuple[object, ...]]:
         np.savez(case.folder / "picture.npz", image=reference.picture(size))
         given.append(("vision", "settings.json", "picture.npz", "seen.npz"))
     if (case.model, case.scanned) in TRIED:
-        given.append(("to_huggingface", "trained.json", case.original, "theirs"))
+        given.append(("to_huggingface", "settings-trained.json", case.original, "theirs"))
         given.append(("to_maxtext", "settings.json", case.original, "made"))
         given.append(("parameters_only", "settings.json", STATE, "alone"))
     return given
@@ -49,24 +48,24 @@ def compare(case: Case) -> None:
         case.compare(
             "arrays of its to_maxtext whose bits are not ours",
             0,
-            lambda: _different(
-                _tree(case.folder / "made/0/items"), _tree(case.folder / "converted/0/items")
+            lambda: different(
+                tree(case.folder / "made/0/items"), tree(case.folder / "converted/0/items")
             ),
         )
         case.compare(
             "tensors of its to_huggingface, of the trained weights, whose bits are not ours",
             1,
-            lambda: _different(_tensors(case.folder / "theirs"), _tensors(case.exported)),
+            lambda: different(tensors(case.folder / "theirs"), tensors(case.exported)),
         )
         case.compare(
             "those, the embedding, as a share of a value",
             UNIT,
-            lambda: _furthest(_tensors(case.folder / "theirs"), _tensors(case.exported)),
+            lambda: _furthest(tensors(case.folder / "theirs"), tensors(case.exported)),
         )
         case.compare(
             "its parameters-only checkpoint, exported, against the trained one, as a share",
             ROUNDED,
-            lambda: _furthest(_parameters_only(case), _tensors(case.exported)),
+            lambda: _furthest(_parameters_only(case), tensors(case.exported)),
         )
 
 
@@ -79,22 +78,7 @@ def _share(expected: np.ndarray, found: np.ndarray) -> float:
     return float(abs(found - expected).max() / abs(expected).max())
 
 
-def _different(theirs: Mapping[str, np.ndarray], ours: Mapping[str, np.ndarray]) -> float:
-    """How many arrays of theirs ours has not, or with another shape, dtype or bit."""
-    same = [
-        name
-        for name, array in theirs.items()
-        if name in ours
-        and ours[name].shape == array.shape
-        and ours[name].dtype == array.dtype
-        and ours[name].tobytes() == array.tobytes()
-    ]
-    if not theirs:
-        raise ValueError("there are no arrays")
-    return len(theirs) - len(same)
-
-
-def _furthest(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> float:
+def _furthest(found: Arrays, expected: Arrays) -> float:
     """The largest difference of a value found, as a share of the expected one."""
     shares = [
         np.max(
@@ -105,29 +89,8 @@ def _furthest(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray
     return float(max(shares))
 
 
-def _parameters_only(case: Case) -> Mapping[str, np.ndarray]:
+def _parameters_only(case: Case) -> Arrays:
     out = case.folder / "alone-exported"
     alone = case.folder / "alone/run/checkpoints/0/items"
     gemma_convert.to_hf(alone, out, like=case.original, dtype="float32")
-    return _tensors(out)
-
-
-def _tree(items: Path) -> dict[str, np.ndarray]:
-    """The arrays of a checkpoint of parameters, as Orbax reads it."""
-    import jax
-    from orbax import checkpoint
-
-    tree = checkpoint.PyTreeCheckpointer().restore(items.absolute())
-    leaves: list[tuple[Any, Any]] = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-
-
-def _tensors(checkpoint: Path) -> dict[str, np.ndarray]:
-    """The tensors of a Hugging Face checkpoint, as safetensors reads it."""
-    from safetensors.numpy import load_file
-
-    return {
-        name: tensor
-        for file in checkpoint.glob("*.safetensors")
-        for name, tensor in load_file(file).items()
-    }
+    return tensors(out)

@@ -31,7 +31,11 @@ and the framework
 1. loads it with the settings that `to-native` printed, and computes logits of 80 made-up tokens;
 2. trains three steps from it on made-up data, by its own trainer where it has one, and saves;
 3. loads what it saved, and computes the logits again. `to-hf` exports the same to Hugging Face,
-   `verify` compares the two, and transformers computes the logits of the export.
+   `verify` compares the two, and transformers computes the logits of the export;
+4. where it has adapters: loads one that PEFT made and `to-native` converted, beside the
+   converted model, trains three steps of that alone and saves it. `to-hf` makes an adapter of PEFT
+   of what was saved. PEFT, beside transformers, computes the logits of both, and its merge is
+   compared with that of `to-native --merge`.
 
 All in float32 on the CPU, compiled by XLA without optimising, with the fewest layers that have
 every kind of them. Limits of logits bound the largest Kullback-Leibler divergence of a token, in

@@ -32,13 +32,27 @@ def load(checkpoint: Path) -> Any:
     return AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
 
 
-def logits(checkpoint: Path, deviation: str | None = None) -> np.ndarray:
-    """Logits of `tokens`, [batch, length, vocab], with what a framework computes otherwise."""
+def adapted(model: Any, adapter: Path) -> Any:
+    """The model with the adapter that PEFT loads from a folder."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(adapter)).eval()
+
+
+def logits(
+    checkpoint: Path, deviation: str | None = None, adapter: Path | None = None
+) -> np.ndarray:
+    """Logits of `tokens`, [batch, length, vocab], with what a framework computes otherwise.
+
+    With `adapter` they are those of the model with it, in PEFT.
+    """
     import torch
 
     model = load(checkpoint)
     if deviation is not None:
         DEVIATIONS[deviation](model)
+    if adapter is not None:
+        model = adapted(model, adapter)
     with torch.no_grad():
         return model(input_ids=torch.tensor(tokens()), use_cache=False).logits.float().numpy()
 
@@ -66,6 +80,12 @@ def worst_kl(expected: np.ndarray, found: np.ndarray) -> float:
     """The KL divergence of the worst token, in nats: nan where a logit is none."""
     one, other = (_log_softmax(each.astype(np.float64)) for each in (expected, found))
     return float((np.exp(one) * (one - other)).sum(-1).max())
+
+
+def worst_log(expected: np.ndarray, found: np.ndarray) -> float:
+    """The largest difference of a log-probability."""
+    one, other = (_log_softmax(each.astype(np.float64)) for each in (expected, found))
+    return float(abs(one - other).max())
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

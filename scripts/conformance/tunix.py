@@ -6,6 +6,9 @@
     record ORIGINAL OUT   what Tunix' own loader makes of a Hugging Face checkpoint, and
                           its CheckpointManager saves: OUT.json.gz, dtype, shape and digest of
                           every array on disk, and OUT.npz, tokens and its own logits of them
+    record_adapter ORIGINAL OUT
+                          what its CheckpointManager saves of an adapter that qwix puts around every
+                          weight but those of experts: OUT-adapter.json, path → shape
 
 The recorded files are those of tests/data/tunix, of `gemma-convert tiny MODEL ORIGINAL --layers N`
 with the N of tests/cases.py.
@@ -25,6 +28,7 @@ from typing import Any
 import numpy as np
 
 STEPS, LEARNING_RATE = 3, 1e-3
+RANK = 3
 RECORDED, EVERY = (1, 24), 5
 """Of how many tokens logits are recorded, and of which part of the vocabulary."""
 
@@ -76,12 +80,41 @@ def logits(settings: Path, given: Path, out: Path) -> None:
     np.savez(out, logits=computed(load(settings), np.load(given)["ids"]))
 
 
+def with_adapter(model: Any, adapter: Path) -> Any:
+    """The model with an adapter, by the lines that were printed of that."""
+    import qwix
+    from flax import nnx
+    from tunix.sft.checkpoint_manager import CheckpointManager
+
+    lines = json.loads(adapter.read_text(encoding="utf-8"))
+    known = {"CheckpointManager": CheckpointManager, "model": model, "nnx": nnx, "qwix": qwix}
+    known["model"] = eval(lines["model"], known)
+    eval(lines["params"], known)
+    return known["model"]
+
+
+def adapted(settings: Path, adapter: Path, given: Path, out: Path) -> None:
+    """Writes the logits of the tokens in `given`, of the model with an adapter."""
+    model = with_adapter(load(settings), adapter)
+    np.savez(out, logits=computed(model, np.load(given)["ids"]))
+
+
 def train(settings: Path, folder: Path) -> None:
     """Three steps of Tunix' trainer on random tokens; its CheckpointManager saves the last."""
+    train_model(load(settings), folder)
+
+
+def train_adapter(settings: Path, adapter: Path, folder: Path) -> None:
+    """The same of an adapter alone: Tunix' trainer trains and saves nothing else then."""
+    train_model(with_adapter(load(settings), adapter), folder)
+
+
+def train_model(model: Any, folder: Path) -> None:
+    """Three steps of a model, saved below `folder`."""
     import optax
     from tunix.sft import peft_trainer
 
-    model, random = load(settings), np.random.default_rng(4)
+    random = np.random.default_rng(4)
     config = peft_trainer.TrainingConfig(
         eval_every_n_steps=10 * STEPS,
         max_steps=STEPS,
@@ -119,6 +152,26 @@ def record(original: Path, out: Path) -> None:
     wide = create_model_from_safe_tensors(str(original), config, dtype=jax.numpy.float32)
     ids = np.random.default_rng(1).integers(80, config.num_embed, RECORDED).astype(np.int32)
     np.savez_compressed(out.with_suffix(".npz"), ids=ids, logits=computed(wide, ids)[..., ::EVERY])
+
+
+def record_adapter(original: Path, out: Path) -> None:
+    """Writes which matrices qwix puts into Tunix' own model of a checkpoint, of which shapes."""
+    import qwix
+    from flax import nnx
+    from tunix.models.gemma4.params_safetensors import create_model_from_safe_tensors
+    from tunix.sft.checkpoint_manager import CheckpointManager
+
+    model = create_model_from_safe_tensors(str(original), config_of(original))
+    provider = qwix.LoraProvider(module_path="(?!.*moe).*", rank=RANK, alpha=1.0)
+    adapted = qwix.apply_lora_to_model(model, provider, rngs=nnx.Rngs(0), **model.get_model_input())
+    with tempfile.TemporaryDirectory() as folder:
+        manager = CheckpointManager(folder)
+        manager.save(0, adapted, save_only_lora_params=True, force=True)
+        manager.close()
+        arrays = saved(Path(folder, "0", "model_params"))
+    shapes = {name: array.shape for name, array in sorted(arrays.items())}
+    file = out.with_name(f"{out.name}-adapter.json")
+    file.write_text(json.dumps(shapes, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 def saved(items: Path) -> dict[str, np.ndarray]:
@@ -177,4 +230,5 @@ if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parent))
     from asked import run
 
-    sys.exit(run(sys.argv[1:], logits, train, record))
+    commands = (logits, train, adapted, train_adapter, record, record_adapter)
+    sys.exit(run(sys.argv[1:], *commands))

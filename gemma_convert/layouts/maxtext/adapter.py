@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from itertools import groupby
 from pathlib import Path
 
 from gemma_convert.arrays.dtypes import TensorSpec
-from gemma_convert.errors import SourceError
+from gemma_convert.checkpoint.qwix import MATRIX, VALUE, modules, rank_of
 from gemma_convert.files.json_file import read_object
 from gemma_convert.layouts.maxtext.names import STEP_METADATA
 from gemma_convert.model.adapter import Adapter, StoredAdapter
 
-A, B = "_lora_a", "_lora_b"
-VALUE = "/value"
-_MATRIX = re.compile(rf"decoder/.*kernel({A}|{B})")
-_LAYER = re.compile(r"layers_(\d+)/")
+_DECODER = "decoder/"
+_MATRIX = re.compile(rf"{_DECODER}.*kernel{MATRIX}")
 _MAX_BYTES = 1 << 20
 
 
@@ -38,19 +35,11 @@ def stored_adapter(items: Path, specs: Mapping[str, TensorSpec]) -> StoredAdapte
 
     Raises SourceError for metadata that cannot be read, or of another rank.
     """
-    ranks = {spec.shape[-1] for name, spec in specs.items() if name.endswith(A + VALUE)}
     told = _told(items)
-    rank, alpha = told.get("lora_rank"), told.get("lora_alpha")
-    if len(ranks) != 1 or rank not in {None, 0, *ranks}:
-        raise SourceError(
-            "The matrices of the adapter are not of one rank.",
-            where=items,
-            expected="one rank for all" if rank is None else f"rank {rank}, by the step's metadata",
-            found=", ".join(map(str, sorted(ranks))) or "no matrix A",
-        )
+    alpha = told.get("lora_alpha")
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or alpha <= 0:
         alpha = None
-    return StoredAdapter(ranks.pop(), alpha)
+    return StoredAdapter(rank_of(items, specs, told.get("lora_rank")), alpha)
 
 
 def _told(items: Path) -> Mapping[str, object]:
@@ -83,19 +72,6 @@ def adapter_settings(adapter: Adapter, names: Iterable[str], items: Path) -> dic
 
 
 def module_path(names: Iterable[str]) -> str:
-    """The regular expression of the modules that have these matrices, and of no others.
-
-    MaxText demands a matrix for each module that it finds.
-    """
-    modules: dict[str, set[int]] = {}
-    for name in names:
-        layer = _LAYER.search(name)
-        if name.endswith(A + VALUE) and layer is not None:
-            module = name[layer.end() :].rpartition("/kernel")[0]
-            modules.setdefault(module, set()).add(int(layer[1]))
-    by_layers = sorted((sorted(layers), module) for module, layers in modules.items())
-    parts = []
-    for layers, group in groupby(by_layers, lambda entry: entry[0]):
-        found = "|".join(module for _, module in group)
-        parts.append(f"layers_({'|'.join(map(str, layers))})/({found})")
-    return f"decoder/({'|'.join(parts)})"
+    """The regular expression of the modules that have these matrices, and of no others."""
+    inside = (name.removeprefix(_DECODER) for name in names)
+    return f"{_DECODER}({modules(inside, 'layers_')})"

@@ -17,8 +17,9 @@ import numpy as np
 from gemma_convert.arrays.dtypes import TensorSpec
 from gemma_convert.checkpoint.native import NativeSource
 from gemma_convert.checkpoint.orbax_layout import OrbaxLayout, bare_names
+from gemma_convert.checkpoint.qwix import VALUE
 from gemma_convert.files.given_settings import GivenSettings
-from gemma_convert.layouts.maxtext.adapter import VALUE, matrices, stored_adapter, told_adapter
+from gemma_convert.layouts.maxtext.adapter import matrices, stored_adapter, told_adapter
 from gemma_convert.layouts.maxtext.names import MODULES
 from gemma_convert.layouts.maxtext.settings import maxtext_settings, read_settings, settings_files
 from gemma_convert.mapping.native_facts import Settings

@@ -12,10 +12,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from gemma_convert.checkpoint.qwix import A, B
 from gemma_convert.errors import SourceError
 from gemma_convert.forward.orbax_tree import OrbaxItems, orbax_items
 from gemma_convert.forward.tree import ArrayFacts, Tree, array_facts, chosen, named
-from gemma_convert.layouts.maxtext.adapter import A, B
 from gemma_convert.layouts.maxtext.names import MODULES
 
 _LAYER = re.compile(r"layers_(\d+)")
