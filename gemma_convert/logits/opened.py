@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from gemma_convert.errors import UsageError
 from gemma_convert.files.given_settings import GivenSettings
 from gemma_convert.forward.native_model import ComparedModel, NativeModel
-from gemma_convert.layouts.opening import check_seal
 from gemma_convert.layouts.registry import open_adapted_model, open_model, read_facts
 from gemma_convert.logits.sides import Sides
 from gemma_convert.logits.transformers_model import NO_PARTS, TransformersModel
@@ -35,7 +34,7 @@ class Opened:
 def opened(sides: Sides, architecture: Architecture, settings: GivenSettings) -> Opened:
     """What is compared with the original, whose config.json has `architecture`.
 
-    Raises SourceError where it cannot be read, is damaged or is another model, UsageError for
+    Raises SourceError where it cannot be read or is another model, UsageError for
     settings where nothing has any.
     """
     folder, hf, adapter = sides.native, sides.hf, sides.native_adapter
@@ -44,13 +43,11 @@ def opened(sides: Sides, architecture: Architecture, settings: GivenSettings) ->
             raise UsageError("--settings are for a native checkpoint; this has a config.json.")
         model = TransformersModel(folder, architecture)
         return Opened(model, None, (*sides.warnings, NO_PARTS, *model.differences))
-    check_seal(folder)
     facts = read_facts(folder, load_config(hf), hf / CONFIG, settings)
     architecture = architecture if facts is None else facts.architecture
     if adapter is None:
         native = open_model(folder, architecture)
     else:
-        check_seal(adapter)
         native = open_adapted_model(folder, architecture, adapter, sides.alpha)
     return Opened(native, native, (*sides.warnings, *_other_facts(facts)))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gemma_convert.checkpoint.adapter_base import named_folder
 from gemma_convert.errors import UsageError
+from gemma_convert.layouts.opening import check_seal
 from gemma_convert.layouts.registry import is_native, open_native
 from gemma_convert.logits.changes import Changes, adapter_changes
 from gemma_convert.model.adapter import is_adapter
@@ -63,7 +64,7 @@ def sides_of(hf: Path, native: Path, options: AdapterOptions, stack: ExitStack) 
     """The models of both sides; adapters of PEFT are open until `stack` is closed.
 
     Raises UsageError where only the native side is an adapter, or an option is for none, and
-    SourceError where an adapter or its model cannot be read.
+    SourceError where an adapter or its model cannot be read, or a native one is damaged.
     """
     adapted = _native_adapter(native)
     if not is_adapter(hf):
@@ -91,6 +92,7 @@ def sides_of(hf: Path, native: Path, options: AdapterOptions, stack: ExitStack) 
             do="convert the base model to the same layout, and name that with --native-base",
         )
     model = local(options.native_base, stack, whole=True)
+    check_seal(model)
     names = original, f"{shown(native)} on {shown(model)}"
     return Sides(base, model, names, hf, changes, adapted, options.alpha)
 
@@ -99,5 +101,6 @@ def _native_adapter(path: Path) -> Path | None:
     """The folder of the native adapter at `path`; None where that is a model."""
     if is_huggingface(path) or not is_native(path):
         return None
+    check_seal(path)
     with open_native(path) as native:
         return None if native.adapter is None else native.folder

@@ -75,7 +75,7 @@ class RawChunks:
         """Whether `values`, contiguous, stand in the files of the chunks; False where they may not.
 
         That is so where a part of a chunk is not one piece of its file. What no box fills of a
-        chunk is zero. Raises OSError.
+        chunk is zero, or what an interrupted run left there. Raises OSError.
         """
         data = values.reshape(-1).view("u1").data
         pieces = list(self._pieces(box))
@@ -101,8 +101,7 @@ class RawChunks:
         )
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, MODE)
         try:
-            if len(data) < size:
-                os.ftruncate(descriptor, size)
+            os.ftruncate(descriptor, size)
             done = 0
             while done < len(data):
                 done += os.pwrite(descriptor, data[done:], offset + done)
