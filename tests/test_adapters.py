@@ -158,7 +158,7 @@ def test_what_nobody_says_is_asked_for(adapter, model, shallow, tmp_path):
 
     to_native(adapter, tmp_path / "out")
     ocp.PyTreeCheckpointer().save(tmp_path / "run", nested_tree(tmp_path / "out/0/items"))
-    with pytest.raises(UsageError, match="which model this adapter belongs to"):
+    with pytest.raises(UsageError, match="base model of this adapter is unknown"):
         to_hf(tmp_path / "run", tmp_path / "back")
     with pytest.raises(UsageError, match="no alpha"):
         to_hf(tmp_path / "run", tmp_path / "back", base=model)
@@ -435,7 +435,7 @@ def test_a_matrix_without_its_partner(model, tmp_path):
     found = matrices(model)
     found.pop(next(name for name in found if "o_proj.lora_B" in name))
     source = save(tmp_path / "adapter", model, found)
-    with pytest.raises(SourceError, match="Only a part"):
+    with pytest.raises(SourceError, match="Some of the tensors"):
         to_native(source, tmp_path / "out")
     with pytest.raises(SourceError, match="lacks its partner"):
         to_native(source, tmp_path / "out", merge=True)
@@ -460,7 +460,7 @@ def test_a_base_model_that_is_not_here(model, tmp_path):
 
 def test_options_that_are_for_adapters(model, converted, tmp_path):
     message = fails(2, "to-native", model, tmp_path / "o", "--format", "maxtext", "--merge")
-    assert "--merge is for a SRC that is an adapter" in message
+    assert "--merge is for a SRC that is a PEFT adapter" in message
     assert "--base is for an adapter" in fails(
         2, "to-hf", converted(model, "maxtext"), tmp_path / "o", "--base", model
     )

@@ -190,7 +190,7 @@ def test_the_manifest(out, tmp_path):
     path = out / OURS / "manifest.json"
     path.write_text(path.read_text().replace('"family": "e2b"', '"family": "e4b"'))
     assert list(verify(out).different) == [f"{OURS}/manifest.json"]
-    with pytest.raises(SourceError, match="manifest is not what it was"):
+    with pytest.raises(SourceError, match="manifest was changed"):
         to_hf(out, tmp_path / "back")
 
 

@@ -120,7 +120,7 @@ def test_it_keeps_no_other_from_its_work(brings, shallow, converted, tmp_path):
     facts = tmp_path / "odd" / "_METADATA"
     facts.write_text(facts.read_text().replace('"embedder"', '"unknown"'))
     message = fails(3, "inspect", tmp_path / "odd")
-    assert "no parameters in a layout that is known" in message
+    assert "no parameters in a supported layout" in message
     assert "remove the package brings_other 2.0: The layout `other` cannot be used." in message
 
 

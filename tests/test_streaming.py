@@ -172,9 +172,9 @@ EMBEDDING = "model.language_model.embed_tokens.weight"
 )
 def test_a_checkpoint_that_does_not_fill_the_model_is_refused_alike(edit, tiny, tmp_path):
     hf = edited_copy(tiny("31b", layers=6), tmp_path / "hf", edit)
-    with pytest.raises(SourceError, match="does not fill") as whole:
+    with pytest.raises(SourceError, match="does not fit its config") as whole:
         Reference(hf)
-    with pytest.raises(SourceError, match="does not fill") as layerwise:
+    with pytest.raises(SourceError, match="does not fit its config") as layerwise:
         LayerwiseReference(hf, [])
     assert str(layerwise.value.found).split(":")[0] == str(whole.value.found).split(":")[0]
 

@@ -123,7 +123,7 @@ def test_each_side_runs_by_its_own_config(shallow, tmp_path):
 
 def test_what_cannot_be_compared_is_refused(shallow, tmp_path):
     source = shallow("31b")
-    with pytest.raises(SourceError, match="not of one model"):
+    with pytest.raises(SourceError, match="not belong to the same model"):
         logit_check(source, shallow("e2b"), tokens=5)
     with pytest.raises(UsageError, match="in float32"):
         logit_check(source, source, tokens=5, dtype="bfloat16")
@@ -131,4 +131,4 @@ def test_what_cannot_be_compared_is_refused(shallow, tmp_path):
         logit_check(source, source, tokens=5, settings=["sliding_window_size=3"])
     with pytest.raises(UsageError, match="a config"):
         verify(source, against=source, settings=["sliding_window_size=3"])
-    assert "is verified against what it was made from" in fails(2, "verify", source)
+    assert "needs a checkpoint to be compared with" in fails(2, "verify", source)

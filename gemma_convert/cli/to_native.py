@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gemma_convert.cli.copied import copied
 from gemma_convert.cli.options import (
     ADAPTERS,
     LAYOUTS,
@@ -52,26 +53,32 @@ def command(
         str,
         typer.Argument(
             metavar="SRC",
-            help="A Hugging Face checkpoint (safetensors or .distcp files), an adapter of PEFT, or "
-            "a native checkpoint: folder, owner/name, or URL.",
+            help="A Hugging Face checkpoint (safetensors or .distcp files), a PEFT adapter, or "
+            "a native checkpoint: a folder, owner/name on the hub, or a URL.",
         ),
     ],
-    target: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL to create.")],
+    target: Annotated[str, typer.Argument(metavar="OUT", help="The folder or URL to create.")],
     layout: Annotated[
         str,
         typer.Option(
-            "--format", metavar=LAYOUTS, help="Native layout.", autocompletion=layout_names
+            "--format",
+            metavar=LAYOUTS,
+            help="Native layout to convert to.",
+            autocompletion=layout_names,
         ),
     ],
     framework_version: FrameworkVersion = None,
     like: Annotated[
         str | None,
-        typer.Option(help="For a native SRC without a sidecar, or .distcp files: the original."),
+        typer.Option(
+            help="The Hugging Face original, for a native SRC without a sidecar or for .distcp "
+            "files."
+        ),
     ] = None,
     base: Annotated[
         str | None,
         typer.Option(
-            help="For a SRC that is an adapter: its base model, if not where it says.",
+            help="The base model of an adapter, if it is not where adapter_config.json says.",
             rich_help_panel=ADAPTERS,
         ),
     ] = None,
@@ -82,21 +89,33 @@ def command(
         ),
     ] = False,
     scan_layers: Annotated[
-        bool, typer.Option("--scan-layers/--no-scan-layers", help="Stack the layers of each block.")
+        bool,
+        typer.Option(
+            "--scan-layers/--no-scan-layers",
+            help="Stack the layers, as MaxText does with scan_layers=true.",
+        ),
     ] = False,
-    dtype: Annotated[DType, typer.Option(help="Dtype of the arrays.")] = DType.KEEP,
+    dtype: Annotated[
+        DType, typer.Option(help="Dtype of the arrays; keep is that of the source.")
+    ] = DType.KEEP,
     scaled_dtype: Annotated[
         ScaledDType,
-        typer.Option(help="Dtype of arrays stored times a root; bfloat16 rounds them."),
+        typer.Option(
+            help="Dtype of arrays that MaxText stores scaled (the embedding); bfloat16 rounds them."
+        ),
     ] = ScaledDType.FLOAT32,
     text_only: Annotated[
-        bool, typer.Option("--text-only", help="Carry the towers in the sidecar instead.")
+        bool,
+        typer.Option(
+            "--text-only",
+            help="Convert the language model only; vision and audio tower are kept in the sidecar.",
+        ),
     ] = False,
     ocdbt: Annotated[
         bool,
         typer.Option(
             "--ocdbt/--no-ocdbt",
-            help="One OCDBT store, or one folder an array.",
+            help="Write one OCDBT database, or one zarr folder for each array.",
             rich_help_panel="Storage",
         ),
     ] = True,
@@ -108,7 +127,7 @@ def command(
         bool,
         typer.Option(
             "--dry-run",
-            help="Print the plan, from headers alone, and stop.",
+            help="Print what would be written and stop; only headers are read.",
             rich_help_panel=RUNNING,
         ),
     ] = False,
@@ -119,8 +138,8 @@ def command(
         typer.Option(
             "--ignore-fact",
             metavar="KEY",
-            help="Go on whatever this key of config.json says; no table knows it, or the layout "
-            "builds another value in.",
+            help="Ignore this key of config.json, which gemma-convert does not know or the "
+            "framework has no setting for; may be given several times.",
             rich_help_panel=RUNNING,
         ),
     ] = None,
@@ -130,7 +149,7 @@ def command(
         bool,
         typer.Option(
             "--verify",
-            help="Read everything again at the end and compare it.",
+            help="Run `verify` at the end.",
             rich_help_panel=RUNNING,
         ),
     ] = False,
@@ -140,7 +159,7 @@ def command(
     distributed: Distributed = False,
     as_json: AsJson = False,
 ) -> None:
-    """Convert a Hugging Face checkpoint, or a native one, to a native layout.
+    """Convert a Hugging Face or native checkpoint to a native layout.
 
     With --coordinator several hosts that share SRC and OUT divide the work: run the same command on
     each of them.
@@ -187,10 +206,10 @@ def command(
     if not together.leads:
         return
     if report.already_complete:
-        note(f"{target} is complete already, and what this run would write: nothing is left to do")
+        note(f"{target} is already complete, so there is nothing left to do")
     for row in report.lossy_rows:
         named = printable(f"{row.tensor} is {row.reason}")
-        note(f"warning: {named}; {row.values} values will not come back")
+        note(f"warning: {named}; {row.values} values cannot be restored exactly")
     if as_json:
         show_json(report.as_json())
         return
@@ -199,7 +218,7 @@ def command(
             show(line)
     show(_summary(report))
     if proof is not None:
-        show(f"verified {proof.checked} tensors against {proof.against}")
+        show(f"verified: {proof.checked} tensors equal those of {proof.against}")
     show(f"{report.framework} loads it with:")
     for key, value in report.settings.items():
         show(f"  {shlex.quote(f'{key}={value}')}")
@@ -221,10 +240,10 @@ def _verified(source: str, target: str, base: str | None) -> VerifyReport:
     if not report.passed:
         name, how = next(iter(report.different.items()))
         raise CheckFailedError(
-            f"The checkpoint is not what it was converted from: {len(report.different)} differ.",
+            f"The checkpoint differs from its source in {len(report.different)} places.",
             where=target,
             found=f"{name} {how}",
-            do="convert it again; look at the disk if it happens twice",
+            do="convert it again; check the disk if it happens twice",
         )
     return report
 
@@ -245,27 +264,27 @@ def _summary(report: ToNativeReport) -> Facts:
     )
     for label, text in _adapter(report):
         table.add_row(label, text)
-    table.add_row("carried", f"{report.tensors_carried} ({human_bytes(report.bytes_carried)})")
+    table.add_row("carried", _carried(report))
     for why, count in report.carried_why.items():
-        table.add_row("", f"{count}: {why}")
+        table.add_row("", f"{count} tensors: {why}")
     if report.tied:
         table.add_row("tied", f"{', '.join(report.tied)}: equal to the embedding, not stored twice")
     if report.shared:
         table.add_row("shared", f"{report.shared} tensors: equal to another, not stored twice")
     if report.filled:
-        table.add_row("filled in", f"{len(report.filled)} arrays that the source lacks")
-    table.add_row("other files", str(len(report.files_carried)))
+        table.add_row("filled in", f"{len(report.filled)} arrays that the source does not have")
+    table.add_row("other files", copied(report.files_carried))
     if report.not_carried:
-        table.add_row("not carried", ", ".join(report.not_carried))
+        table.add_row("not copied", ", ".join(report.not_carried))
     if report.exceptions:
-        table.add_row("exceptions", f"{report.exceptions} values kept with their original bits")
+        table.add_row("exceptions", f"{report.exceptions} values, whose original bits are kept")
     for row in report.lossy_rows:
-        table.add_row("lossy", f"{row.tensor}: {row.reason}, {row.values} of its values")
+        table.add_row("rounded", f"{row.tensor}: {row.reason}, {row.values} of its values")
     done = not report.dry_run and not report.already_complete
     if report.sealed and done:
         count = len(report.changed_arrays)
-        intact = "intact: its arrays and files are what was converted"
-        changed = f"{count} arrays are not what was converted (trained since, or damaged)"
+        intact = "unchanged since it was converted"
+        changed = f"{count} arrays have changed since it was converted (trained, or damaged)"
         table.add_row("source", changed if count else intact)
     if done:
         table.add_row(
@@ -274,6 +293,16 @@ def _summary(report: ToNativeReport) -> Facts:
             f"peak memory {human_bytes(report.peak_memory_bytes)}",
         )
     return table
+
+
+def _carried(report: ToNativeReport) -> str:
+    """How many tensors are kept in the sidecar, for the reasons that the next lines give."""
+    from gemma_convert.output import human_bytes
+
+    if not report.tensors_carried:
+        return "nothing: every tensor has its place in the layout"
+    size = human_bytes(report.bytes_carried)
+    return f"{report.tensors_carried} tensors ({size}), kept bit for bit in the sidecar hf/"
 
 
 def _adapter(report: ToNativeReport) -> Iterator[tuple[str, str]]:

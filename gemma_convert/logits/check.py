@@ -140,7 +140,7 @@ def _logit_check(
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two frameworks on one device
     if golden is not None and (prompts or tokens is not None or images or audio):
         raise UsageError(
-            "A golden file has its own tokens.",
+            "The tokens to compare come from the golden file.",
             do="leave out prompts, --tokens, --image and --audio",
         )
     architecture = read_architecture(hf)
@@ -348,8 +348,8 @@ def _window_warning(longest: int, window: int) -> tuple[str, ...]:
     if longest > window:
         return ()
     return (
-        f"No sequence is longer than the sliding window ({longest} of {window} tokens): a wrong "
-        "window would not be seen.",
+        f"No sequence is longer than the sliding window ({longest} of {window} tokens), so a wrong "
+        "window cannot be found.",
     )
 
 

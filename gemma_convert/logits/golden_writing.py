@@ -90,7 +90,7 @@ def _check_target(path: Path, overwrite: bool) -> None:
             raise TargetError("The golden file exists already.", where=path, do="add --overwrite")
         if path.is_symlink() or not path.is_file() or not is_golden(path):
             raise TargetError(
-                "What stands there is no golden file, so it is not replaced.",
+                "The target exists and is not a golden file, so --overwrite does not replace it.",
                 where=path,
                 do="choose another name, or remove it yourself",
             )

@@ -78,7 +78,7 @@ class TransformersModel:
         if sides[0] != sides[1]:
             words = ["{} layers, embed {}, vocab {}".format(*side) for side in sides]
             raise SourceError(
-                "The two checkpoints are not of one model.",
+                "The two checkpoints do not belong to the same model.",
                 where=self.folder,
                 expected=words[0],
                 found=words[1],

@@ -101,7 +101,7 @@ def _inspect(path: Path) -> InspectReport:
     if not is_native(path):
         listed = sorted(entry.name for entry in path.iterdir())
         raise SourceError(
-            "This is no checkpoint of a known layout.",
+            "This is not a checkpoint in a supported layout.",
             where=path,
             expected=f"{SINGLE}, {INDEX}, torch's .metadata, an Orbax {METADATA}, or the files "
             "of a native layout",

@@ -77,16 +77,16 @@ def list_mappings(
     """
     if scan_layers and (layout is None or model is None):
         raise UsageError(
-            "Layers are scanned in one format and in blocks that only a model has.",
+            "--scan-layers needs a layout and a model.",
             do="add --format and --model, or drop --scan-layers",
         )
     if facts and (layout is None or scan_layers):
         raise UsageError(
-            "Facts are those of one format, whether layers are scanned or not.",
+            "--facts needs a layout, and does not depend on --scan-layers.",
             do="add --format, and drop --scan-layers",
         )
     if framework_version is not None and layout is None:
-        raise UsageError("A version is that of one format's framework.", do="add --format")
+        raise UsageError("--framework-version needs a layout.", do="add --format")
     found = None if model is None else named_model(model)
     family = None if found is None else found[0].family
     if facts and layout is not None:
@@ -113,7 +113,9 @@ def _facts(
 ) -> tuple[FactEntry, ...]:
     table = load_facts(layout, version)
     if table is None:
-        raise UsageError(f"The format {layout} declares no facts.", do="leave out --facts")
+        raise UsageError(
+            f"The layout {layout} lists no keys of config.json.", do="leave out --facts"
+        )
     return list_facts(table, None if found is None else found[0])
 
 

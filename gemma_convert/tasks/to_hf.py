@@ -147,7 +147,7 @@ def _adapter_base(
             raise UsageError("--alpha is for an adapter whose model is named with --base.")
         return None
     if alpha is not None and not 0 < alpha < float("inf"):
-        raise UsageError("--alpha is a positive number.", found=alpha)
+        raise UsageError("--alpha must be positive.", found=alpha)
     return AdapterBase(local(base, stack, config_only=True), str(base), alpha)
 
 
@@ -228,9 +228,9 @@ def _with_told_towers(checkpoint: Checkpoint, text_only: bool) -> Checkpoint:
         return checkpoint
     if not text_only:
         raise SourceError(
-            "Nothing says what the towers of this checkpoint are: it has no original.",
+            "The original of this checkpoint is unknown, and with it the config of its towers.",
             where=checkpoint.native.folder,
-            do="name the original with --like, or export the text model alone: --text-only",
+            do="name the original with --like, or export the language model only: --text-only",
         )
     return replace(checkpoint, native=checkpoint.native.without_towers())
 

@@ -100,12 +100,10 @@ def _compare(
     progress: ProgressFactory | None,
 ) -> None:
     if base is not None and (other is None or is_huggingface(folder) or not is_adapter(other)):
-        raise UsageError(
-            "--base is the model of an adapter.", do="name the adapter with --against as well"
-        )
+        raise UsageError("--base is for an adapter.", do="name the adapter with --against as well")
     if settings and (other is None or not is_huggingface(folder)):
         raise UsageError(
-            "--settings are what an export was made by.",
+            "--settings are for verifying an export against its native checkpoint.",
             do="name the export, and its native checkpoint with --against",
         )
     if not is_huggingface(folder):
@@ -114,7 +112,7 @@ def _compare(
             verify_original(folder, other, base, found, progress)
     elif other is None:
         raise UsageError(
-            "A Hugging Face folder is verified against what it was made from.",
+            "A Hugging Face folder has no manifest, so it needs a checkpoint to be compared with.",
             do="name the native checkpoint, or another Hugging Face one, with --against",
         )
     elif is_huggingface(other):

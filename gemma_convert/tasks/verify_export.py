@@ -44,8 +44,8 @@ def verify_export(
         checkpoint = open_checkpoint(native, None if sealed else path, stack, settings=settings)
         if not sealed:
             found.notes.append(
-                "The native checkpoint has no sidecar, so nothing says what config.json, tokenizer "
-                "and other files are to be: they are not compared."
+                "The native checkpoint has no sidecar, so config.json, tokenizer and other files "
+                "were not compared."
             )
         text_only = not is_adapter(path) and read_architecture(path).text_only
         if text_only and not sealed:
@@ -57,8 +57,8 @@ def verify_export(
             _compare_files(path, checkpoint.original, export, found)
         if checkpoint.changed_arrays:
             found.notes.append(
-                f"{len(checkpoint.changed_arrays)} arrays of the native checkpoint are not what "
-                "was sealed: trained since, or damaged. They were taken as they are."
+                f"{len(checkpoint.changed_arrays)} arrays of the native checkpoint have changed "
+                "since the conversion (trained, or damaged). They were compared as they are."
             )
 
 
