@@ -120,7 +120,7 @@ def test_it_is_recorded_reported_and_inspected(native):
     assert (kept["schema"], kept["framework_version"]) == ("gemma-convert/manifest/3", SEEING)
     report = to_native(source, out.parent / "o", framework_version=SEEING, dry_run=True)
     assert report.framework == f"MaxText {SEEING}"
-    why = "MaxText has no place for the sounds of Gemma 4 12B"
+    why = "MaxText has no audio embedder for Gemma 4 12B"
     assert report.carried_why == {why: 1}
     found = inspect(out)
     assert (found.family, found.towers, found.coverage.complete) == ("12b", ("vision",), True)

@@ -62,7 +62,7 @@ def test_what_differs_is_missing_or_extra_is_said(shallow, tmp_path):
         f"{layers}.1.layer_scalar": "is float32 instead of bfloat16; 1 of 1 values differ",
         f"{layers}.1.self_attn.q_norm.weight": f"has the shape [{heads - 1}] instead of [{heads}]",
     }
-    assert "Tensors alone were compared" in report.notes[0]
+    assert "Only the tensors were compared" in report.notes[0]
 
 
 @pytest.mark.parametrize("naming", ["plain", "compiled", "base model"])

@@ -15,6 +15,7 @@ _KINDS = (
     ("generation config", "generation_config"),
     ("processor", "processor"),
     ("processor", "preprocessor"),
+    ("tokenizer", "special_tokens_map"),
 )
 """What a file is called, and what its name begins with, as transformers writes it."""
 

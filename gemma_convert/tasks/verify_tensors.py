@@ -40,7 +40,7 @@ def verify_tensors(
                     found.differ(name, how)
                 shown_bar.advance(spec.nbytes, name)
     found.notes.append(
-        "Tensors alone were compared: config.json, tokenizer and other files are each side's own."
+        "Only the tensors were compared; config.json, tokenizer and other files were not."
     )
 
 
