@@ -67,7 +67,7 @@ Settings = Annotated[
         "--settings",
         metavar="FILE|KEY=VALUE",
         help="The config that the framework used for the native checkpoint: a MaxText config, "
-        "gemma.json, tunix.json, or single values; may be given several times. By default the "
+        "gemma.json, or single values; may be given several times. By default the "
         "file in the checkpoint.",
         rich_help_panel=INPUTS,
     ),
