@@ -81,23 +81,21 @@ def logit_check(
     settings: Sequence[str] = (),
     cache: bool = True,
 ) -> LogitReport:
-    """The report on whether the checkpoint `native`, of any layout, computes what `hf` does.
+    """Compares the logits of the checkpoint `native`, of any layout, with those of `hf`.
 
-    `native` may be a Hugging Face checkpoint too, such as another converter's export: then
-    transformers runs both, in float32, and nothing is said of single parts.
-    With `images` or `audio`, files of pictures or of sounds (WAV), the tower that sees or hears
-    them is run too, and the text around each of them is compared. With `golden`, `hf` need hold
-    config.json alone, and the sequences are the golden file's. `lossy_rows` names what the
-    conversion rounded; None finds out. `max_kl` is in nats per token. Both sides run layer by layer
-    and in step, unless `whole_model` loads all of both, and then nothing is said of single layers.
-    The native side is run by the facts that its framework is told: `settings` (files of the
-    framework's, or KEY=VALUE), those that lie beside the checkpoint, or the framework's own model.
-    What JAX compiles is kept for the next run (`gemma_convert.forward.kept_programs`) if `cache`.
-    Several processes (`gemma_convert.engine.joined`) get the report of process 0, which alone
-    runs the reference, without what it has of single tokens.
-    Either side may be on the hub (`gemma_convert.stores.remote.locations`).
-    Raises SourceError where a side cannot be read or the two do not fit, UsageError for options
-    that contradict each other.
+    `native` may be a Hugging Face checkpoint too, such as the export of another converter: then
+    transformers runs both, in float32, and the parts of layers are not compared one by one. With
+    `images` or `audio` (WAV files) the vision or audio tower is run too, and the logits of the text
+    around them are compared. With `golden`, `hf` need only have config.json, and the tokens are
+    those of the golden file. `lossy_rows` names what the conversion rounded; by default it is found
+    out. `max_kl` is in nats per token. Both models run layer by layer, unless `whole_model` loads
+    them completely; then single layers are not compared. The native model runs with the config of
+    its framework: `settings` (files, or KEY=VALUE), by default the file in the checkpoint, or else
+    the framework's own config of that model. `cache` keeps what JAX compiles for the next run
+    (`gemma_convert.forward.kept_programs`). With several processes (`gemma_convert.engine.joined`)
+    all get the report of process 0, which alone runs the reference, without single tokens. Both may
+    be on the hub (`gemma_convert.stores.remote.locations`). Raises SourceError where one of them
+    cannot be read or the two do not fit, UsageError for options that contradict each other.
     """
     with ExitStack() as stack, reading_once():
         return _logit_check(

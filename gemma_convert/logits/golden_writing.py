@@ -49,10 +49,10 @@ def save_golden(
     tokens: int | None = None,
     overwrite: bool = False,
 ) -> Golden:
-    """The golden file `path` with transformers' float32 logits of the checkpoint in `hf`.
+    """Saves the float32 logits of transformers for the checkpoint `hf` in the golden file `path`.
 
-    It appears under its name only when complete. Raises TargetError where `path` exists already or
-    cannot be written, and SourceError where the checkpoint cannot be run.
+    The file appears under its name only when it is complete. Raises TargetError where `path` exists
+    already or cannot be written, and SourceError where the checkpoint cannot be run.
     """
     path = Path(path)
     _check_target(path, overwrite)

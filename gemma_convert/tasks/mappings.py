@@ -44,7 +44,7 @@ class FormatSummary:
 
 @dataclass(frozen=True)
 class MappingsReport:
-    """A listing: of the formats, of the rows or facts of one, or of a model's tensors in it."""
+    """A listing: of all layouts, of the rows or config keys of one, or of a model's tensors in it."""
 
     format: str | None
     model: str | None
@@ -68,12 +68,13 @@ def list_mappings(
     scan_layers: bool = False,
     facts: bool = False,
 ) -> MappingsReport:
-    """A listing of the format `layout`, for `model`, a published name or a path; of all without.
+    """Returns the mapping of the layout `layout` for `model`, a published name or a path.
 
-    With `facts` it is of config.json, key by key, instead of tensors. `framework_version` is one of
-    those that the format's table knows, its first by default.
-    Raises UsageError for a format that there is none of, for a model that it has no place for and
-    for scanned layers that it does not have; SourceError where there is no such model.
+    Without `layout` all layouts are summed up; without `model` the table is listed as it is
+    written. With `facts` the keys of config.json are listed instead of tensors. `framework_version`
+    is one that the layout supports, by default its first. Raises UsageError for an unknown layout,
+    for a model that it has no place for and for scanned layers that it does not have; SourceError
+    if there is no such model.
     """
     if scan_layers and (layout is None or model is None):
         raise UsageError(

@@ -25,10 +25,10 @@ THE_SEAL = "the manifest's checksums"
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was read again: tensors (`checked`), other files, and bytes of both.
+    """What was compared: the numbers of tensors (`checked`), other files, and bytes of both.
 
-    `different` names what is not as it should be, and how; `notes` say, in whole sentences, what
-    could not be proved.
+    `different` names what differs, and how; `notes` say, in whole sentences, what could not be
+    compared.
     """
 
     path: str
@@ -57,15 +57,15 @@ def verify(
     settings: Sequence[str] = (),
     progress: ProgressFactory | None = None,
 ) -> VerifyReport:
-    """A report on whether the checkpoint at `path` is whole and what it was converted from.
+    """Reads the checkpoint at `path` again, compares every value, and returns a report.
 
-    A native checkpoint is compared with its own seal: every array, tensor and file. With the
-    Hugging Face folder `against`, its arrays and its sidecar are compared with that as well, bit
-    for bit with what a conversion gives. An exported Hugging Face folder is compared, tensors and
-    files, with the export that the native checkpoint `against` gives, by `settings` as `to_hf` has
-    them; with another Hugging Face folder, tensor by tensor. Both may be folders, on the hub or in
-    an object store (`gemma_convert.stores.remote.locations`). Raises SourceError where a side
-    cannot be read or the two do not belong together.
+    A native checkpoint is compared with the checksums in its manifest: every array, tensor and
+    file. With a Hugging Face folder as `against`, arrays and sidecar are also compared with that,
+    bit for bit. An exported Hugging Face folder is compared, tensors and files, with what the
+    native checkpoint `against` gives, with `settings` as in `to_hf`; with another Hugging Face
+    folder it is compared tensor by tensor. Both may be folders, on the hub or in an object store
+    (`gemma_convert.stores.remote.locations`). Raises SourceError where one of them cannot be read
+    or the two do not belong together.
     """
     started = time.monotonic()
     with ExitStack() as stack:
