@@ -44,7 +44,7 @@ class FormatSummary:
 
 @dataclass(frozen=True)
 class MappingsReport:
-    """A listing: of all layouts, of the rows or config keys of one, or of a model's tensors in it."""
+    """A listing: of all layouts, of the rows or config keys of one, or of a model's tensors."""
 
     format: str | None
     model: str | None

@@ -31,7 +31,7 @@ from gemma_convert.tasks.reports import peak_memory
 
 @dataclass(frozen=True)
 class ToHFReport:
-    """What an export wrote. `identical` counts the tensors that match the checksums in the manifest.
+    """What an export wrote. `identical` counts the tensors that match the manifest's checksums.
 
     `sealed` says whether the checkpoint has a manifest with checksums, `changed_arrays` which
     arrays differ from them (trained since, or damaged), `added_files` which files were added since

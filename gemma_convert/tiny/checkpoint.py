@@ -57,7 +57,7 @@ def make_tiny(
     untied: bool = False,
     weights: Weights = "random",
 ) -> TinyReport:
-    """Writes a tiny checkpoint with the structure of `family` into the folder `out`; returns a report.
+    """Writes a tiny checkpoint with the structure of `family` into `out` and returns a report.
 
     The same arguments give the same bytes. `layers` counts decoder layers; with `kv_shared` "keep"
     KV-shared layers have keys and values, as in published files; `save_pretrained` omits them. An
