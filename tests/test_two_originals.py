@@ -55,7 +55,7 @@ def test_what_differs_is_missing_or_extra_is_said(shallow, tmp_path):
     heads = head["model.language_model.layers.1.self_attn.q_norm.weight"].numel()
     layers = "model.language_model.layers"
     assert report.different == {
-        "model.extra": f"is no tensor of {source}",
+        "model.extra": f"is not in {source}",
         tower: "is missing",
         NORM: f"1 of {size} values differ",
         f"{layers}.0.layer_scalar": "is float32 instead of bfloat16; every value is the same",

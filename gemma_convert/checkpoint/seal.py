@@ -31,7 +31,7 @@ PIECE_BYTES = 16 << 20
 CARRIED = "hf/gemma-convert/carried.safetensors"
 
 ADDED, MISSING = "was added", "is missing"
-CHANGED = "is not what it was when it was written"
+CHANGED = "has changed since it was written"
 
 DATABASE = "manifest.ocdbt"
 

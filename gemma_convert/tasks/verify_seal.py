@@ -47,7 +47,10 @@ def verify_seal(
 
 def _without_seal(path: Path, native: NativeSource, other: Path | None, found: Comparison) -> None:
     if native.converted:
-        found.differ(f"{sidecar.FOLDER}/", "is missing, with all that the arrays do not hold")
+        found.differ(
+            f"{sidecar.FOLDER}/",
+            "is missing: the sidecar with everything that the arrays do not have",
+        )
     elif other is None:
         raise SourceError(
             "The checkpoint has no manifest, so it needs a checkpoint to be compared with.",
@@ -143,4 +146,4 @@ def compare_carried(
                 continue
             found.note(name, carried.specs[name].nbytes)
             if not same(carried, name):
-                found.differ(name, "is not what was carried")
+                found.differ(name, "differs from the tensor that was carried")

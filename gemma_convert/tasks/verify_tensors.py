@@ -27,7 +27,7 @@ def verify_tensors(
     with open_weights(path) as ours, open_weights(original) as theirs:
         for name in ours.tensors:
             if name not in theirs.tensors:
-                found.differ(name, f"is no tensor of {shown(original)}")
+                found.differ(name, f"is not in {shown(original)}")
         total = sum(spec.nbytes for spec in theirs.specs.values())
         with progress_bar(progress, "verify", total) as shown_bar:
             for name, spec in theirs.specs.items():
