@@ -315,7 +315,7 @@ def test_odd_single_settings_are_messages(shallow, converted):
     source = shallow("31b", text_only=True)
     check = ("logit-check", source, converted(source, "maxtext"), "--tokens", 3, "--settings")
     for setting, code, expected in (
-        ("slidng_window_size=3", 0, "slidng_window_size says no fact"),
+        ("slidng_window_size=3", 0, "slidng_window_size matches no key"),
         ("global_rope_proportion=7", 3, "1 at the most"),
         ("sliding_window_size=nan", 3, "has the wrong type"),
         (f"sliding_window_size={'9' * 6000}", 3, "has the wrong type"),

@@ -120,7 +120,7 @@ def read_facts(
     for key in given.pairs:
         if key not in known:
             note(
-                f"warning: the setting {short(key)} says no fact of a model, so it changes nothing"
+                f"warning: the setting {short(key)} matches no key of config.json; it has no effect"
             )
     return native_facts(table, settings, config, where)
 

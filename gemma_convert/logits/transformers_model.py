@@ -23,7 +23,7 @@ from gemma_convert.prompts.text import TokenSequence
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 
 NO_PARTS = (
-    "transformers ran both sides, so no part was run by itself: the KL alone decides. It is 0 "
+    "transformers ran both models, so parts were not compared: only the KL decides. It is 0 "
     "where weights and config.json are the same."
 )
 
