@@ -418,7 +418,7 @@ def test_the_built_in_limit_is_750_soft_tokens(folders, tmp_path):
 def test_models_without_audio_are_refused(tiny, folders, clips):
     path = clips["odd.wav"]
     refused(UsageError, "cannot take sounds", tiny("31b"), path)
-    refused(UsageError, "without an audio tower", tiny("e2b", text_only=True), path)
+    refused(UsageError, "has no audio tower", tiny("e2b", text_only=True), path)
     architecture = read_architecture(folders["e2b"])
     for deaf in (replace(architecture, audio=None), replace(architecture, text_only=True)):
         refused(UsageError, "cannot take sounds", folders["e2b"], path, deaf)
@@ -461,8 +461,8 @@ def test_a_broken_extractor_is_a_message(change, match, folders, tmp_path, clips
 def test_broken_json_is_a_message(folders, tmp_path, clips):
     for number, (text, match) in enumerate(
         {
-            '{"audio_seq_length": "long"}': "audio_seq_length is no whole number",
-            '{"audio_seq_length": true}': "audio_seq_length is no whole number",
+            '{"audio_seq_length": "long"}': "audio_seq_length is not an integer",
+            '{"audio_seq_length": true}': "audio_seq_length is not an integer",
             "[]": "not a JSON object",
             "{": "not valid JSON|transformers cannot load",
         }.items()
@@ -499,7 +499,7 @@ def test_a_tokenizer_without_the_sounds_tokens_is_refused(folders, tmp_path, cli
 @pytest.mark.parametrize("token", [None, PLACE + 1])
 def test_a_sound_token_of_another_model_is_refused(token, folders, tmp_path, clips):
     hf = copied(folders["e2b"], tmp_path, config=lambda found: found | {"audio_token_id": token})
-    error = refused(SourceError, "token for a sound is not the model's", hf, clips["odd.wav"])
+    error = refused(SourceError, "token for a sound differs from the model's", hf, clips["odd.wav"])
     assert error.found == str(PLACE) and f"audio_token_id {token}" in error.expected
 
 
