@@ -158,7 +158,7 @@ def test_what_nobody_says_is_asked_for(adapter, model, shallow, tmp_path):
 
     to_native(adapter, tmp_path / "out")
     ocp.PyTreeCheckpointer().save(tmp_path / "run", nested_tree(tmp_path / "out/0/items"))
-    with pytest.raises(UsageError, match="base model of this adapter is unknown"):
+    with pytest.raises(UsageError, match="which model this adapter belongs to"):
         to_hf(tmp_path / "run", tmp_path / "back")
     with pytest.raises(UsageError, match="no alpha"):
         to_hf(tmp_path / "run", tmp_path / "back", base=model)

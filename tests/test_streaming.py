@@ -528,7 +528,7 @@ def test_a_mistake_is_named_by_its_layer(tiny, converted, tmp_path, array, edit,
     report = logit_check(source, native, tokens=3)
     assert not report.passed and report.drift.first == place
     found = json.loads(json.dumps(report.as_json(), allow_nan=False))
-    assert found["first_drift"] == place and f"2e-03: {place}" in shown(report)
+    assert found["first_drift"] == place and f"2e-03 is {place}" in shown(report)
     if place.startswith("layer"):
         before = report.drift.layers[: int(place.split()[1])]
         assert all(drift < TOLERANCE / 5 for drift in before)

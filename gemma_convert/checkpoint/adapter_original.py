@@ -46,7 +46,7 @@ def adapter_original(native: NativeSource, base: AdapterBase | None, stack: Exit
     """
     if base is None or native.adapter is None:
         raise UsageError(
-            "The base model of this adapter is unknown: the adapter has no sidecar.",
+            "Nothing says which model this adapter belongs to: it has no sidecar.",
             where=native.folder,
             do="name the Hugging Face checkpoint of its base model with --base; config.json is "
             "enough",
@@ -54,9 +54,9 @@ def adapter_original(native: NativeSource, base: AdapterBase | None, stack: Exit
     alpha = native.adapter.alpha if base.alpha is None else base.alpha
     if alpha is None:
         raise UsageError(
-            "The scaling of this adapter is unknown: its metadata has no alpha.",
+            "Nothing says how this adapter is scaled: its metadata has no alpha.",
             where=native.folder,
-            do="give the alpha that it was trained with: --alpha NUMBER",
+            do="say what it was trained with: --alpha NUMBER",
         )
     adapter = Adapter(native.adapter.rank, alpha)
     architecture = replace(read_architecture(base.folder), adapter=adapter)
@@ -88,7 +88,7 @@ def _specs(native: NativeSource, architecture: Architecture) -> dict[str, Tensor
                 left.discard(array)
     if left:
         raise SourceError(
-            "The adapter has matrices for a weight that its base model does not have.",
+            "The adapter has matrices for which its base model has no weight.",
             where=native.folder,
             found=min(left),
             do="name the model that it was trained on with --base",
