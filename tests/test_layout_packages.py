@@ -145,6 +145,8 @@ def test_a_module_that_is_not_there_is_told(brings, tmp_path):
 def test_two_packages_with_one_name_are_both_named(brings):
     brings(WHOLE)
     brings(WHOLE, package="brings_more")
-    with pytest.raises(UsageError, match=r"Several installed packages define a layout `other`") as caught:
+    with pytest.raises(
+        UsageError, match=r"Several installed packages define a layout `other`"
+    ) as caught:
         load_layout("other")
     assert "brings_other 2.0" in str(caught.value) and "brings_more 2.0" in str(caught.value)
