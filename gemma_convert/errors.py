@@ -17,7 +17,7 @@ MOST_CHARACTERS = 4000
 
 
 class GemmaConvertError(Exception):
-    """A failure that the user is told about: what, where, expected, found, and what to do."""
+    """An error with a message for the user: what, where, expected, found, and what to do."""
 
     exit_code = INTERNAL
 
@@ -67,13 +67,13 @@ def _plain(text: str) -> str:
 
 
 class CheckFailedError(GemmaConvertError):
-    """A check ran to its end and says no."""
+    """A check was completed and did not pass."""
 
     exit_code = 1
 
 
 class UsageError(GemmaConvertError):
-    """The options contradict each other or ask for what no layout offers."""
+    """The options contradict each other, or ask for something that the layout does not have."""
 
     exit_code = 2
 

@@ -13,7 +13,7 @@ PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 SHELLS = ("sh", "bash", "console")
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_COMMENT = re.compile(r"<!-- (before|not run): (.*?) -->\n\s*\Z")
+_COMMENT = re.compile(r"<!-- (?:(before|not run): (.*?)|(output)) -->\n\s*\Z")
 _EXIT = re.compile(r"\s+# exit code (\d+)$")
 _INLINE = re.compile(r"`([^`\n]+)`")
 
@@ -29,7 +29,10 @@ class Command:
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block; `before` are hidden lines that prepare it, `excuse` why it is not run."""
+    """A fenced block; `before` are hidden lines that prepare it, `excuse` why it is not run.
+
+    `output` says that it is what the shell block before it prints.
+    """
 
     page: Path
     line: int
@@ -37,6 +40,7 @@ class Block:
     text: str
     before: tuple[str, ...]
     excuse: str | None
+    output: bool
 
     @property
     def where(self) -> str:
@@ -62,7 +66,7 @@ def blocks(page: Path) -> list[Block]:
     for match in _FENCE.finditer(text):
         head, comments = text[: match.start()], []
         while said := _COMMENT.search(head):
-            comments.append((said[1], said[2]))
+            comments.append((said[1] or said[3], said[2]))
             head = head[: said.start()]
         found.append(
             Block(
@@ -72,6 +76,7 @@ def blocks(page: Path) -> list[Block]:
                 text=match[2],
                 before=tuple(rest for kind, rest in reversed(comments) if kind == "before"),
                 excuse=next((rest for kind, rest in comments if kind == "not run"), None),
+                output=any(kind == "output" for kind, _ in comments),
             )
         )
     return found

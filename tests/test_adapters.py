@@ -696,7 +696,7 @@ def test_a_matrix_without_its_partner(model, tmp_path):
     found = matrices(model)
     found.pop(next(name for name in found if "o_proj.lora_B" in name))
     source = save(tmp_path / "adapter", model, found)
-    with pytest.raises(SourceError, match="Only a part"):
+    with pytest.raises(SourceError, match="Some of the tensors"):
         to_native(source, tmp_path / "out")
     with pytest.raises(SourceError, match="lacks its partner"):
         to_native(source, tmp_path / "out", merge=True)
@@ -721,7 +721,7 @@ def test_a_base_model_that_is_not_here(model, tmp_path):
 
 def test_options_that_are_for_adapters(model, converted, tmp_path):
     message = fails(2, "to-native", model, tmp_path / "o", "--format", "maxtext", "--merge")
-    assert "--merge is for a SRC that is an adapter" in message
+    assert "--merge is for a SRC that is a PEFT adapter" in message
     assert "--base is for an adapter" in fails(
         2, "to-hf", converted(model, "maxtext"), tmp_path / "o", "--base", model
     )

@@ -471,7 +471,7 @@ def test_what_has_no_sidecar_needs_its_original(tiny, converted, tmp_path):
     to_native(bare, tmp_path / "other", like=converted(source, "maxtext", text_only=True), **GEMMA)
     assert not differing(arrays(tmp_path / "other", "gemma-jax"), direct)
     whole = converted(source, "maxtext")
-    with pytest.raises(SourceError, match="neither in the native tree nor in the sidecar"):
+    with pytest.raises(SourceError, match="neither in the native checkpoint nor in the sidecar"):
         to_native(bare, tmp_path / "none", like=whole, **GEMMA)
     assert not (tmp_path / "none").exists()
 
@@ -531,7 +531,7 @@ def test_what_is_refused(tiny, converted, tmp_path):
         to_native(converted(tiny("e2b"), "maxtext"), tmp_path / "out", scan_layers=True)
     with pytest.raises(UsageError, match="--like is for a native SRC"):
         to_native(tiny("31b"), tmp_path / "out", like=tiny("31b"))
-    with pytest.raises(SourceError, match="not that of the original"):
+    with pytest.raises(SourceError, match="do not match the original"):
         to_native(converted(tiny("31b"), "gemma-jax"), tmp_path / "out", like=tiny("31b", layers=6))
     assert list(tmp_path.iterdir()) == []
 

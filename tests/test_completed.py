@@ -73,7 +73,7 @@ def test_the_summary_claims_no_work(command, shallow, converted, tmp_path):
     assert said(*words)[0] == 0
     code, output, errors = said(*words, "--resume")
     assert code == 0
-    assert "is complete already" in errors
+    assert "is already complete" in errors
     assert output.startswith("was ")
     assert "time " not in output
     assert "checksum" not in output

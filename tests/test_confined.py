@@ -249,7 +249,7 @@ def test_links_that_look_like_the_hub_cache(link: str, target: str, tmp_path) ->
     (root / "secret").write_text("secret")
     (root / link).parent.mkdir(parents=True)
     (root / link).symlink_to(target)
-    with pytest.raises(SourceError, match=r"leads (out|to what)"):
+    with pytest.raises(SourceError, match=r"points outside|does not point to a file"):
         check_confined((root / link).parent)
     (root / link).unlink()
     (root / "snapshots/c").mkdir(parents=True, exist_ok=True)

@@ -94,9 +94,9 @@ def test_files_of_an_export(out, tmp_path):
     (back / "tokenizer.json").unlink()
     (back / "notes.txt").write_text("x")
     assert verify(back, against=out).different == {
-        "config.json": "is not what the export has",
+        "config.json": "differs from the export",
         "tokenizer.json": "is missing",
-        "notes.txt": "is no file of this export",
+        "notes.txt": "is not a file of this export",
     }
 
 
@@ -129,7 +129,7 @@ def test_exceptions(odd, tmp_path, lost):
 
 
 def test_exceptions_of_another_conversion(odd):
-    """The seal is right, and what it seals is not the source's."""
+    """The seal is right, and what it seals differs from the source."""
     source, out = odd
     file = out / OURS / "exceptions.safetensors"
     values = load_file(file)
@@ -144,7 +144,7 @@ def test_exceptions_of_another_conversion(odd):
     )
     assert verify(out).passed
     found = verify(out, against=source).different
-    assert found == {"exceptions.safetensors": f"does not hold what {EMBEDDING} loses"}
+    assert found == {"exceptions.safetensors": f"lacks original values of {EMBEDDING}"}
 
 
 def digest(file: Path) -> str:
@@ -157,7 +157,7 @@ def test_names_exchanged_in_a_kept_header(out, tmp_path):
     one, two = (f"layers.{layer}.input_layernorm".encode() for layer in (1, 2))
     (out / name).write_bytes(text.replace(one, b"?").replace(two, one).replace(b"?", two))
     assert (out / name).read_bytes() != text
-    assert verify(out).different == {name: "is not what it was when it was written"}
+    assert verify(out).different == {name: "has changed since it was written"}
     refused(out, tmp_path / "back", name)
 
 
@@ -191,7 +191,7 @@ def test_the_manifest(out, tmp_path):
     path = out / OURS / "manifest.json"
     path.write_text(path.read_text().replace('"family": "e2b"', '"family": "e4b"'))
     assert list(verify(out).different) == [f"{OURS}/manifest.json"]
-    with pytest.raises(SourceError, match="manifest is not what it was"):
+    with pytest.raises(SourceError, match="manifest was changed"):
         to_hf(out, tmp_path / "back")
 
 
@@ -258,7 +258,7 @@ def test_a_changed_array_is_told_and_never_called_bit_for_bit(out, tmp_path):
     assert not report.bit_for_bit
     code, text, _ = said("to-hf", out, tmp_path / "again")
     assert code == 0
-    assert "1 arrays are not what was converted" in " ".join(text.split())
+    assert "1 arrays have changed since the conversion" in " ".join(text.split())
     assert "bit for bit" not in text
     moved = to_native(out, tmp_path / "moved", layout="gemma-jax")
     assert moved.changed_arrays == (KERNEL,)

@@ -345,7 +345,7 @@ def test_links_lead_nowhere(saved, tmp_path):
     file = next(saved.glob("*.distcp"))
     shutil.move(file, tmp_path / "elsewhere.distcp")
     file.symlink_to(tmp_path / "elsewhere.distcp")
-    assert "leads out of its folder" in fails(3, "inspect", saved)
+    assert "points outside its folder" in fails(3, "inspect", saved)
 
 
 def test_what_is_listed_is_what_torch_lists(saved):

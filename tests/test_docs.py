@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib
+import math
 import os
 import pickle
 import re
@@ -24,6 +25,7 @@ from cases import SHALLOW
 from distcp_folders import halves, save_distcp, state_of
 from documents import PAGES, ROOT, SHELLS, Block, Command, blocks, code_spans, command, excuses
 from filelock import FileLock
+from models import load_tensors
 from test_cli import run, run_apart
 
 import gemma_convert
@@ -79,6 +81,9 @@ RUNNERS = (("pipx", "run"), ("uvx",), ("docker", "run"))
 
 PACKAGES = Path("packages")
 """Where a page installs packages of its own, which processes started later find."""
+
+LEFT_OUT = "…"
+"""A line of an output that stands for others."""
 
 REVISION = re.compile(r"(google/gemma-4-[\w-]+)@[\w.]+")
 
@@ -150,6 +155,7 @@ def _same(hf: Path, native: Path, options: dict[str, object]) -> tuple[object, .
 @pytest.mark.usefixtures("checked_once")
 def test_every_block_runs(document, work):
     names: dict[str, object] = {}
+    printed = ""
     for block in blocks(document):
         for line in block.before:
             _prepare(line, block)
@@ -161,8 +167,18 @@ def test_every_block_runs(document, work):
         elif block.language == "python":
             exec(compile(block.text, block.where, "exec"), names)
         elif block.language in SHELLS:
-            for one in block.commands:
-                _run(one, block)
+            printed = "".join([_run(one, block) for one in block.commands])
+        elif block.output:
+            said = _without_figures(printed)
+            for line in block.text.splitlines():
+                assert line == LEFT_OUT or _without_figures(line) in said, f"{block.where}: {line}"
+
+
+def _without_figures(text: str) -> str:
+    """One line of the words of an output: no sizes, times, paths or figures, single spaces."""
+    for figures in (r"(?<==)/\S+", r"\d[\d.,]*(?:e[+-]\d+)?", r"\b[KMG]?i?B(?=[/,)\s]|$)"):
+        text = re.sub(figures, "0", text)
+    return " ".join(text.split())
 
 
 def _prepare(line: str, block: Block) -> None:
@@ -186,11 +202,12 @@ def _prepare(line: str, block: Block) -> None:
         _run(command(line), block)
 
 
-def _run(one: Command, block: Block) -> None:
+def _run(one: Command, block: Block) -> str:
+    """What a command of ours prints; nothing of others."""
     program, *arguments = _unwrapped(one.words)
     if program == "gemma-convert":
-        _run_ours(one, arguments, block)
-    elif program == "pip":
+        return _run_ours(one, arguments, block)
+    if program == "pip":
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         known = extras["optional-dependencies"]
         for package in arguments[1:]:
@@ -202,6 +219,7 @@ def _run(one: Command, block: Block) -> None:
             assert set(chosen.strip("]").split(",")) - {""} <= known.keys(), one.text
     else:
         _exists(one, block)
+    return ""
 
 
 def _unwrapped(words: tuple[str, ...]) -> tuple[str, ...]:
@@ -239,7 +257,7 @@ def _exists(one: Command, block: Block) -> None:
         assert (ROOT / word.partition("::")[0]).exists(), f"{block.where}: {one.text}"
 
 
-def _run_ours(one: Command, arguments: list[str], block: Block) -> None:
+def _run_ours(one: Command, arguments: list[str], block: Block) -> str:
     errors = arguments.pop() if arguments[-2:-1] == ["2>"] else None
     arguments, pipe, target = _split(arguments[:-1] if errors else arguments)
     arguments = [REVISION.sub(r"\1", REMOTE.sub("remote/", word)) for word in arguments]
@@ -254,6 +272,7 @@ def _run_ours(one: Command, arguments: list[str], block: Block) -> None:
         Path(target).write_text(done.stdout)
     if errors:
         Path(errors).write_text(done.stderr)
+    return done.stdout
 
 
 def _split(words: list[str]) -> tuple[list[str], list[str], str | None]:
@@ -363,6 +382,20 @@ def test_the_table_of_what_is_supported_is_that_of_the_layouts():
         for one in list_mappings(model=model).formats
     }
     assert said == found
+
+
+def test_the_sizes_on_the_front_page_are_those_of_the_published_tensors():
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    columns = ("maxtext", "gemma-jax", "tunix", "fast-llm")
+    for name, model in FOLDERS.items():
+        tensors = load_tensors(name).values()
+        formats = {one.format: one.model for one in list_mappings(model=model).formats}
+        sizes = [None if formats[one] is None else formats[one].bytes for one in columns]
+        counted = [sum(spec.nbytes for spec in tensors), *sizes]
+        cells = ["refused" if size is None else f"{size / 1e9:.1f}" for size in counted]
+        values = f"{sum(math.prod(spec.shape) for spec in tensors):,}"
+        label = name.removeprefix("gemma-4-").removesuffix("-it")
+        assert f"\n| {label} | {values} | {' | '.join(cells)} |\n" in text
 
 
 def test_every_public_name_has_its_place_and_an_example():

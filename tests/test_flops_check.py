@@ -72,7 +72,7 @@ def test_the_check_reports_what_it_achieved(tiny, converted, tmp_path):
     assert found["tflops_per_second"] == report.flops / report.running_seconds / 10**12
     console = Console(file=io.StringIO(), width=200)
     console.print(render(report))
-    assert " s, weights read in it: " in console.file.getvalue()
+    assert " s, reading weights included: " in console.file.getvalue()
     assert "TFLOP/s" in console.file.getvalue()
     save_golden(source, tmp_path / "golden.safetensors", tokens=length)
     stored = logit_check(source, native, golden=tmp_path / "golden.safetensors")

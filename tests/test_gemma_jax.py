@@ -385,7 +385,7 @@ def test_bounds_that_differ_are_refused_by_name_and_value(
     to_hf(tmp_path / "text", tmp_path / "back")
     assert sums(tmp_path / "back") == sums(source)
     to_native(source, tmp_path / "maxtext")
-    with pytest.raises(SourceError, match="one tensor for two that differ"):
+    with pytest.raises(SourceError, match="a single tensor for two that differ"):
         native_of(tmp_path / "maxtext", tmp_path / "work" / "out")
     assert not (tmp_path / "work").exists()
     report = verify(converted(shallow("e2b"), "gemma-jax"), against=source)
@@ -398,7 +398,7 @@ def test_bounds_are_compared_by_their_bits(shallow, tmp_path, one, two):
     names = [f"{VISION}0.self_attn.{word}_proj.input_max" for word in "kv"]
     edits = {names[0]: bits_of(one), names[1]: bits_of(two)}
     source = edited(shallow("e2b"), tmp_path / "hf", edits)
-    with pytest.raises(SourceError, match="one tensor for two that differ"):
+    with pytest.raises(SourceError, match="a single tensor for two that differ"):
         native_of(source, tmp_path / "out")
 
 
@@ -462,9 +462,9 @@ def test_there_is_no_scanned_form(shallow, tmp_path):
 
 def test_a_tree_of_another_model_is_refused(shallow, converted, tmp_path):
     out = converted(shallow("31b"), "gemma-jax")
-    with pytest.raises(SourceError, match="not that of the original"):
+    with pytest.raises(SourceError, match="do not match the original"):
         to_hf(out, tmp_path / "back", like=shallow("26b-a4b"))
-    with pytest.raises(SourceError, match="not that of the original"):
+    with pytest.raises(SourceError, match="do not match the original"):
         verify(out, against=shallow("e2b"))
 
 

@@ -137,7 +137,7 @@ def test_its_own_checkpoint_is_accepted_with_and_without_weights(saved, hf, copy
 
 def test_another_config_is_refused(saved, copy):
     (copy / "config.json").write_text(json.dumps(config_of(copy) | {"sliding_window": 8}))
-    with pytest.raises(SourceError, match="those of another checkpoint"):
+    with pytest.raises(SourceError, match="belong to another checkpoint"):
         load_golden(saved).check_belongs(copy)
 
 
@@ -166,11 +166,11 @@ def test_an_existing_file_is_kept_unless_told_otherwise(hf, saved, tmp_path):
             save_golden(hf, path, tokens=3)
         assert path.read_bytes() == mine
         if mine and mine != saved.read_bytes():
-            with pytest.raises(TargetError, match="no golden file"):
+            with pytest.raises(TargetError, match="not a golden file"):
                 save_golden(hf, path, tokens=3, overwrite=True)
             assert path.read_bytes() == mine
     (tmp_path / "link").symlink_to("nowhere")
-    with pytest.raises(TargetError, match="no golden file"):
+    with pytest.raises(TargetError, match="not a golden file"):
         save_golden(hf, tmp_path / "link", tokens=3, overwrite=True)
     (tmp_path / "link").unlink()
     golden = save_golden(hf, path, tokens=3, overwrite=True)

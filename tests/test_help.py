@@ -139,7 +139,7 @@ def test_commands_with_many_options_have_panels():
         assert len(plain) <= 11, name
     for panel in ("Storage", "Running", "Several processes"):
         assert f"─ {panel} ─" in run("to-native", "--help").stdout
-    for panel in ("Convert", "Check", "Know"):
+    for panel in ("Convert", "Check", "Inspect and count", "Try"):
         assert f"─ {panel} ─" in run("--help").stdout
 
 
@@ -259,7 +259,7 @@ def test_a_module_of_our_own_that_cannot_be_imported_is_our_own_fault(monkeypatc
     monkeypatch.setitem(sys.modules, "gemma_convert.tasks.mappings", None)
     done = run("mappings")
     assert (done.returncode, done.stdout) == (70, "")
-    assert "fault of gemma-convert" in done.stderr
+    assert "error inside gemma-convert" in done.stderr
     assert "more packages" not in done.stderr
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "numpy", None)

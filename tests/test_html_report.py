@@ -444,7 +444,7 @@ def test_junit_fails_the_sequences_that_failed():
     found = {one.get("name"): one.find("failure") for one in suite.findall("testcase")}
     assert [name for name, failure in found.items() if failure is None] == ["code"]
     assert (
-        found["each part by itself"].get("message").startswith("layer 1, dense MLP is 5.0e-02 off")
+        found["each part by itself"].get("message").startswith("layer 1, dense MLP: error 5.0e-02")
     )
     assert found["english"].get("message") == (
         "KL 3.00e-03 is beyond the limit 1e-05 at position 7: id 107 '    '"
@@ -502,7 +502,7 @@ def test_files_are_checked_before_and_appear_at_once(tmp_path, monkeypatch):
     assert caught.value.do == "add --overwrite"
     with pytest.raises(TargetError, match="exists already"):
         write_report_file(path, "new", overwrite=False)
-    with pytest.raises(TargetError, match="no report"):
+    with pytest.raises(TargetError, match="not a report"):
         write_report_file(path, "new", overwrite=True)
     for make in (html_report, junit):
         report = make(sample_reports.report(), WHEN)
@@ -515,7 +515,7 @@ def test_files_are_checked_before_and_appear_at_once(tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(path)
     for name in ("folder", "link"):
-        with pytest.raises(TargetError, match="no file"):
+        with pytest.raises(TargetError, match="not a file"):
             check_report_file(tmp_path / name, overwrite=True)
     with pytest.raises(TargetError, match="does not exist"):
         check_report_file(tmp_path / "none" / "report.html", overwrite=True)
@@ -539,7 +539,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
 
 def test_one_file_for_both_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="one file"):
+    with pytest.raises(UsageError, match="the same file"):
         ReportFiles(html=tmp_path / "a", junit=tmp_path.joinpath("a").relative_to(tmp_path)).check()
     ReportFiles().check()
 
@@ -588,7 +588,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_check(command, tmp_
     code, _, err, calls = command(
         sample_reports.report(), "--report", tmp_path / "a", "--junit", tmp_path / "a"
     )
-    assert (code, calls) == (2, []) and "one file" in err
+    assert (code, calls) == (2, []) and "the same file" in err
     assert (tmp_path / "there").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -634,7 +634,7 @@ def test_a_real_check_from_end_to_end(tiny, converted, tmp_path, monkeypatch, ca
         f"1. {first.behind.sequence}, position {first.behind.position}"
     )
     assert len(ElementTree.parse(xml).getroot().findall("testcase/failure")) == 3
-    assert "Layer 3, output is" in sections(root)["parts"].text
+    assert "Layer 3, output: error" in sections(root)["parts"].text
     kinds = {(one.side, one.what) for one in report.fingerprints}
     assert {("original", "samples"), ("native", "header"), ("native", "mapping table")} <= kinds
 

@@ -353,11 +353,13 @@ def test_files_that_are_no_images_are_refused(folders, tmp_path, pictures):
     refused(UsageError, "does not exist", hf, tmp_path / "none.png")
     refused(UsageError, "does not exist", hf, tmp_path)
     (tmp_path / "text.png").write_text("no image")
-    assert "text.png" in refused(UsageError, "no image", hf, tmp_path / "text.png").where
+    assert (
+        "text.png" in refused(UsageError, "cannot read this file", hf, tmp_path / "text.png").where
+    )
     whole = pictures["large.jpg"].read_bytes()
     for length in (0, 2, 40, len(whole) // 2):
         (tmp_path / "part.jpg").write_bytes(whole[:length])
-        refused(UsageError, "no image", hf, tmp_path / "part.jpg")
+        refused(UsageError, "cannot read this file", hf, tmp_path / "part.jpg")
 
 
 @pytest.mark.parametrize("kind", [OSError, ValueError, SyntaxError, RuntimeError, EOFError])
@@ -370,7 +372,7 @@ def test_whatever_pillow_raises_at_a_damaged_file_is_a_message(
         raise kind("damaged")
 
     monkeypatch.setattr("transformers.image_utils.load_image", fail)
-    error = refused(UsageError, "no image", folders["e2b"], pictures["square.png"])
+    error = refused(UsageError, "cannot read this file", folders["e2b"], pictures["square.png"])
     assert error.found == "damaged"
 
 
@@ -390,10 +392,10 @@ def test_pillow_is_asked_for_by_name(folders, pictures, monkeypatch):
 
 def test_models_without_vision_are_refused(tiny, folders, pictures):
     path = pictures["square.png"]
-    refused(UsageError, "sees no images", tiny("e2b", text_only=True), path)
+    refused(UsageError, "cannot take images", tiny("e2b", text_only=True), path)
     architecture = read_architecture(folders["e2b"])
     for blind in (replace(architecture, vision=None), replace(architecture, text_only=True)):
-        refused(UsageError, "sees no images", folders["e2b"], path, blind)
+        refused(UsageError, "cannot take images", folders["e2b"], path, blind)
 
 
 def test_checkpoints_without_tokenizer_or_processor_are_refused(folders, tmp_path, pictures):
@@ -469,7 +471,7 @@ def test_an_image_token_of_another_model_is_refused(folders, pictures):
     for token in (None, PLACE + 1):
         error = refused(
             SourceError,
-            "not the model's",
+            "differs from the model's",
             folders["e2b"],
             pictures["square.png"],
             replace(architecture, image_token=token),
@@ -493,7 +495,7 @@ def test_an_image_token_outside_the_vocabulary_is_refused(folders, pictures):
 def test_a_prompt_with_a_place_of_its_own_is_refused(place, folders, pictures):
     error = refused(
         UsageError,
-        "stands for an image",
+        "placeholder token of an image",
         folders["e2b"],
         pictures["square.png"],
         prompts=["fine", f"What is {place}?"],

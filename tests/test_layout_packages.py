@@ -120,7 +120,7 @@ def test_it_keeps_no_other_from_its_work(brings, shallow, converted, tmp_path):
     facts = tmp_path / "odd" / "_METADATA"
     facts.write_text(facts.read_text().replace('"embedder"', '"unknown"'))
     message = fails(3, "inspect", tmp_path / "odd")
-    assert "no parameters in a layout that is known" in message
+    assert "no parameters in a supported layout" in message
     assert "remove the package brings_other 2.0: The layout `other` cannot be used." in message
 
 
@@ -145,6 +145,8 @@ def test_a_module_that_is_not_there_is_told(brings, tmp_path):
 def test_two_packages_with_one_name_are_both_named(brings):
     brings(WHOLE)
     brings(WHOLE, package="brings_more")
-    with pytest.raises(UsageError, match=r"Several packages bring a layout `other`") as caught:
+    with pytest.raises(
+        UsageError, match=r"Several installed packages define a layout `other`"
+    ) as caught:
         load_layout("other")
     assert "brings_other 2.0" in str(caught.value) and "brings_more 2.0" in str(caught.value)

@@ -151,7 +151,7 @@ def test_one_wrong_scalar_fails_and_its_token_is_named(dense, tmp_path):
     dense.write(change(dense.tree, path, lose), tmp_path)
     report = logit_check(dense.hf, tmp_path)
     assert not report.passed and report.divergence.kl_max > 1e-4
-    assert report.drift.first == "layer 3" and "first beyond 2e-03: layer 3" in shown(report)
+    assert report.drift.first == "layer 3" and "first beyond 2e-03 is layer 3" in shown(report)
     worst = strict_json(report)["worst_token"]
     assert worst["sequence"].startswith("random-") and 0 <= worst["position"] < 39
     assert "not the same model" in shown(report)
@@ -194,12 +194,12 @@ def test_rounded_embedding_is_found_and_called_an_indication(dense, tmp_path):
     assert report.limit >= 0.03 and not report.proof
     assert report.drift.tolerance is None and report.drift.first is None
     assert 1e-5 < report.divergence.kl_max < 0.03 and report.passed
-    assert report.verdict == "no difference seen: an indication, not proof"
+    assert report.verdict == "no difference found: an indication, not proof"
     assert report.lossy_rows == ("the embedding: scaled, in bfloat16",)
     assert "scaled, in bfloat16" in report.warnings[0]
     assert not logit_check(dense.hf, tmp_path, lossy_rows=()).passed
     strict = logit_check(dense.hf, tmp_path, max_kl=1e-5)
-    assert strict.verdict == "further apart than rounding should be"
+    assert strict.verdict == "larger difference than rounding explains"
 
 
 def test_manifest_says_what_is_lossy(dense, tmp_path):
@@ -299,12 +299,12 @@ def test_tree_of_another_model_is_refused_by_name(dense, others, tmp_path):
 
 
 def test_options_are_checked_before_anything_runs(dense, native, golden):
-    with pytest.raises(UsageError, match="its own tokens"):
+    with pytest.raises(UsageError, match="come from the golden"):
         logit_check(dense.hf, native, golden=golden, tokens=3)
     for value in (math.nan, math.inf, -1.0):
         with pytest.raises(UsageError, match="max-kl"):
             logit_check(dense.hf, native, max_kl=value)
-    with pytest.raises(UsageError, match="its own tokens") as caught:
+    with pytest.raises(UsageError, match="come from the golden") as caught:
         logit_check(dense.hf, native, golden=golden, images=[Path("cat.png")])
     assert "--image" in caught.value.do
     with pytest.raises(SourceError, match="no Orbax checkpoint"):
@@ -417,7 +417,7 @@ def test_layouts_without_a_tower_refuse_images(
     """Before the original is loaded, which may take long."""
     source = tiny(family, layers=SHALLOW[family])
     monkeypatch.setattr(running, "LayerwiseReference", None)
-    with pytest.raises(UsageError, match="without the vision tower, so it sees no images") as one:
+    with pytest.raises(UsageError, match="has no vision tower, so it cannot take images") as one:
         logit_check(source, converted(source, layout), tokens=3, images=[picture])
     assert one.value.found == f"layout {layout}" and "--image" in one.value.do
 
@@ -426,9 +426,9 @@ def test_layouts_without_a_tower_refuse_images(
 def test_trees_without_a_tower_refuse_images(tiny, converted, picture, layout, family, monkeypatch):
     monkeypatch.setattr(running, "LayerwiseReference", None)
     native = converted(tiny(family, layers=SHALLOW[family], text_only=True), layout)
-    with pytest.raises(UsageError, match="without the vision tower"):
+    with pytest.raises(UsageError, match="has no vision tower"):
         logit_check(tiny(family, layers=SHALLOW[family]), native, tokens=3, images=[picture])
-    with pytest.raises(UsageError, match="The model sees no images"):
+    with pytest.raises(UsageError, match="The model cannot take images"):
         logit_check(tiny(family, layers=SHALLOW[family], text_only=True), native, images=[picture])
 
 

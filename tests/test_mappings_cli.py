@@ -439,7 +439,7 @@ def test_on_a_terminal_there_are_tables(tiny, monkeypatch):
 
 def test_errors(tmp_path):
     message = fails(3, "mappings", "--model", "70b")
-    assert "There is no model `70b`" in message
+    assert "There is no published model `70b`" in message
     assert "e2b, e4b, 12b, 26b-a4b, 31b, or a checkpoint" in message
     assert "no place for 108 tensors" in fails(
         2, "mappings", "--format", "fast-llm", "--model", "e2b"

@@ -249,7 +249,7 @@ def in_text(before: str):
 )
 def test_names_that_are_not_known_are_explained(naming, words, shallow, tmp_path):
     source = rename(shallow("31b"), tmp_path / "t", naming)
-    with pytest.raises(SourceError, match="have other names than a Gemma 4") as caught:
+    with pytest.raises(SourceError, match="names are not those of a Gemma 4") as caught:
         to_native(source, tmp_path / "n", layout="maxtext")
     assert str(caught.value.found).endswith(f"; {words}")
     assert not (tmp_path / "n").exists()

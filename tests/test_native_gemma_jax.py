@@ -352,7 +352,7 @@ def test_other_trees_are_refused(tmp_path):
 
     tree = small(lambda array: array)
     others = {
-        "flat": ({"transformer/layer_0/attn": {"w": np.ones(2)}}, "of another layout"),
+        "flat": ({"transformer/layer_0/attn": {"w": np.ones(2)}}, "has another layout"),
         "other": ({"embedder": {"table": np.ones(2)}}, "expected: embedder/input_embedding"),
     }
     for name, (other, message) in others.items():
@@ -365,7 +365,7 @@ def test_other_trees_are_refused(tmp_path):
         writer.save(tmp_path / "items", tree)
     with pytest.raises(SourceError, match="layer_1 in a tree"):
         gemma_jax_orbax.restore_tree(tmp_path / "items", ["embedder", "layer_1"])
-    with pytest.raises(SourceError, match="no Orbax tree"):
+    with pytest.raises(SourceError, match="no Orbax checkpoint"):
         gemma_jax_orbax.tree_facts(tmp_path)
 
 

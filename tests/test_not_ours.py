@@ -53,7 +53,7 @@ def test_somebodys_weights_under_the_same_names_stay(shallow, native, tmp_path, 
     """The same files, names, shapes and sizes: only the values are somebody's own."""
     out = copied(shallow("31b", text_only=True, seed=1), tmp_path / "out")
     before = state(tmp_path)
-    with pytest.raises(TargetError, match="no export of ours") as caught:
+    with pytest.raises(TargetError, match="not an unchanged export") as caught:
         to_hf(native, out, overwrite=True, dtype=dtype)
     assert caught.value.exit_code == 4
     assert state(tmp_path) == before
@@ -76,7 +76,7 @@ def test_an_export_that_was_changed_stays(native, export, tmp_path, change):
         assert state(out).keys() == before.keys() and state(out) != before
         to_hf(native, out, overwrite=True)
     else:
-        with pytest.raises(TargetError, match="no export of ours"):
+        with pytest.raises(TargetError, match="not an unchanged export"):
             to_hf(native, out, overwrite=True)
     assert state(out) == before
 
@@ -92,7 +92,7 @@ def test_without_attributes_only_the_same_is_replaced(native, tmp_path, monkeypa
     before = state(out)
     to_hf(native, out, overwrite=True)
     assert state(out) == before
-    with pytest.raises(TargetError, match="no export of ours"):
+    with pytest.raises(TargetError, match="not an unchanged export"):
         to_hf(native, out, overwrite=True, dtype="float32")
     assert state(out) == before
 

@@ -136,9 +136,9 @@ def test_of_two_models_one_must_be_named(shallow, converted, tmp_path):
         shutil.copytree(native / "0" / "items", tmp_path / "run" / "7" / item)
     for path in (tmp_path / "run", tmp_path / "run" / "7"):
         message = fails(3, "inspect", path)
-        assert "Several Orbax trees here may be the model." in message
+        assert "The checkpoint has several Orbax items that could be the model." in message
         assert "run/7/ema_params, " in message and "run/7/params" in message
-        assert f"give the path of the one that is meant, such as {tmp_path}/run/7/ema" in message
+        assert f"give the path of one of them, such as {tmp_path}/run/7/ema" in message
     assert fails(3, "to-hf", path, tmp_path / "back", "--like", source) == message
     assert inspect(path / "params").layout == "maxtext"
 

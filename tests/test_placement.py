@@ -109,7 +109,7 @@ def test_a_model_that_is_refused_hears_why():
 def test_layers_without_a_repeating_block():
     config = load_config(DENSE)
     config["text_config"]["layer_types"][2] = "full_attention"
-    with pytest.raises(UsageError, match="whole blocks") as caught:
+    with pytest.raises(UsageError, match="multiple of the scanned block") as caught:
         scanned_placement(load_table("maxtext"), parse_architecture(config, WHERE))
     assert (caught.value.expected, caught.value.found) == ("a repeating pattern", "60 layers")
 

@@ -139,7 +139,7 @@ def test_a_prompt_with_an_images_place_is_refused(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     place = token_sequences(tmp_path, architecture, ["q"])[0].ids[1]
     (tmp_path / "config.json").write_text(json.dumps(config | {"image_token_id": place}))
-    with pytest.raises(UsageError, match="stands for an image") as caught:
+    with pytest.raises(UsageError, match="placeholder token of an image") as caught:
         token_sequences(tmp_path, architecture, ["fine", "q"])
     assert (caught.value.where, caught.value.found) == ("prompt-1", str(place))
 

@@ -183,7 +183,7 @@ def test_terminal_has_a_line_for_each_sequence_and_one_for_the_layers(width):
         room = width - 40
         assert len(marks) == len(one.compared) or len(marks) > room / 2
     assert "9.00e-02" in found["drift by layer"] and "▁" in found["drift by layer"]
-    assert "first beyond 2e-03: layer 2" in " ".join("\n".join(lines).split())
+    assert "first beyond 2e-03 is layer 2" in " ".join("\n".join(lines).split())
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_terminal_has_a_line_for_each_sequence_and_one_for_the_layers(width):
 )
 def test_where_kl_alone_decides_it_is_said(changes, why):
     report = sample_reports.report(local=None, noise_floor=None, **changes)
-    said = f"none is compared by itself {why}: the KL of the whole runs alone decides"
+    said = f"not compared one by one {why}: only the KL of the logits decides"
     assert said in " ".join(" ".join(shown(report, 100)).split())
     when = datetime(2026, 8, 1, tzinfo=UTC)
     assert said[1:] in html_report(report, when) and said in junit(report, when)

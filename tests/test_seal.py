@@ -163,4 +163,4 @@ def test_bytes_beyond_the_end_of_an_array_are_sealed(tiny, tmp_path, monkeypatch
     data[-1] ^= 1
     last.write_bytes(data)
     name = str(last.relative_to(out))
-    assert verify(out).different == {name: "is not what it was when it was written"}
+    assert verify(out).different == {name: "has changed since it was written"}

@@ -110,7 +110,7 @@ def test_a_tensor_that_is_not_at_hand(shallow, converted):
         assert not kept.holds(name)
         assert whole.holds(name)
         assert whole.read_box(name, ((0, 4),)).shape == (4,)
-        with pytest.raises(SourceError, match="neither in the native tree nor") as caught:
+        with pytest.raises(SourceError, match="neither in the native checkpoint nor") as caught:
             kept.read_box(name, ((0, 4),))
         assert caught.value.found == name
 

@@ -172,9 +172,9 @@ EMBEDDING = "model.language_model.embed_tokens.weight"
 )
 def test_a_checkpoint_that_does_not_fill_the_model_is_refused_alike(edit, tiny, tmp_path):
     hf = edited_copy(tiny("31b", layers=6), tmp_path / "hf", edit)
-    with pytest.raises(SourceError, match="does not fill") as whole:
+    with pytest.raises(SourceError, match="does not fit its config") as whole:
         Reference(hf)
-    with pytest.raises(SourceError, match="does not fill") as layerwise:
+    with pytest.raises(SourceError, match="does not fit its config") as layerwise:
         LayerwiseReference(hf, [])
     assert str(layerwise.value.found).split(":")[0] == str(whole.value.found).split(":")[0]
 
@@ -530,7 +530,7 @@ def test_a_mistake_is_named_by_its_layer(tiny, converted, tmp_path, array, edit,
     report = logit_check(source, native, tokens=3)
     assert not report.passed and report.drift.first == place
     found = json.loads(json.dumps(report.as_json(), allow_nan=False))
-    assert found["first_drift"] == place and f"2e-03: {place}" in shown(report)
+    assert found["first_drift"] == place and f"2e-03 is {place}" in shown(report)
     if place.startswith("layer"):
         before = report.drift.layers[: int(place.split()[1])]
         assert all(drift < TOLERANCE / 5 for drift in before)

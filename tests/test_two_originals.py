@@ -55,14 +55,14 @@ def test_what_differs_is_missing_or_extra_is_said(shallow, tmp_path):
     heads = head["model.language_model.layers.1.self_attn.q_norm.weight"].numel()
     layers = "model.language_model.layers"
     assert report.different == {
-        "model.extra": f"is no tensor of {source}",
+        "model.extra": f"is not in {source}",
         tower: "is missing",
         NORM: f"1 of {size} values differ",
         f"{layers}.0.layer_scalar": "is float32 instead of bfloat16; every value is the same",
         f"{layers}.1.layer_scalar": "is float32 instead of bfloat16; 1 of 1 values differ",
         f"{layers}.1.self_attn.q_norm.weight": f"has the shape [{heads - 1}] instead of [{heads}]",
     }
-    assert "Tensors alone were compared" in report.notes[0]
+    assert "Only the tensors were compared" in report.notes[0]
 
 
 @pytest.mark.parametrize("naming", ["plain", "compiled", "base model"])
@@ -89,7 +89,7 @@ def test_the_same_weights_have_no_divergence(whole, shallow, tmp_path):
     assert report.passed and report.proof
     assert report.divergence.kl_max == 0
     assert (report.layout, report.local) == ("huggingface", None)
-    assert "no part was run by itself" in report.warnings[0]
+    assert "parts were not compared" in report.warnings[0]
     assert (report.drift is None) == whole
 
 
@@ -124,7 +124,7 @@ def test_each_side_runs_by_its_own_config(shallow, tmp_path):
 
 def test_what_cannot_be_compared_is_refused(shallow, tmp_path):
     source = shallow("31b")
-    with pytest.raises(SourceError, match="not of one model"):
+    with pytest.raises(SourceError, match="not belong to the same model"):
         logit_check(source, shallow("e2b"), tokens=5)
     with pytest.raises(UsageError, match="in float32"):
         logit_check(source, source, tokens=5, dtype="bfloat16")
@@ -132,4 +132,4 @@ def test_what_cannot_be_compared_is_refused(shallow, tmp_path):
         logit_check(source, source, tokens=5, settings=["sliding_window_size=3"])
     with pytest.raises(UsageError, match="a config"):
         verify(source, against=source, settings=["sliding_window_size=3"])
-    assert "is verified against what it was made from" in fails(2, "verify", source)
+    assert "needs a checkpoint to be compared with" in fails(2, "verify", source)

@@ -103,7 +103,7 @@ class DTypePolicy:
         """
         if source not in CONVERTED:
             raise SourceError(
-                "A weight has a dtype that is not converted.",
+                "A weight has a dtype that gemma-convert does not convert.",
                 where=f"tensor {where}",
                 expected=", ".join(CONVERTED),
                 found=source,

@@ -79,7 +79,7 @@ def beside_huggingface(folder: Path, writes: Iterable[str] = ()) -> list[str]:
 def _no_checkpoint(folder: Path, wanted: str) -> TargetError:
     names = sorted(f"{e.name}/" if e.is_dir() else e.name for e in folder.iterdir())
     return TargetError(
-        f"The target is not a {wanted}, so it is not replaced.",
+        f"The target is not a {wanted}, so --overwrite does not replace it.",
         where=folder,
         found=some(names),
         do="choose another target, or remove it yourself",

@@ -41,7 +41,7 @@ def named_folder(folder: Path) -> Path:
     named = named_base(folder)
     if named is None or not Path(named).is_dir():
         raise SourceError(
-            "The base model of this adapter is not here, so nothing says what its layers are.",
+            "The base model of this adapter was not found, so its layers are unknown.",
             where=folder,
             found=named,
             do="name its folder, or owner/name on the hub, with --base; config.json is enough",

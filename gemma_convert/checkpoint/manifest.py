@@ -49,7 +49,7 @@ def read_manifest(checkpoint: Path, *, damaged: bool = False) -> dict[str, Any] 
     manifest = parse_object(data, "The manifest", path)
     if manifest.get("schema") not in (*SEALED, OLDER):
         raise SourceError(
-            "The manifest is of another version.",
+            "The manifest has a version that this release cannot read.",
             where=path,
             expected=", ".join((*SEALED, OLDER)),
             found=short(manifest.get("schema")),
@@ -57,9 +57,9 @@ def read_manifest(checkpoint: Path, *, damaged: bool = False) -> dict[str, Any] 
     check_manifest(manifest, path)
     if not damaged and manifest["schema"] in SEALED and not is_sealed(data):
         raise SourceError(
-            "The manifest is not what it was when the checkpoint was written.",
+            "The manifest was changed after the checkpoint was written.",
             where=path,
-            do=f"convert the original again, or go on knowingly with --accept-damage {PLACE}",
+            do=f"convert the original again, or continue with --accept-damage {PLACE}",
         )
     return manifest
 

@@ -116,7 +116,7 @@ def plan_native(native: NativeSource, original: Original) -> Plan:
     unknown = [name for name in native.specs if name not in plan.targets]
     if missing or unknown:
         raise SourceError(
-            "The native tree is not that of the original's config.json.",
+            "The arrays of the native checkpoint do not match the original's config.json.",
             where=f"{native.folder} and {original.folder}",
             expected=f"{len(plan.targets)} arrays" + (f", such as {missing[0]}" if missing else ""),
             found=f"{len(native.specs)} arrays" + (f", such as {unknown[0]}" if unknown else ""),
@@ -125,7 +125,7 @@ def plan_native(native: NativeSource, original: Original) -> Plan:
     for name, planned in plan.targets.items():
         if native.specs[name].shape != planned.spec.shape:
             raise SourceError(
-                "The native tree is not that of the original's config.json: a shape differs.",
+                "An array of the native checkpoint does not have the shape that config.json says.",
                 where=f"{native.folder}, array {name}",
                 expected=list(planned.spec.shape),
                 found=list(native.specs[name].shape),

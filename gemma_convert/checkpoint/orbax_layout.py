@@ -53,11 +53,11 @@ class OrbaxLayout(ABC):
         found = [tree for tree, arrays in folder.trees.items() if self.stored(arrays)]
         if len(found) > 1:
             raise SourceError(
-                "Several Orbax trees here may be the model.",
+                "The checkpoint has several Orbax items that could be the model.",
                 where=folder.path,
                 expected="one",
                 found=some([str(tree) for tree in found]),
-                do=f"give the path of the one that is meant, such as {found[0]}",
+                do=f"give the path of one of them, such as {found[0]}",
             )
         return found[0] if found else None
 

@@ -85,7 +85,7 @@ class Original:
         """The reader of a tensor's values; raises SourceError where they are not at hand."""
         if self.stored is None or name not in self.stored.tensors:
             raise SourceError(
-                "A tensor is neither in the native tree nor in the sidecar.",
+                "A tensor of the original is neither in the native checkpoint nor in the sidecar.",
                 where=self.folder,
                 found=name,
                 do="name the original with --like, or leave the tensor out: --text-only",
@@ -117,7 +117,7 @@ def open_original(native: Path, like: Path | None, base: Path | None = None) -> 
     root = sidecar.sidecar_root(native if like is None else like)
     if root is None:
         raise SourceError(
-            "Nothing says what the Hugging Face original was: there is no sidecar.",
+            "The Hugging Face original is unknown: the checkpoint has no sidecar.",
             where=native if like is None else like,
             expected=f"{sidecar.FOLDER}/config.json beside the checkpoint",
             do="name the original, or a converted checkpoint of it, with --like; or, for the text "
@@ -187,7 +187,9 @@ def _shard(own: Path, entry: Mapping[str, Any]) -> Shard:
         header = read_regular(path, "A kept header", MAX_HEADER_BYTES + 8)
     except FileNotFoundError as error:
         raise SourceError(
-            "A kept header cannot be read.", where=path, found=error.strerror
+            "The stored header of a safetensors file cannot be read.",
+            where=path,
+            found=error.strerror,
         ) from None
     return Shard(file, header, parse_header(header, size, file, path), size, 0)
 
@@ -233,7 +235,9 @@ def _whole(reader: SafetensorsFolder, name: str) -> Array:
 
 def _malformed(own: Path, found: str) -> SourceError:
     return SourceError(
-        "The kept exceptions are malformed.", where=own / sidecar.EXCEPTIONS, found=found
+        "The file with the original bits of some values is malformed.",
+        where=own / sidecar.EXCEPTIONS,
+        found=found,
     )
 
 

@@ -96,7 +96,7 @@ class SafetensorsArray:
             for (start, length), size in zip(box, shape, strict=True)
         ):
             raise SourceError(
-                "A tensor has another shape than it is read with.",
+                "A tensor has an unexpected shape.",
                 where=f"{self.reader.folder}, tensor {self.tensor.name}",
                 found=list(shape),
             )

@@ -31,7 +31,7 @@ PIECE_BYTES = 16 << 20
 CARRIED = "hf/gemma-convert/carried.safetensors"
 
 ADDED, MISSING = "was added", "is missing"
-CHANGED = "is not what it was when it was written"
+CHANGED = "has changed since it was written"
 
 DATABASE = "manifest.ocdbt"
 
@@ -136,10 +136,10 @@ def refuse_damage(
     refused = [f"{name} {how}" for name, how in found.items() if name not in {*added, *accept}]
     if refused:
         raise SourceError(
-            "The checkpoint is damaged: a part of it is not what it was when it was written.",
+            "The checkpoint is damaged: a file was changed or lost after it was written.",
             where=root,
             found=some(refused, between="; "),
-            do="convert the original again, or go on knowingly with --accept-damage NAME",
+            do="convert the original again, or continue with --accept-damage NAME",
         )
     return added
 
@@ -174,10 +174,10 @@ def refuse_carried(
     ]
     if wrong and CARRIED not in accept:
         raise SourceError(
-            "The checkpoint is damaged: carried tensors are not what they were.",
+            "The checkpoint is damaged: tensors in the sidecar were changed.",
             where=root / CARRIED,
             found=f"{len(wrong)} tensors, such as {wrong[0]}",
-            do=f"convert the original again, or go on knowingly with --accept-damage {CARRIED}",
+            do=f"convert the original again, or continue with --accept-damage {CARRIED}",
         )
 
 

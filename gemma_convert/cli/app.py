@@ -35,14 +35,14 @@ Examples:
   gemma-convert to-native gemma-4-E2B-it out --format maxtext
   gemma-convert logit-check gemma-4-E2B-it out --report out.html
 """
-_CONVERT, _CHECK, _KNOW = "Convert", "Check", "Know"
+_CONVERT, _CHECK, _LOOK, _TRY = "Convert", "Check", "Inspect and count", "Try"
 
 app = typer.Typer(
     name="gemma-convert",
     help=_HELP,
     rich_markup_mode="rich",
     epilog="Exit codes: 0 done, 1 a check failed, 2 usage, 3 bad source, 4 target problem, "
-    "70 a fault of gemma-convert, 74 the output cannot be printed, 130 interrupted.",
+    "70 internal error, 74 the output cannot be printed, 130 interrupted.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -54,10 +54,10 @@ app.command("verify", rich_help_panel=_CHECK)(verify.command)
 app.command("logit-check", rich_help_panel=_CHECK)(logit_check.command)
 app.command("compare-reports", rich_help_panel=_CHECK)(compare_reports.command)
 app.command("golden", rich_help_panel=_CHECK)(golden.command)
-app.command("inspect", rich_help_panel=_KNOW)(inspect.command)
-app.command("mappings", rich_help_panel=_KNOW)(mappings.command)
-app.command("flops", rich_help_panel=_KNOW)(flops.command)
-app.command("tiny", rich_help_panel=_KNOW)(tiny.command)
+app.command("inspect", rich_help_panel=_LOOK)(inspect.command)
+app.command("mappings", rich_help_panel=_LOOK)(mappings.command)
+app.command("flops", rich_help_panel=_LOOK)(flops.command)
+app.command("tiny", rich_help_panel=_TRY)(tiny.command)
 
 
 def _version(asked: bool) -> None:
@@ -79,7 +79,7 @@ def _root(
 def _own_fault() -> int:
     from gemma_convert.output import note
 
-    told = "this is a fault of gemma-convert. Please report it with the lines below."
+    told = "this is an error inside gemma-convert. Please report it with the lines below."
     note(f"{told}\n{traceback.format_exc()}", "error")
     return INTERNAL
 
@@ -116,7 +116,7 @@ def _run() -> int:  # noqa: PLR0911
         if isinstance(error, UsageError) and error.do is None:
             told += f"\n  what to do: {_next_command()} lists the options"
         if error.exit_code == INTERNAL:
-            told += "\nThis is a fault of gemma-convert. Please report it with the command you ran."
+            told += "\nThis is an error inside gemma-convert. Please report it with your command."
         note(told, "error")
         return exit_code(error)
     except (KeyboardInterrupt, SystemExit) as ending:

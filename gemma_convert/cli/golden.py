@@ -22,9 +22,11 @@ from gemma_convert.cli.options import (
 def command(
     hf: Annotated[
         str,
-        typer.Argument(metavar="HF", help="Hugging Face checkpoint: folder or owner/name."),
+        typer.Argument(
+            metavar="HF", help="The Hugging Face checkpoint: a folder, or owner/name on the hub."
+        ),
     ],
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Safetensors file to create.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The safetensors file to create.")],
     prompt: Prompts = None,
     tokens: Tokens = None,
     overwrite: Overwrite = False,
@@ -33,7 +35,7 @@ def command(
     json_lines: JsonLines = False,
     as_json: AsJson = False,
 ) -> None:
-    """Save transformers' float32 logits for `logit-check --golden`.
+    """Save the float32 logits of transformers, for `logit-check --golden`.
 
     \b
     Example:
@@ -66,4 +68,4 @@ def command(
             }
         )
     else:
-        show(f"saved {golden.path}: {len(golden.sequences)} sequences, {count} tokens")
+        show(f"saved {golden.path}: logits of {count} tokens in {len(golden.sequences)} sequences")

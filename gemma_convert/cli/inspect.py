@@ -18,11 +18,15 @@ SHOWN = 5
 
 def command(
     path: Annotated[
-        str, typer.Argument(metavar="PATH", help="A checkpoint, of any layout that is known.")
+        str,
+        typer.Argument(
+            metavar="PATH",
+            help="A checkpoint in any supported layout: a folder, owner/name, or a URL.",
+        ),
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Say what a checkpoint is: layout, model, parameters, dtypes, sizes, and what is missing.
+    """Show what a checkpoint contains: layout, model, parameters, dtypes, sizes, missing tensors.
 
     \b
     Examples:
@@ -52,7 +56,7 @@ def _table(report: InspectReport) -> Facts:
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in report.dtypes.items())
     table.add_row("dtypes", dtypes)
     if report.extras:
-        table.add_row("beside them", ", ".join(report.extras))
+        table.add_row("other entries", ", ".join(report.extras))
     if report.converted_by:
         table.add_row("converted by", report.converted_by)
     if report.lossy_rows:
@@ -64,12 +68,18 @@ def _table(report: InspectReport) -> Facts:
 
 def _coverage(coverage: Coverage | None) -> list[tuple[str, str]]:
     if coverage is None:
-        return [("coverage", "not known: there is no config.json to compare with")]
+        return [("coverage", "unknown: there is no config.json to compare with")]
     if coverage.complete:
-        return [("coverage", f"complete: all {coverage.expected} tensors, every shape right")]
+        return [
+            (
+                "coverage",
+                f"complete: all {coverage.expected} tensors are there, with the right shapes",
+            )
+        ]
     rows = []
     for label in ("missing", "unexpected", "misshapen"):
         names: tuple[str, ...] = getattr(coverage, label)
         if names:
-            rows.append((label, f"{len(names)}: {some(names, SHOWN)}"))
+            words = "wrong shape" if label == "misshapen" else label
+            rows.append((words, f"{len(names)}: {some(names, SHOWN)}"))
     return rows

@@ -36,12 +36,15 @@ class DType(StrEnum):
 def command(
     hf: Annotated[
         str,
-        typer.Argument(metavar="HF", help="Hugging Face checkpoint: folder or owner/name."),
+        typer.Argument(
+            metavar="HF", help="The Hugging Face checkpoint: a folder, or owner/name on the hub."
+        ),
     ],
     native: Annotated[
         str,
         typer.Argument(
-            metavar="NATIVE", help="The native checkpoint, or another Hugging Face one."
+            metavar="NATIVE",
+            help="The native checkpoint to check, or another Hugging Face checkpoint.",
         ),
     ],
     base: Annotated[
@@ -68,7 +71,8 @@ def command(
     max_kl: Annotated[
         float | None,
         typer.Option(
-            help="Most KL divergence of a token, in nats; 1e-5, or 0.03 where values are rounded."
+            help="Largest KL divergence that a token may have, in nats; by default 1e-5, or 0.03 "
+            "where values are rounded."
         ),
     ] = None,
     prompt: Prompts = None,
@@ -76,18 +80,19 @@ def command(
     image: Annotated[
         list[Path] | None,
         typer.Option(
-            help="An image to be seen by both; may be given several times.", rich_help_panel=INPUTS
+            help="An image for the vision tower of both models; may be given several times.",
+            rich_help_panel=INPUTS,
         ),
     ] = None,
     audio: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A WAV file to be heard by both; may be given several times.",
+            help="A WAV file for the audio tower of both models; may be given several times.",
             rich_help_panel=INPUTS,
         ),
     ] = None,
     dtype: Annotated[
-        DType, typer.Option(help="Dtype of the native side; the reference runs in float32.")
+        DType, typer.Option(help="Dtype in which NATIVE runs; the reference runs in float32.")
     ] = DType.FLOAT32,
     golden: Annotated[
         Path | None,
@@ -99,7 +104,7 @@ def command(
         bool,
         typer.Option(
             "--whole-model",
-            help="Load both models whole instead of layer by layer.",
+            help="Load both models completely instead of layer by layer.",
             rich_help_panel=RUNNING,
         ),
     ] = False,
@@ -107,8 +112,8 @@ def command(
         bool,
         typer.Option(
             "--no-cache",
-            help="Compile anew, and keep nothing: by default JAX's programs are kept in "
-            "~/.cache/gemma-convert/compiled for the next run.",
+            help="Do not use JAX's compilation cache, which by default is "
+            "~/.cache/gemma-convert/compiled.",
             rich_help_panel=RUNNING,
         ),
     ] = False,
@@ -116,7 +121,7 @@ def command(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Write the report as one HTML page, every token in it.",
+            help="Write the report, with every token, as one HTML page.",
             rich_help_panel="Reports",
         ),
     ] = None,
@@ -124,7 +129,7 @@ def command(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Write JUnit XML, a test case for each sequence.",
+            help="Write JUnit XML, with one test case for each sequence.",
             rich_help_panel="Reports",
         ),
     ] = None,
@@ -139,11 +144,11 @@ def command(
     json_lines: JsonLines = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run both models on the same tokens and compare every token's distribution.
+    """Run both models on the same tokens and compare the distributions that they predict.
 
-    Exits 0 where the worst token is within the limit, 1 where it is not (NaN is not). JAX's side is
-    split over all its devices, with --coordinator over those of several hosts: run the same command
-    on each of them.
+    The exit code is 0 if the worst token is within the limit, and 1 if it is not, or if its KL is
+    NaN. A model that runs in JAX is sharded over all local devices, and with --coordinator over
+    those of several hosts: run the same command on each of them.
 
     \b
     Examples:

@@ -31,7 +31,7 @@ def command(
         typer.Option(
             "--format",
             metavar=LAYOUTS,
-            help="Native layout; all are listed without it.",
+            help="Native layout; without it all layouts are listed.",
             autocompletion=layout_names,
         ),
     ] = None,
@@ -45,18 +45,22 @@ def command(
         ),
     ] = None,
     scan_layers: Annotated[
-        bool, typer.Option("--scan-layers/--no-scan-layers", help="Stack the layers of each block.")
+        bool,
+        typer.Option(
+            "--scan-layers/--no-scan-layers",
+            help="The scanned form of MaxText: layers are stacked into one array.",
+        ),
     ] = False,
     facts: Annotated[
-        bool, typer.Option("--facts", help="List config.json, key by key, instead of tensors.")
+        bool, typer.Option("--facts", help="List the keys of config.json instead of the tensors.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List what becomes of every tensor: both names, axes, shapes and dtypes, side by side.
+    """List where every tensor goes: both names, axes, shapes and dtypes, side by side.
 
-    Without --model the table of the format as it stands, without --format all formats in one line
-    each. A published model needs no file. Into a file or a pipe go lines with tabs between fields,
-    to be searched and compared.
+    Without --model the mapping table of the layout is listed as it is written; without --format
+    there is one line for each layout. The published models are built in, so no file is needed.
+    In a file or a pipe the fields are separated by tabs.
 
     \b
     Examples:

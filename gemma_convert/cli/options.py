@@ -45,8 +45,8 @@ FrameworkVersion = Annotated[
     str | None,
     typer.Option(
         "--framework-version",
-        help="Version of the framework that it is for, one that the layout's table lists; its "
-        "first by default.",
+        help="Version of the framework to convert for, where a layout supports several; by "
+        "default its current release.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
@@ -54,7 +54,7 @@ Overwrite = Annotated[
     bool,
     typer.Option(
         "--overwrite",
-        help="Replace what an earlier run wrote there, once the new one is complete.",
+        help="Replace the output of an earlier run, once the new output is complete.",
         rich_help_panel=RUNNING,
     ),
 ]
@@ -63,7 +63,8 @@ AcceptDamage = Annotated[
     typer.Option(
         "--accept-damage",
         metavar="NAME",
-        help="Go on although this file of SRC is not what was written; may be given several times.",
+        help="Continue although this file of SRC differs from its checksum; may be given several "
+        "times.",
         rich_help_panel=RUNNING,
     ),
 ]
@@ -72,8 +73,9 @@ Settings = Annotated[
     typer.Option(
         "--settings",
         metavar="FILE|KEY=VALUE",
-        help="What the framework ran the native checkpoint by: a config of MaxText, or gemma.json, "
-        "or single settings; may be given several times. By default the file beside it.",
+        help="The config that the framework used for the native checkpoint: a MaxText config, "
+        "gemma.json, or single values; may be given several times. By default the "
+        "file in the checkpoint.",
         rich_help_panel=INPUTS,
     ),
 ]
@@ -86,7 +88,7 @@ Resume = Annotated[
 Memory = Annotated[
     str | None,
     typer.Option(
-        help="Anonymous memory to keep to, such as 256MB; 512MiB by default.",
+        help="Limit of the memory for tensors, such as 256MB; 512MiB by default.",
         rich_help_panel=RUNNING,
     ),
 ]
@@ -121,7 +123,9 @@ Prompts = Annotated[
 Tokens = Annotated[
     int | None,
     typer.Option(
-        help="Use N fixed random tokens instead of prompts.", min=1, rich_help_panel=INPUTS
+        help="Use N random tokens (the same in every run) instead of prompts.",
+        min=1,
+        rich_help_panel=INPUTS,
     ),
 ]
 
@@ -135,7 +139,7 @@ def parse_size(option: str, text: str | None) -> int | None:
         return None
     match = _SIZE.fullmatch(text.strip())
     if match is None or len(text) > LONGEST_SIZE:
-        raise UsageError(f"{option} is a size.", expected="such as 5GB", found=text)
+        raise UsageError(f"{option} takes a size.", expected="a size such as 5GB", found=text)
     base = 1024 if match[3] else 1000
     return int(float(match[1]) * base ** _POWERS[match[2].lower()])
 
@@ -143,25 +147,27 @@ def parse_size(option: str, text: str | None) -> int | None:
 Coordinator = Annotated[
     str | None,
     typer.Option(
-        help="HOST:PORT where process 0 listens: several processes work together.",
+        help="HOST:PORT of process 0, for a run with several processes.",
         rich_help_panel=TOGETHER,
     ),
 ]
 ProcessCount = Annotated[
     int | None,
-    typer.Option("--processes", help="How many processes there are.", rich_help_panel=TOGETHER),
+    typer.Option("--processes", help="Number of processes.", rich_help_panel=TOGETHER),
 ]
 ProcessNumber = Annotated[
     int | None,
     typer.Option(
-        "--process", help="Number of this process, from 0, which reports.", rich_help_panel=TOGETHER
+        "--process",
+        help="Index of this process; process 0 prints the report.",
+        rich_help_panel=TOGETHER,
     ),
 ]
 Distributed = Annotated[
     bool,
     typer.Option(
         "--distributed",
-        help="Find the other processes in the environment (TPU pods, SLURM).",
+        help="Take the other processes from the environment, as JAX does (TPU pods, SLURM).",
         rich_help_panel=TOGETHER,
     ),
 ]

@@ -83,7 +83,7 @@ def _failed(out: _Descriptor) -> OutputError | None:
     if out.failure is None:
         return None
     return OutputError(
-        "The standard output cannot be written, so what was printed is not complete.",
+        "Standard output cannot be written, so the printed output is incomplete.",
         found=out.failure.strerror,
         do="free some space where it is redirected to, and run the command again",
     )

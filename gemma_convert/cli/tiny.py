@@ -27,27 +27,34 @@ class DType(StrEnum):
 
 def command(
     family: Annotated[
-        Family, typer.Argument(metavar="MODEL", help="e2b, e4b, 12b, 26b-a4b or 31b.")
+        Family,
+        typer.Argument(
+            metavar="MODEL", help="The model to imitate: e2b, e4b, 12b, 26b-a4b or 31b."
+        ),
     ],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to create.")],
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
     layers: Annotated[
-        int | None, typer.Option(help="Number of layers, a multiple of the block.")
+        int | None, typer.Option(help="Number of layers: a multiple of the repeating block.")
     ] = None,
     kv_shared: Annotated[
-        KVShared, typer.Option(help="Keys and values of KV-shared layers, which nothing reads.")
+        KVShared,
+        typer.Option(help="Whether the unused K and V weights of KV-shared layers are there."),
     ] = KVShared.KEEP,
     shards: Annotated[int, typer.Option(help="Number of safetensors files.")] = 1,
     text_only: Annotated[
-        bool, typer.Option("--text-only", help="The language model alone, without towers.")
+        bool,
+        typer.Option(
+            "--text-only", help="The language model only, without vision and audio tower."
+        ),
     ] = False,
     dtype: Annotated[DType, typer.Option(help="Dtype of the weights.")] = DType.BFLOAT16,
     untied: Annotated[
-        bool, typer.Option("--untied", help="An output head of its own, not the embedding.")
+        bool, typer.Option("--untied", help="With lm_head.weight, not tied to the embedding.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a tiny random checkpoint in the Hugging Face layout, towers and tokenizer included.
+    """Make a tiny Hugging Face checkpoint with random weights, towers and tokenizer included.
 
     \b
     Examples:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gemma_convert.cli.copied import copied
 from gemma_convert.cli.options import (
     ADAPTERS,
     RUNNING,
@@ -35,45 +36,56 @@ SHOWN = 5
 def command(
     source: Annotated[
         str,
-        typer.Argument(metavar="SRC", help="Native checkpoint: its run, step or item."),
+        typer.Argument(
+            metavar="SRC", help="The native checkpoint: the folder of a run, a step or an item."
+        ),
     ],
-    target: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL to create.")],
+    target: Annotated[str, typer.Argument(metavar="OUT", help="The folder or URL to create.")],
     like: Annotated[
         str | None,
-        typer.Option(help="The Hugging Face original, or a converted checkpoint of it."),
+        typer.Option(
+            help="The Hugging Face original, or a conversion of it, for config.json, tokenizer and "
+            "what the layout has no place for."
+        ),
     ] = None,
     base: Annotated[
         str | None,
         typer.Option(
-            help="For an adapter without a sidecar: the Hugging Face model it is for.",
+            help="The Hugging Face base model, for an adapter without a sidecar.",
             rich_help_panel=ADAPTERS,
         ),
     ] = None,
     alpha: Annotated[
         float | None,
         typer.Option(
-            help="The alpha of such an adapter, if its metadata do not say it.",
+            help="The LoRA alpha of such an adapter, if its metadata does not have it.",
             rich_help_panel=ADAPTERS,
         ),
     ] = None,
     dtype: Annotated[
-        DType, typer.Option(help="Dtype of the weights; keep is the original's.")
+        DType, typer.Option(help="Dtype of the weights; keep is that of the original.")
     ] = DType.KEEP,
     max_shard_size: Annotated[
-        str | None, typer.Option(help="New shards up to this size, such as 5GB.")
+        str | None,
+        typer.Option(
+            help="Largest size of a safetensors file, such as 5GB; by default the files are as in "
+            "the original."
+        ),
     ] = None,
     kv_shared: Annotated[
-        KVShared, typer.Option(help="Keys and values of KV-shared layers that the original had.")
+        KVShared,
+        typer.Option(help="Whether to write the unused K and V weights of KV-shared layers."),
     ] = KVShared.KEEP,
     text_only: Annotated[
-        bool, typer.Option("--text-only", help="Export the text model alone (Gemma4ForCausalLM).")
+        bool,
+        typer.Option("--text-only", help="Export the language model only (Gemma4ForCausalLM)."),
     ] = False,
     settings: Settings = None,
     memory: Memory = None,
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Say what would be written, and stop.", rich_help_panel=RUNNING
+            "--dry-run", help="Print what would be written and stop.", rich_help_panel=RUNNING
         ),
     ] = False,
     accept_damage: AcceptDamage = None,
@@ -84,7 +96,7 @@ def command(
     json_lines: JsonLines = False,
     as_json: AsJson = False,
 ) -> None:
-    """Convert a native checkpoint back to Hugging Face.
+    """Export a native checkpoint, converted or trained, to Hugging Face.
 
     \b
     Examples:
@@ -116,7 +128,7 @@ def command(
         progress=progress,
     )
     if report.already_complete:
-        note(f"{target} is complete already, and what this run would write: nothing is left to do")
+        note(f"{target} is already complete, so there is nothing left to do")
     if report.rounded:
         count = sum(report.rounded.values())
         note(f"{count:,} values were rounded to the target's dtype", "warning")
@@ -139,10 +151,12 @@ def _summary(report: ToHFReport) -> Facts:
     table.add_row("tensors", f"{report.tensors} ({human_bytes(report.bytes_written)}) in {shards}")
     if report.tensors_from_original:
         table.add_row("from the original", f"{report.tensors_from_original} tensors")
-    table.add_row("other files", str(len(report.files)))
+    table.add_row("other files", copied(report.files))
     for key, how in report.changed_facts.items():
-        table.add_row("changed fact", f"{key}: {how}; the export says the former")
-    table.add_row("largest chunk", f"{human_bytes(report.largest_decode_bytes)}, decoded at once")
+        table.add_row("config.json", f"{key}: {how}; the value of the settings is written")
+    table.add_row(
+        "largest chunk", f"{human_bytes(report.largest_decode_bytes)}, decoded in one piece"
+    )
     if report.dry_run or report.already_complete:
         return table
     if report.rounded:
@@ -151,11 +165,13 @@ def _summary(report: ToHFReport) -> Facts:
     table.add_row("checkpoint", _against_seal(report))
     if report.added_files:
         table.add_row(
-            "left behind", f"added since the conversion: {some(report.added_files, SHOWN)}"
+            "not copied", f"files added since the conversion: {some(report.added_files, SHOWN)}"
         )
     table.add_row("original", _against_original(report))
     if report.made_from_settings:
-        table.add_row("not there", "an original: config.json is by the settings, add the tokenizer")
+        table.add_row(
+            "no original", "config.json was made from the settings; add the tokenizer yourself"
+        )
     table.add_row(
         "time",
         f"{report.seconds:.1f} s, {human_bytes(report.bytes_per_second)}/s, "
@@ -166,19 +182,19 @@ def _summary(report: ToHFReport) -> Facts:
 
 def _against_seal(report: ToHFReport) -> str:
     if not report.sealed:
-        return "has no manifest to compare its arrays with"
+        return "cannot be compared with its conversion: it has no manifest"
     if report.changed_arrays:
         return (
-            f"{len(report.changed_arrays)} arrays are not what was converted (trained since, or "
+            f"{len(report.changed_arrays)} arrays have changed since the conversion (trained, or "
             f"damaged): {some(report.changed_arrays, SHOWN)}"
         )
-    return "intact: the arrays and files are what was converted"
+    return "unchanged since the conversion"
 
 
 def _against_original(report: ToHFReport) -> str:
     if report.bit_for_bit:
-        return f"bit for bit: all {report.tensors} tensors have the checksums of the manifest"
+        return f"restored bit for bit: all {report.tensors} tensors match its checksums"
     if report.different:
         names, count = some(report.different, SHOWN), len(report.different)
-        return f"{report.identical} tensors equal the manifest's, {count} differ: {names}"
-    return f"{report.unchecked} tensors have no checksum to compare with"
+        return f"{report.identical} tensors match its checksums, {count} differ: {names}"
+    return f"not compared: there is no checksum of {report.unchecked} tensors"

@@ -31,14 +31,11 @@ from gemma_convert.cli.options import (
     Settings,
     parse_size,
 )
+from gemma_convert.cli.to_native_summary import arrays, summary
 from gemma_convert.mapping.declared import layout_names
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from gemma_convert.output import Facts
     from gemma_convert.progress import Listener
-    from gemma_convert.tasks.reports import ToNativeReport
     from gemma_convert.tasks.verify import VerifyReport
 
 
@@ -57,26 +54,32 @@ def command(
         str,
         typer.Argument(
             metavar="SRC",
-            help="A Hugging Face checkpoint (safetensors or .distcp files), an adapter of PEFT, or "
-            "a native checkpoint: folder, owner/name, or URL.",
+            help="A Hugging Face checkpoint (safetensors or .distcp files), a PEFT adapter, or "
+            "a native checkpoint: a folder, owner/name on the hub, or a URL.",
         ),
     ],
-    target: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL to create.")],
+    target: Annotated[str, typer.Argument(metavar="OUT", help="The folder or URL to create.")],
     layout: Annotated[
         str,
         typer.Option(
-            "--format", metavar=LAYOUTS, help="Native layout.", autocompletion=layout_names
+            "--format",
+            metavar=LAYOUTS,
+            help="Native layout to convert to.",
+            autocompletion=layout_names,
         ),
     ],
     framework_version: FrameworkVersion = None,
     like: Annotated[
         str | None,
-        typer.Option(help="For a native SRC without a sidecar, or .distcp files: the original."),
+        typer.Option(
+            help="The Hugging Face original, for a native SRC without a sidecar or for .distcp "
+            "files."
+        ),
     ] = None,
     base: Annotated[
         str | None,
         typer.Option(
-            help="For a SRC that is an adapter: its base model, if not where it says.",
+            help="The base model of an adapter, if it is not where adapter_config.json says.",
             rich_help_panel=ADAPTERS,
         ),
     ] = None,
@@ -87,21 +90,33 @@ def command(
         ),
     ] = False,
     scan_layers: Annotated[
-        bool, typer.Option("--scan-layers/--no-scan-layers", help="Stack the layers of each block.")
+        bool,
+        typer.Option(
+            "--scan-layers/--no-scan-layers",
+            help="Stack the layers, as MaxText does with scan_layers=true.",
+        ),
     ] = False,
-    dtype: Annotated[DType, typer.Option(help="Dtype of the arrays.")] = DType.KEEP,
+    dtype: Annotated[
+        DType, typer.Option(help="Dtype of the arrays; keep is that of the source.")
+    ] = DType.KEEP,
     scaled_dtype: Annotated[
         ScaledDType,
-        typer.Option(help="Dtype of arrays stored times a root; bfloat16 rounds them."),
+        typer.Option(
+            help="Dtype of arrays that MaxText stores scaled (the embedding); bfloat16 rounds them."
+        ),
     ] = ScaledDType.FLOAT32,
     text_only: Annotated[
-        bool, typer.Option("--text-only", help="Carry the towers in the sidecar instead.")
+        bool,
+        typer.Option(
+            "--text-only",
+            help="Convert the language model only; vision and audio tower are kept in the sidecar.",
+        ),
     ] = False,
     ocdbt: Annotated[
         bool,
         typer.Option(
             "--ocdbt/--no-ocdbt",
-            help="One OCDBT store, or one folder an array.",
+            help="Write one OCDBT database, or one zarr folder for each array.",
             rich_help_panel="Storage",
         ),
     ] = True,
@@ -113,7 +128,7 @@ def command(
         bool,
         typer.Option(
             "--dry-run",
-            help="Print the plan, from headers alone, and stop.",
+            help="Print what would be written and stop; only headers are read.",
             rich_help_panel=RUNNING,
         ),
     ] = False,
@@ -124,8 +139,8 @@ def command(
         typer.Option(
             "--ignore-fact",
             metavar="KEY",
-            help="Go on whatever this key of config.json says; no table knows it, or the layout "
-            "builds another value in.",
+            help="Ignore this key of config.json, which gemma-convert does not know or the "
+            "framework has no setting for; may be given several times.",
             rich_help_panel=RUNNING,
         ),
     ] = None,
@@ -135,7 +150,7 @@ def command(
         bool,
         typer.Option(
             "--verify",
-            help="Read everything again at the end and compare it.",
+            help="Run `verify` at the end.",
             rich_help_panel=RUNNING,
         ),
     ] = False,
@@ -148,7 +163,7 @@ def command(
     json_lines: JsonLines = False,
     as_json: AsJson = False,
 ) -> None:
-    """Convert a Hugging Face checkpoint, or a native one, to a native layout.
+    """Convert a Hugging Face or native checkpoint to a native layout.
 
     With --coordinator several hosts that share SRC and OUT divide the work: run the same command on
     each of them.
@@ -196,19 +211,19 @@ def command(
     if not together.leads:
         return
     if report.already_complete:
-        note(f"{target} is complete already, and what this run would write: nothing is left to do")
+        note(f"{target} is already complete, so there is nothing left to do")
     for row in report.lossy_rows:
         named = printable(f"{row.tensor} is {row.reason}")
-        note(f"{named}; {row.values} values will not come back", "warning")
+        note(f"{named}; {row.values} values cannot be restored exactly", "warning")
     if as_json:
         show_json(report.as_json())
         return
     if dry_run:
-        for line in _arrays(report):
+        for line in arrays(report):
             show(line)
-    show(_summary(report))
+    show(summary(report))
     if proof is not None:
-        show(f"verified {proof.checked} tensors against {proof.against}")
+        show(f"verified: {proof.checked} tensors equal those of {proof.against}")
     show(f"{report.framework} loads it with:")
     for key, value in report.settings.items():
         show(f"  {shlex.quote(f'{key}={value}')}")
@@ -231,86 +246,9 @@ def _verified(
     if not report.passed:
         name, how = next(iter(report.different.items()))
         raise CheckFailedError(
-            f"The checkpoint is not what it was converted from: {len(report.different)} differ.",
+            f"The checkpoint differs from its source in {len(report.different)} places.",
             where=target,
             found=f"{name} {how}",
-            do="convert it again; look at the disk if it happens twice",
+            do="convert it again; check the disk if it happens twice",
         )
     return report
-
-
-def _summary(report: ToNativeReport) -> Facts:
-    from gemma_convert.output import Facts, human_bytes
-
-    table = Facts()
-    form = ", scanned" if report.scanned else ""
-    words = "would convert" if report.dry_run else "converted"
-    if report.already_complete:
-        words = "was converted"
-    table.add_row(words, f"{report.family} to {report.layout}{form}")
-    table.add_row(
-        "tensors",
-        f"{report.tensors_converted} ({human_bytes(report.bytes_read)}) into "
-        f"{report.arrays_written} arrays ({human_bytes(report.bytes_written)})",
-    )
-    for label, text in _adapter(report):
-        table.add_row(label, text)
-    table.add_row("carried", f"{report.tensors_carried} ({human_bytes(report.bytes_carried)})")
-    for why, count in report.carried_why.items():
-        table.add_row("", f"{count}: {why}")
-    if report.tied:
-        table.add_row("tied", f"{', '.join(report.tied)}: equal to the embedding, not stored twice")
-    if report.shared:
-        table.add_row("shared", f"{report.shared} tensors: equal to another, not stored twice")
-    if report.filled:
-        table.add_row("filled in", f"{len(report.filled)} arrays that the source lacks")
-    table.add_row("other files", str(len(report.files_carried)))
-    if report.not_carried:
-        table.add_row("not carried", ", ".join(report.not_carried))
-    if report.exceptions:
-        table.add_row("exceptions", f"{report.exceptions} values kept with their original bits")
-    for row in report.lossy_rows:
-        table.add_row("lossy", f"{row.tensor}: {row.reason}, {row.values} of its values")
-    done = not report.dry_run and not report.already_complete
-    if report.sealed and done:
-        count = len(report.changed_arrays)
-        intact = "intact: its arrays and files are what was converted"
-        changed = f"{count} arrays are not what was converted (trained since, or damaged)"
-        table.add_row("source", changed if count else intact)
-    if done:
-        table.add_row(
-            "time",
-            f"{report.seconds:.1f} s, {human_bytes(report.bytes_per_second)}/s, "
-            f"peak memory {human_bytes(report.peak_memory_bytes)}",
-        )
-    return table
-
-
-def _adapter(report: ToNativeReport) -> Iterator[tuple[str, str]]:
-    adapter = report.adapter
-    if adapter is None:
-        return
-    words = "merged, rank {rank}, alpha {alpha:g}: {weights} weights changed"
-    if not adapter["merged"]:
-        words = "rank {rank}, alpha {alpha:g}, for {weights} weights"
-    yield "adapter", words.format(**adapter)
-    if adapter["base"] is not None:
-        yield "base model", str(adapter["base"])
-
-
-def _arrays(report: ToNativeReport) -> Iterator[str]:
-    """One line an array: where it goes, how it is stored, what it is made of."""
-    if report.plan is None:
-        return
-    sources: dict[str, list[str]] = {}
-    for copy in report.plan.copies:
-        sources.setdefault(copy.target.tensor, []).append(copy.source.tensor)
-    for name, target in report.plan.targets.items():
-        shape, chunk = list(target.spec.shape), list(target.chunk)
-        cut = "" if chunk == shape else f" in chunks of {chunk}"
-        if target.fill is not None:
-            yield f"{name} {target.spec.dtype} {shape}{cut} filled with {target.fill}"
-            continue
-        first, *more = sources[name]
-        others = f" and {len(more)} more" if more else ""
-        yield f"{name} {target.spec.dtype} {shape}{cut} <- {first}{others}"

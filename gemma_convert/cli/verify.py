@@ -17,15 +17,20 @@ SHOWN = 20
 
 def command(
     path: Annotated[
-        str, typer.Argument(metavar="OUT", help="A converted checkpoint, or an exported one.")
+        str, typer.Argument(metavar="OUT", help="A converted or an exported checkpoint.")
     ],
     against: Annotated[
         str | None,
-        typer.Option(help="What it was converted from; the seal in its manifest by default."),
+        typer.Option(
+            help="The checkpoint that it was made from; by default the checksums in its manifest."
+        ),
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="Of an adapter given with --against: its model, if not where it says."),
+        typer.Option(
+            help="The base model of an adapter that is given with --against, if it is not where "
+            "adapter_config.json says."
+        ),
     ] = None,
     settings: Settings = None,
     quiet: Quiet = False,
@@ -33,9 +38,9 @@ def command(
     json_lines: JsonLines = False,
     as_json: AsJson = False,
 ) -> None:
-    """Read a converted checkpoint again and compare every part of it with where it came from.
+    """Read a converted checkpoint again and compare every value with the source.
 
-    Exits 1, and names the arrays, tensors and files, where something differs.
+    Where something differs, the arrays, tensors and files are named and the exit code is 1.
 
     \b
     Examples:
@@ -65,7 +70,7 @@ def _table(report: VerifyReport) -> Facts:
     table.add_row("verified" if report.passed else "DIFFERENT", f"{report.path}")
     table.add_row("against", report.against)
     files = f" and {report.files} other files" if report.files else ""
-    table.add_row("read again", f"{report.checked} tensors{files}, {human_bytes(report.bytes)}")
+    table.add_row("compared", f"{report.checked} tensors{files}, {human_bytes(report.bytes)}")
     for sentence in report.notes:
         table.add_row("note", sentence)
     for name, how in list(report.different.items())[:SHOWN]:

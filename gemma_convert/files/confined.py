@@ -60,7 +60,7 @@ def _check_link(link: Path, root: Path) -> None:
     target = Path(os.path.realpath(link))
     if not target.is_relative_to(root) and not _is_blob(link, target):
         raise SourceError(
-            "A link in the checkpoint leads out of its folder.",
+            "A symbolic link in the checkpoint points outside its folder.",
             where=link,
             expected=f"a file below {root}",
             found=target,
@@ -68,7 +68,7 @@ def _check_link(link: Path, root: Path) -> None:
         )
     if target.exists() and not target.is_file():
         raise SourceError(
-            "A link in the checkpoint leads to what is not a file.",
+            "A symbolic link in the checkpoint does not point to a file.",
             where=link,
             found=target,
             do=_INSTEAD,

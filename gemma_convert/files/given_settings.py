@@ -35,7 +35,7 @@ def given_settings(items: Sequence[str]) -> GivenSettings:
             pairs.update(_pair(item))
         else:
             raise UsageError(
-                "This is neither a file of settings nor a setting.",
+                "The value of --settings is neither an existing file nor KEY=VALUE.",
                 where=f"--settings {short(item)}",
                 expected="a file, or KEY=VALUE",
             )
@@ -53,7 +53,11 @@ def read_settings_file(path: Path, name: str) -> dict[str, Any]:
         if all("=" in word for word in words):
             return {key: value for word in words for key, value in _pair(word).items()}
     if not isinstance(values, dict):
-        raise SourceError("The settings are no mapping.", where=path, found=short(values))
+        raise SourceError(
+            "The settings file does not contain a mapping of keys to values.",
+            where=path,
+            found=short(values),
+        )
     return {str(key): value for key, value in values.items()}
 
 

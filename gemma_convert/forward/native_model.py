@@ -194,13 +194,13 @@ class NativeModel(ComparedModel, Protocol):
 
 
 def check_towers(model: ComparedModel, sequences: Sequence[TokenSequence]) -> None:
-    """Nothing where `model` sees and hears what is in `sequences`. Raises UsageError else."""
+    """Raises UsageError where `model` has no tower for an image or a sound in `sequences`."""
     for sequence in sequences:
         if isinstance(sequence, SoftSequence) and sequence.medium.tower not in model.towers:
             medium = sequence.medium
             raise UsageError(
-                f"The native checkpoint is without the {medium.tower} tower, so it "
-                f"{medium.senses} no {medium.many}.",
+                f"The native checkpoint has no {medium.tower} tower, so it cannot take "
+                f"{medium.many}.",
                 where=model.folder,
                 found=f"layout {model.layout}",
                 do=f"leave out {medium.option}, or convert with the tower, to a layout that has it",

@@ -85,7 +85,9 @@ def orbax_items(folder: Path, *roots: Keys) -> Iterator[OrbaxItems]:
     tree, or where Orbax cannot read its metadata.
     """
     if not (folder / METADATA).is_file():
-        raise SourceError("There is no Orbax tree here.", where=folder, expected=METADATA)
+        raise SourceError(
+            "There is no Orbax checkpoint in this folder.", where=folder, expected=METADATA
+        )
     check_confined(folder)
     logger = logging.getLogger("absl")
     level = logger.level
@@ -96,7 +98,7 @@ def orbax_items(folder: Path, *roots: Keys) -> Iterator[OrbaxItems]:
         paths = unwrapped(leaves, roots)
         if not paths:
             raise SourceError(
-                "The Orbax tree is of another layout.",
+                "The Orbax checkpoint has another layout.",
                 where=folder,
                 expected=" or ".join("/".join(root) for root in roots),
                 found=named(whole),

@@ -61,7 +61,7 @@ def _array(values: np.ndarray[Any, Any], facts: Any, where: str) -> np.ndarray[A
     dtype = _DTYPES.get(facts["dtype"])
     if dtype is None:
         raise SourceError(
-            "A forward pass reads floats.",
+            "A tensor of the model is not of floating-point numbers.",
             where=where,
             expected=", ".join(_DTYPES),
             found=facts["dtype"],
@@ -73,5 +73,8 @@ def _array(values: np.ndarray[Any, Any], facts: Any, where: str) -> np.ndarray[A
 
 def _lacks(file: Path, module: str, tree: Tree) -> SourceError:
     return SourceError(
-        "The file lacks a part of the model.", where=file, expected=module, found=named(tree)
+        "A part of the model is missing in the file.",
+        where=file,
+        expected=module,
+        found=named(tree),
     )

@@ -110,7 +110,7 @@ def check_fit(
     wrong += [f"{path} is one layer too many" for path in beyond]
     if wrong:
         raise SourceError(
-            "The native tree does not fit config.json.",
+            "The arrays of the native checkpoint do not match config.json.",
             where=where,
             expected=f"the arrays of a model with {len(text.layers)} layers, embed {text.embed}, "
             f"vocab {text.vocab}",

@@ -39,7 +39,7 @@ def leaf(tree: Params, *keys: str) -> Any:
     if getattr(found, "shape", None) is None:
         path = "/".join(f"'{key}'" if "/" in key else key for key in keys)
         raise SourceError(
-            "The native tree lacks an array that the encoder reads.",
+            "An array of the vision or audio encoder is missing in the native checkpoint.",
             expected=path,
             found="nothing" if found is None else "no array",
             do="convert the checkpoint again, with its towers",
@@ -65,7 +65,7 @@ def below(place: Sequence[str], axes: Mapping[str, Axes]) -> dict[str, Axes]:
 def vision_of(architecture: Architecture) -> VisionArchitecture:
     """Facts of the vision tower; raises SourceError where the model has none."""
     if architecture.vision is None:
-        raise SourceError("By its config.json the model has no vision tower.")
+        raise SourceError("The model has no vision tower according to its config.json.")
     return architecture.vision
 
 

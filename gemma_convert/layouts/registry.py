@@ -164,7 +164,7 @@ def read_facts(
     for key in given.pairs:
         if key not in known:
             note(
-                f"the setting {short(key)} says no fact of a model, so it changes nothing",
+                f"the setting {short(key)} matches no key of config.json; it has no effect",
                 "warning",
             )
     return native_facts(table, settings, config, where)
@@ -215,7 +215,7 @@ def _recognised(path: Path) -> tuple[Layout, Path]:
     trees = find_trees(path)
     names = {name.split("/")[0] for arrays in folder.trees.values() for name in arrays}
     raise SourceError(
-        "The checkpoint holds no parameters in a layout that is known.",
+        "The checkpoint has no parameters in a supported layout.",
         where=some(list(map(str, trees))),
         expected=f"a checkpoint of {', '.join(one.framework for one in usable_layouts())}",
         found=some(sorted(names)) or "no arrays",
@@ -237,7 +237,7 @@ def _recorded_version(where: Path, layout: str) -> str | None:
         return load_table(layout, version).version
     except UsageError as error:
         raise SourceError(
-            "The checkpoint was converted for a version of its framework that is not known here.",
+            "The checkpoint was converted for an unsupported version of its framework.",
             where=root,
             expected=error.expected,
             found=short(version),

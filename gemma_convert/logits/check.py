@@ -75,27 +75,25 @@ def logit_check(
     cache: bool = True,
     progress: Listener | None = None,
 ) -> LogitReport:
-    """The report on whether the checkpoint `native`, of any layout, computes what `hf` does.
+    """Compares the logits of the checkpoint `native`, of any layout, with those of `hf`.
 
-    `native` may be a Hugging Face checkpoint too, such as another converter's export: then
-    transformers runs both, in float32, and nothing is said of single parts.
-    With `images` or `audio`, files of pictures or of sounds (WAV), the tower that sees or hears
-    them is run too, and the text around each of them is compared. With `golden`, `hf` need hold
-    config.json alone, and the sequences are the golden file's. `lossy_rows` names what the
-    conversion rounded; None finds out. `max_kl` is in nats per token. Both sides run layer by layer
-    and in step, unless `whole_model` loads all of both, and then nothing is said of single layers.
-    The native side is run by the facts that its framework is told: `settings` (files of the
-    framework's, or KEY=VALUE), those that lie beside the checkpoint, or the framework's own model.
-    `progress` hears of each layer and of each slice of the logits (`gemma_convert.progress`).
-    What JAX compiles is kept for the next run (`gemma_convert.forward.kept_programs`) if `cache`.
-    Several processes (`gemma_convert.engine.joined`) get the report of process 0, which alone
-    runs the reference, without what it has of single tokens.
-    `hf` may be an adapter of PEFT, whose model is `base`, if not the one that it names. `native` is
-    then the same adapter in a native layout, which is run on the checkpoint `native_base` with its
-    own `alpha` unless one is given, or a model that it was merged into.
-    Either side may be on the hub (`gemma_convert.stores.remote.locations`).
-    Raises SourceError where a side cannot be read or the two do not fit, UsageError for options
-    that contradict each other.
+    `native` may be a Hugging Face checkpoint too, such as the export of another converter: then
+    transformers runs both, in float32, and the parts of layers are not compared one by one. With
+    `images` or `audio` (WAV files) the vision or audio tower is run too, and the logits of the text
+    around them are compared. With `golden`, `hf` need only have config.json, and the tokens are
+    those of the golden file. `lossy_rows` names what the conversion rounded; by default it is found
+    out. `max_kl` is in nats per token. Both models run layer by layer, unless `whole_model` loads
+    them completely; then single layers are not compared. The native model runs with the config of
+    its framework: `settings` (files, or KEY=VALUE), by default the file in the checkpoint, or else
+    the framework's own config of that model. `progress` hears of each layer and of each slice of
+    the logits (`gemma_convert.progress`). `cache` keeps what JAX compiles for the next run
+    (`gemma_convert.forward.kept_programs`). With several processes (`gemma_convert.engine.joined`)
+    all get the report of process 0, which alone runs the reference, without single tokens.
+    `hf` may be an adapter of PEFT, whose base model is `base`, by default the one in its config.
+    `native` is then the same adapter in a native layout, which runs on the native checkpoint
+    `native_base` with its own `alpha` unless one is given, or a model that it was merged into.
+    Both may be on the hub (`gemma_convert.stores.remote.locations`). Raises SourceError where one
+    of them cannot be read or the two do not fit, UsageError for options that contradict each other.
     """
     with ExitStack() as stack, reading_once():
         sides = sides_of(
@@ -144,7 +142,7 @@ def _logit_check(
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two frameworks on one device
     if golden is not None and (prompts or tokens is not None or images or audio):
         raise UsageError(
-            "A golden file has its own tokens.",
+            "The tokens to compare come from the golden file.",
             do="leave out prompts, --tokens, --image and --audio",
         )
     if golden is not None and sides.adapter is not None:
@@ -264,8 +262,8 @@ def _window_warning(longest: int, window: int) -> tuple[str, ...]:
     if longest > window:
         return ()
     return (
-        f"No sequence is longer than the sliding window ({longest} of {window} tokens): a wrong "
-        "window would not be seen.",
+        f"No sequence is longer than the sliding window ({longest} of {window} tokens), so a wrong "
+        "window cannot be found.",
     )
 
 

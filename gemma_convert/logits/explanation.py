@@ -59,7 +59,7 @@ def closest(
     features].
     """
     if not np.isfinite(right).all():
-        return "the original itself makes values that are not finite"
+        return "the original itself computes values that are not finite"
     usual = float(np.median(np.linalg.norm(right, axis=-1)))
     best, least = None, found.explained
     for words, made in tried:
@@ -77,7 +77,7 @@ def of_values(right: npt.NDArray[Any], found: Found) -> str | None:
     if broken := int(np.count_nonzero(~np.isfinite(ours))):
         return f"{broken:,} of {ours.size:,} values are not finite"
     if not ours.any():
-        return "it makes zeros alone"
+        return "all of its values are zero"
     length = np.linalg.norm(rows, axis=-1)
     length = np.maximum(length, np.median(length))
     factor = float((rows * ours).sum() / np.square(rows).sum())

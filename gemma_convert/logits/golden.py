@@ -98,7 +98,7 @@ class Golden:
 
     def _foreign(self, where: Path, expected: str, found: str) -> SourceError:
         return SourceError(
-            f"The golden logits in {self.path} are those of another checkpoint.",
+            f"The golden logits in {self.path} belong to another checkpoint.",
             where=where,
             expected=expected,
             found=found[:500],

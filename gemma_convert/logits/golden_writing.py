@@ -53,11 +53,11 @@ def save_golden(
     overwrite: bool = False,
     progress: Listener | None = None,
 ) -> Golden:
-    """The golden file `path` with transformers' float32 logits of the checkpoint in `hf`.
+    """Saves the float32 logits of transformers for the checkpoint `hf` in the golden file `path`.
 
-    It appears under its name only when complete. `progress` hears of each layer and of each slice
-    of the logits (`gemma_convert.progress`). Raises TargetError where `path` exists already or
-    cannot be written, and SourceError where the checkpoint cannot be run.
+    The file appears under its name only when it is complete. `progress` hears of each layer and
+    of each slice of the logits (`gemma_convert.progress`). Raises TargetError where `path` exists
+    already or cannot be written, and SourceError where the checkpoint cannot be run.
     """
     path = Path(path)
     _check_target(path, overwrite)
@@ -97,7 +97,7 @@ def _check_target(path: Path, overwrite: bool) -> None:
             raise TargetError("The golden file exists already.", where=path, do="add --overwrite")
         if path.is_symlink() or not path.is_file() or not is_golden(path):
             raise TargetError(
-                "What stands there is no golden file, so it is not replaced.",
+                "The target exists and is not a golden file, so --overwrite does not replace it.",
                 where=path,
                 do="choose another name, or remove it yourself",
             )

@@ -54,7 +54,7 @@ class Limit:
             return self
         most = max(self.kl, NOISE_FACTOR * noise_floor)
         reason = (
-            f"{SINGLE_NOISE_FACTOR:g} × what rounding alone does to this network; {most:.0e} for "
+            f"{SINGLE_NOISE_FACTOR:g} × the effect of rounding in this network; {most:.0e} for "
             "all but one token in a hundred"
         )
         return replace(self, kl=SINGLE_NOISE_FACTOR * noise_floor, kl_p99=most, reason=reason)
@@ -67,17 +67,17 @@ class Limit:
 def choose_limit(max_kl: float | None, dtype: Dtype, lossy_rows: Sequence[str]) -> Limit:
     """The limit for one run, and why. Raises UsageError for a `max_kl` that is no number."""
     if max_kl is not None and not 0 <= max_kl < math.inf:
-        raise UsageError("--max-kl takes a number that is not negative.", found=max_kl)
+        raise UsageError("--max-kl must not be negative.", found=max_kl)
     warnings = []
     if dtype != "float32":
         warnings.append(
-            f"The native pass ran in {dtype}: rounding alone moves the logits, so a pass is an "
+            f"The native model ran in {dtype}: rounding changes the logits, so passing is an "
             "indication, not proof. Run it in float32 for a proof."
         )
     if lossy_rows:
         rounded = some([*map(printable, lossy_rows)], SHOWN, "; ")
         warnings.append(
-            f"The checkpoint holds rounded values ({rounded}), so a pass is an indication, not "
+            f"The checkpoint has rounded values ({rounded}), so passing is an indication, not "
             "proof. For a proof convert with --dtype keep --scaled-dtype float32."
         )
     exact = not warnings
@@ -85,7 +85,7 @@ def choose_limit(max_kl: float | None, dtype: Dtype, lossy_rows: Sequence[str]) 
     kl = default if max_kl is None else max_kl
     if exact and kl > PROOF_LIMIT:
         warnings.append(
-            f"The limit {kl:g} is looser than float32 needs ({PROOF_LIMIT:g}), so a pass is an "
+            f"The limit {kl:g} is larger than float32 needs ({PROOF_LIMIT:g}), so passing is an "
             "indication, not proof."
         )
     reason = "float32, nothing rounded" if exact else "rounding"

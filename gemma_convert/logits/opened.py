@@ -57,8 +57,8 @@ def _other_facts(facts: NativeFacts | None) -> Iterator[str]:
         return
     if not facts.settings.written:
         yield (
-            "Nothing says by which settings the native checkpoint is run: it ran by those of "
-            f"{facts.settings.model}. Name others with --settings."
+            "No framework config was found for the native checkpoint, so it ran with that of "
+            f"{facts.settings.model}. Name another one with --settings."
         )
     for key, how in facts.differences.items():
-        yield f"The two sides run by different facts: {key} is {how}."
+        yield f"The two models run with different settings: {key} is {how}."

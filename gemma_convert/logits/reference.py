@@ -269,8 +269,8 @@ def check_loaded(report: Mapping[str, Any], architecture: Architecture, hf: Path
     ]
     if found:
         raise SourceError(
-            "The original checkpoint does not fill transformers' model, which would make up the "
-            "rest at random.",
+            "The original checkpoint does not fit its config.json; transformers would initialize "
+            "what is missing at random.",
             where=hf,
             found="; ".join(found),
             do="repair the checkpoint, or its config.json",

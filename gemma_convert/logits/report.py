@@ -85,8 +85,10 @@ class LogitReport:
     def verdict(self) -> str:
         """The result in one line."""
         if not self.passed:
-            return "not the same model" if self.proof else "further apart than rounding should be"
-        return "same model" if self.proof else "no difference seen: an indication, not proof"
+            return (
+                "not the same model" if self.proof else "larger difference than rounding explains"
+            )
+        return "same model" if self.proof else "no difference found: an indication, not proof"
 
     def without_tokens(self) -> LogitReport:
         """The report without what it has of single tokens, which may be millions."""

@@ -27,7 +27,7 @@ class ReportFiles:
         """Nothing where all can be written. Raises UsageError or TargetError else."""
         asked = [path for path in (self.html, self.junit) if path is not None]
         if len({path.absolute() for path in asked}) < len(asked):
-            raise UsageError("--report and --junit name one file.", found=self.html)
+            raise UsageError("--report and --junit name the same file.", found=self.html)
         for path in asked:
             check_report_file(path, overwrite=self.overwrite)
 
@@ -52,10 +52,13 @@ def check_report_file(path: Path, *, overwrite: bool) -> None:
         if not overwrite:
             raise TargetError("The report exists already.", where=path, do="add --overwrite")
         if path.is_symlink() or not path.is_file():
-            raise TargetError("What stands there is no file, so it is not replaced.", where=path)
+            raise TargetError(
+                "The target exists and is not a file, so it is not replaced.",
+                where=path,
+            )
         if not _is_report(path):
             raise TargetError(
-                "What stands there is no report of logit-check, so it is not replaced.",
+                "The target exists and is not a report of logit-check, so it is not replaced.",
                 where=path,
                 do="choose another name, or remove it yourself",
             )

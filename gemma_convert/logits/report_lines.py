@@ -22,7 +22,7 @@ def parts_line(report: LogitReport) -> str:
         why = "with golden logits"
     else:
         why = "on several processes"
-    return f"none is compared by itself {why}: the KL of the whole runs alone decides"
+    return f"not compared one by one {why}: only the KL of the logits decides"
 
 
 def local_line(local: LocalCheck) -> str:
@@ -31,14 +31,14 @@ def local_line(local: LocalCheck) -> str:
     worst = local.worst
     if local.passed:
         return (
-            f"all {len(local.parts)} within {worst.times:.1f} × their own {rounding} "
+            f"all {len(local.parts)} are within {worst.times:.1f} × their own {rounding} "
             f"(limit {FACTOR:g})"
         )
     first = local.failed[0]
     if first.error <= FACTOR * first.noise:
-        off = f"of {first.name} a feature is off on the original's own states,"
+        off = f"{first.name}: one feature is wrong when given the original's inputs,"
     else:
-        off = f"{first.name} is {first.error:.1e} off on the original's own states,"
+        off = f"{first.name}: error {first.error:.1e} when given the original's inputs,"
     return (
         f"{off} {first.times:,.0f} × its {rounding} (limit {FACTOR:g}); "
         f"{len(local.failed)} of {len(local.parts)} parts fail"
@@ -49,16 +49,16 @@ def mistake_lines(local: LocalCheck) -> list[str]:
     """What is wrong with the first parts that failed; that it is not known, where it is not."""
     known = [f"{one.name}: {one.mistake}" for one in local.failed if one.mistake is not None]
     if not known:
-        return ["not known: no mistake that is tried gives what these parts give"]
+        return ["unknown: none of the usual mistakes explains what these parts compute"]
     left = len(local.failed) - min(len(known), _MOST_MISTAKES)
-    more = [f"{left} more parts fail; what is wrong is looked for in the first two layers"]
+    more = [f"{left} more parts fail; the cause is looked for in the first two layers only"]
     return known[:_MOST_MISTAKES] + (more if left else [])
 
 
 def noise_line(report: LogitReport) -> str:
     """What rounding alone amounts to in this network, as KL."""
     floor = report.noise_floor or 0.0
-    text = f"errors of that size move the original itself by KL {floor:.1e}"
+    text = f"rounding errors of that size change the original itself by KL {floor:.1e}"
     amplified = floor > PROOF_LIMIT
     return text + (": this network amplifies rounding" if amplified else "")
 
@@ -83,16 +83,16 @@ def native_line(report: LogitReport) -> str:
 def arithmetic_line(report: LogitReport) -> str:
     """FLOPs, the time that they took, and the rate."""
     return (
-        f"{human_flops(report.flops)} in {report.running_seconds:.1f} s, weights read in it: "
+        f"{human_flops(report.flops)} in {report.running_seconds:.1f} s, reading weights included: "
         f"{report.flops_per_second / TERA:.3g} TFLOP/s"
     )
 
 
 def drift_line(drift: Drift) -> str:
     """How far states are apart in the end, and the first stage beyond the tolerance."""
-    last = f"{drift.final_norm:.0e} before the head"
+    last = f"hidden states differ by {drift.final_norm:.0e} before the output head"
     if drift.tolerance is None:
         return last
     if drift.first is None:
-        return f"{last}, all layers within {drift.tolerance:.0e}"
-    return f"{last}; first beyond {drift.tolerance:.0e}: {drift.first}"
+        return f"{last}; all layers are within {drift.tolerance:.0e}"
+    return f"{last}; the first beyond {drift.tolerance:.0e} is {drift.first}"

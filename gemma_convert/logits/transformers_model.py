@@ -23,7 +23,7 @@ from gemma_convert.prompts.text import TokenSequence
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 
 NO_PARTS = (
-    "transformers ran both sides, so no part was run by itself: the KL alone decides. It is 0 "
+    "transformers ran both models, so parts were not compared: only the KL decides. It is 0 "
     "where weights and config.json are the same."
 )
 
@@ -60,7 +60,7 @@ class TransformersModel:
             here, there = getattr(ours, fact.name), getattr(theirs, fact.name)
             if here != there and fact.name != "layers":
                 yield (
-                    f"The two sides run by different facts: {fact.name} is {short(here)} in "
+                    f"The two models run with different settings: {fact.name} is {short(here)} in "
                     f"{self.folder.name}, {short(there)} in the original."
                 )
 
@@ -78,7 +78,7 @@ class TransformersModel:
         if sides[0] != sides[1]:
             words = ["{} layers, embed {}, vocab {}".format(*side) for side in sides]
             raise SourceError(
-                "The two checkpoints are not of one model.",
+                "The two checkpoints do not belong to the same model.",
                 where=self.folder,
                 expected=words[0],
                 found=words[1],

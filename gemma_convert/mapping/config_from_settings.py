@@ -47,7 +47,7 @@ def config_from_settings(table: FactTable, settings: Settings, dtype: str) -> di
     for key, most in ((_LAYERS, MAX_LAYERS), (_VOCABULARY, MAX_SIZE - 1)):
         if not isinstance(size := facts.get(key), int) or not 0 < size <= most:
             raise SourceError(
-                "The settings say no size of the model.",
+                "A size of the model is missing in the settings.",
                 where=f"{settings.where}, for {key}",
                 expected=f"a whole number from 1 to {most}",
                 found=short(size),
@@ -82,7 +82,7 @@ def _facts(table: FactTable, settings: Settings) -> dict[str, Fact]:
             value = value_of(row, key, found, settings.where)
             if facts.setdefault(row.hf, value) != value:
                 raise SourceError(
-                    "The settings say two values of one fact.",
+                    "The settings have two different values for one key of config.json.",
                     where=f"{settings.where}, key {key}",
                     expected=facts[row.hf],
                     found=value,

@@ -54,10 +54,10 @@ def check_keys(
     ]
     if unknown:
         raise SourceError(
-            "config.json has a key that no table knows, so nothing says what becomes of it.",
+            "config.json has a key that gemma-convert does not know.",
             where=where,
             found=some(unknown),
-            do="go on without it, if it changes nothing that is computed: --ignore-fact KEY",
+            do="if it changes nothing that the model computes, ignore it: --ignore-fact KEY",
         )
 
 

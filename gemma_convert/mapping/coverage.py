@@ -30,7 +30,7 @@ def check_source(
     named = difference(unexpected, absent, len(source)) if missing and unexpected else None
     if named is not None:
         raise SourceError(
-            "The tensors of the checkpoint have other names than a Gemma 4 checkpoint's.",
+            "The tensor names are not those of a Gemma 4 checkpoint.",
             where=where,
             expected=some(missing, SHOWN),
             found=f"{some(unexpected, SHOWN)}; {named}",
@@ -69,7 +69,7 @@ def _check_head(missing: Sequence[HFTensor], where: str) -> None:
     if len(missing) == 1 and missing[0].row.tied is not None:
         head = missing[0]
         raise SourceError(
-            "By config.json the output head is not tied to the embedding, and there is none.",
+            "The output head is not tied to the embedding, by config.json, but it is missing.",
             where=where,
             expected=f"{head.name} {list(head.shape)}",
             found="no such tensor",
@@ -91,7 +91,7 @@ def _check_groups(
         present = [name for name in names if name in source]
         if present and len(present) < len(names):
             raise SourceError(
-                "Only a part of the tensors that belong together is there.",
+                "Some of the tensors that belong together are missing.",
                 where=where,
                 expected=some(names, SHOWN),
                 found=some(present, SHOWN),

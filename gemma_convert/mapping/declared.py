@@ -53,7 +53,7 @@ def declaration(layout: str) -> EntryPoint:
         )
     if len(found) > 1:
         raise UsageError(
-            f"Several packages bring a layout `{layout}`.",
+            f"Several installed packages define a layout `{layout}`.",
             found=", ".join(map(package, found)),
             do="remove all of them but one",
         )

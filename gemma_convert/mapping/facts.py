@@ -113,7 +113,7 @@ class FactTable:
         """
         if model not in self.named:
             raise SourceError(
-                "The settings name a model that is not known.",
+                "The settings name an unknown model.",
                 where=where,
                 expected=", ".join(self.named),
                 found=short(model),
@@ -128,11 +128,11 @@ def is_of_vision(hf: str) -> bool:
 
 def _not_told(row: FactRow, value: Fact, built_in: Fact, why: str) -> SourceError:
     return SourceError(
-        f"A fact of this model cannot be told to the framework: {why}.",
+        f"The framework cannot run a value of config.json: {why}.",
         where=f"config.json, key {row.hf}",
         expected="null" if built_in is None else built_in,
         found=value,
-        do="choose another layout with --format; if the framework at hand is another, "
+        do="choose another layout with --format; if your framework can run it, "
         f"--ignore-fact {row.hf}",
     )
 

@@ -67,11 +67,11 @@ class NativeFacts:
         """Raises SourceError where the settings say two values of one fact."""
         for key, how in self.several.items():
             raise SourceError(
-                "The settings say two values of one fact, and config.json has place for one.",
+                "The settings have two different values for one key of config.json.",
                 where=f"{self.settings.where}, for {key}",
                 expected="one value",
                 found=how,
-                do="say the same wherever the fact stands",
+                do="give the same value everywhere",
             )
 
 
@@ -140,7 +140,7 @@ def _all(said: Mapping[str, Fact]) -> str:
 def _another_shape(settings: Settings, said: Mapping[str, Fact], ours: Fact) -> SourceError:
     key, value = next((key, value) for key, value in said.items() if value != ours)
     return SourceError(
-        "The settings are those of a model of another shape.",
+        "The settings belong to a model of another shape.",
         where=f"{settings.where}, key {key}",
         expected=f"{ours}, as config.json has it",
         found=short(value),
@@ -171,7 +171,7 @@ def value_of(row: FactRow, key: str, found: Any, where: str) -> Fact:
             value = None
     if not is_value(row.hf, value):
         raise SourceError(
-            "The settings say what is no value of this fact.",
+            "A value in the settings has the wrong type.",
             where=f"{where}, key {key}",
             expected=_expected(row.hf),
             found=short(found),

@@ -38,7 +38,7 @@ def scanned_placement(table: Table, architecture: Architecture) -> Placement:
     depth, period = len(architecture.text.layers), architecture.text.period
     if period is None or depth % period:
         raise UsageError(
-            "Layers are scanned in whole blocks of sliding layers closed by a full one.",
+            "The number of layers is not a multiple of the scanned block.",
             expected=f"a multiple of {period} layers" if period else "a repeating pattern",
             found=f"{depth} layers",
             do="use --no-scan-layers",

@@ -47,7 +47,7 @@ def versioned(values: object, file: str, name: str | None) -> tuple[Record, Vers
         name = next(iter(known), None)
     elif name not in known:
         raise UsageError(
-            "The table of this layout knows no such version of its framework.",
+            "This version of the framework is not supported.",
             where=file,
             expected=", ".join(known) or "no version at all",
             found=short(name),

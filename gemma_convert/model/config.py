@@ -116,7 +116,7 @@ def load_config(folder: Path) -> Mapping[str, Any]:
         return read_object(path, "config.json", MAX_CONFIG_BYTES)
     except FileNotFoundError:
         raise SourceError(
-            "There is no config.json, so nothing says which model this is.",
+            "There is no config.json, so the model is unknown.",
             where=path,
             do="give the folder of a Hugging Face checkpoint, config.json included",
         ) from None

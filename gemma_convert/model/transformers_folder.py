@@ -41,7 +41,7 @@ def handed(hf: Path) -> str:
     check_confined(hf, passed_over=NEVER_READ)
     if (hf / _ADAPTER).exists():
         raise SourceError(
-            "An adapter stands beside the weights, which transformers would load with them.",
+            "There is an adapter beside the weights, which transformers would load too.",
             where=hf / _ADAPTER,
             do="move it away, or merge it into the weights and convert those",
         )
@@ -65,7 +65,7 @@ def _check(values: dict[str, Any], where: Path) -> None:
         tokenizer.startswith("Gemma") or tokenizer in _TOKENIZERS
     ):
         raise SourceError(
-            "The tokenizer is of a class that no Gemma 4 has.",
+            "The tokenizer class is not one of Gemma 4.",
             where=f"{where}, key tokenizer_class",
             expected="GemmaTokenizer or " + ", ".join(_TOKENIZERS),
             found=short(tokenizer),
@@ -102,7 +102,7 @@ def _plain(name: str) -> bool:
 
 def _elsewhere(where: Path, key: str, value: Any) -> SourceError:
     return SourceError(
-        "A file of the checkpoint would send transformers elsewhere.",
+        "A file of the checkpoint would make transformers load something from elsewhere.",
         where=f"{where}, key {key}",
         expected="nothing, or the name of a file in the folder" if key not in _NEVER else "nothing",
         found=short(value),

@@ -23,7 +23,6 @@ from gemma_convert.prompts.soft import Medium, SoftPrompts, SoftSequence, load_p
 IMAGE = Medium(
     one="image",
     many="images",
-    senses="sees",
     tower="vision",
     option="--image",
     processor="image processor",
@@ -153,14 +152,14 @@ def _open(path: Path) -> Any:
             return load_image(image)
     except PIL.Image.DecompressionBombError as error:
         raise UsageError(
-            "The image has more pixels than Pillow opens.",
+            "The image has more pixels than Pillow accepts.",
             where=path,
             found=error,
             do="give a smaller one",
         ) from None
     except (OSError, ValueError, SyntaxError, RuntimeError, EOFError) as error:
         raise UsageError(
-            "The file is no image that Pillow can read.", where=path, found=str(error)[:500]
+            "Pillow cannot read this file as an image.", where=path, found=str(error)[:500]
         ) from error
 
 

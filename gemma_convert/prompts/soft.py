@@ -43,7 +43,7 @@ class Medium:
 
     one: str
     many: str
-    senses: str
+
     tower: str
     option: str
     processor: str
@@ -82,8 +82,7 @@ class SoftSequence(TokenSequence, ABC):
 def no_tower(medium: Medium, hf: Path) -> UsageError:
     """The error of a model whose checkpoint has no tower for `medium`."""
     return UsageError(
-        f"The model {medium.senses} no {medium.many}: its checkpoint is without "
-        f"{_an(medium.tower)} tower.",
+        f"The model cannot take {medium.many}: its checkpoint has no {medium.tower} tower.",
         where=hf,
         do=f"leave out the {medium.many}",
     )
@@ -188,7 +187,7 @@ class SoftPrompts:
             )
         if found != self._place:
             raise SourceError(
-                f"The tokenizer's token for {_an(medium.one)} is not the model's.",
+                f"The tokenizer's token for {_an(medium.one)} differs from the model's.",
                 where=hf,
                 expected=f"{key} {self._place}, as in config.json",
                 found=short(found),

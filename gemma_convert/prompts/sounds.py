@@ -33,7 +33,6 @@ from gemma_convert.prompts.soft import (
 SOUND = Medium(
     one="sound",
     many="sounds",
-    senses="hears",
     tower="audio",
     option="--audio",
     processor="audio feature extractor",
@@ -120,7 +119,7 @@ def _config(path: Path, key: str) -> int | None:
     except FileNotFoundError:
         return None
     if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-        raise SourceError(f"{key} is no whole number.", where=path, found=short(value))
+        raise SourceError(f"{key} is not an integer.", where=path, found=short(value))
     return value
 
 
@@ -194,7 +193,7 @@ def _samples(path: Path, rate: int) -> npt.NDArray[np.float32]:
             data = file.readframes(found.nframes)
     except (wave.Error, EOFError, OSError, ValueError, RuntimeError) as error:
         raise UsageError(
-            "The file is no WAV file of PCM.",
+            "The file is not a WAV file with PCM samples.",
             where=path,
             found=str(error)[:500] or "the end of the file",
             do=_CONVERSION.format(rate=rate),
@@ -219,7 +218,7 @@ def _samples(path: Path, rate: int) -> npt.NDArray[np.float32]:
 def _check_readable(path: Path, found: Any, rate: int) -> None:
     if found.framerate != rate:
         raise UsageError(
-            "The sound has another sampling rate than the model hears.",
+            "The sound has another sampling rate than the audio tower needs.",
             where=path,
             expected=f"{rate} Hz",
             found=f"{found.framerate} Hz",

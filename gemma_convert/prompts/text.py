@@ -71,7 +71,7 @@ def token_sequences(
     """
     if tokens is not None and (prompts or tokens < 1):
         raise UsageError(
-            "--tokens takes a positive number and no prompts beside it.",
+            "--tokens takes a positive number, and cannot be combined with --prompt.",
             found=f"{tokens} tokens and {len(prompts)} prompts",
         )
     long = min(architecture.text.window + BEYOND_WINDOW, LONGEST_MADE)
@@ -117,7 +117,10 @@ def _random_sequences(
     reserved = reserved_ids(_config(hf))
     allowed = np.array([id for id in range(_vocab(architecture)) if id not in reserved])
     if not len(allowed):
-        raise SourceError("Every token id is reserved by config.json.", where=hf / "config.json")
+        raise SourceError(
+            "config.json reserves every token id, so there is none for random tokens.",
+            where=hf / "config.json",
+        )
     if tokens is None:
         lengths = [SHORT_LENGTH] * SHORT_COUNT + [long]
     else:
@@ -156,10 +159,10 @@ def refuse_placeholders(sequences: Iterable[TokenSequence], hf: Path) -> None:
         found = places.intersection(sequence.ids)
         if found:
             raise UsageError(
-                "A prompt holds the token that stands for an image, a video or a sound.",
+                "A prompt contains the placeholder token of an image, a video or a sound.",
                 where=sequence.name,
                 found=min(found),
-                do="leave it out: a prompt is text alone",
+                do="leave it out: prompts are text only",
             )
 
 
@@ -212,7 +215,7 @@ def _long_sequence(tokenizer: Any, length: int) -> TokenSequence:
         sentences = [_ids(tokenizer, text + "\n") for text in PROMPTS.values()]
         if not any(sentences):
             raise SourceError(
-                "The tokenizer makes no tokens of text.", where=tokenizer.name_or_path
+                "The tokenizer returns no tokens for a text.", where=tokenizer.name_or_path
             )
         endless = itertools.chain.from_iterable(itertools.cycle(sentences))
         return _begun(tokenizer, "longer-than-window", list(itertools.islice(endless, length)))

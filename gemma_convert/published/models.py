@@ -44,7 +44,7 @@ def named_model(name: str) -> tuple[Architecture, dict[str, TensorSpec]]:
         path = local(name, stack, config_only=True)
         if not path.exists():
             raise SourceError(
-                f"There is no model `{name}`.",
+                f"There is no published model `{name}`.",
                 expected=f"{', '.join(published_names())}, or a checkpoint or config.json",
                 do="name a published model, or give a path",
             )

@@ -63,8 +63,8 @@ def strangers_of_export(native: Path, export: Export, settings: Sequence[str]) -
             return others
         if not export_stands(folder, native, export, settings):
             raise TargetError(
-                "The target is a Hugging Face checkpoint that no export of ours has left as it is, "
-                "so it is not replaced.",
+                "The target is a Hugging Face checkpoint that is not an unchanged export of "
+                "gemma-convert, so --overwrite does not replace it.",
                 where=folder,
                 do="choose another target, or remove it yourself",
             )

@@ -71,13 +71,15 @@ def plan_conversion(
     """
     adapted, native = is_adapter(source), is_native(source)
     if options.merge and not adapted:
-        raise UsageError("--merge is for a SRC that is an adapter of PEFT.", found=source)
+        raise UsageError("--merge is for a SRC that is a PEFT adapter.", found=source)
     if options.base is not None and not adapted and not native:
         raise UsageError("--base is for a SRC that is an adapter.", found=source)
     if native:
         job = _from_native(source, target, options, stack)
     elif options.like is not None and not is_distcp(source):
-        raise UsageError("--like is for a native SRC; this one is its own original.")
+        raise UsageError(
+            "--like is for a native SRC; this one is a Hugging Face checkpoint already."
+        )
     elif options.settings:
         raise UsageError("--settings are for a native SRC; this one has its config.json.")
     elif adapted:
@@ -97,7 +99,7 @@ def _from_huggingface(
     like = source if options.like is None else _described(local(options.like, stack))
     if like == source and is_distcp(source) and not (source / CONFIG).exists():
         raise SourceError(
-            "Nothing says which model this checkpoint of torch is: it has no config.json.",
+            "The model of this torch.distributed checkpoint is unknown: it has no config.json.",
             where=source,
             do="name the original with --like, or put its config.json and tokenizer here",
         )

@@ -18,7 +18,7 @@ def check_equal(plan: Plan, tensors: HuggingFaceTensors, where: Path) -> None:
     for name, other in plan.tied.items():
         if not _same(tensors, name, other):
             raise SourceError(
-                "The output head is not tied to the embedding, and config.json says that it is.",
+                "config.json says that the output head is tied to the embedding, but it differs.",
                 where=where,
                 expected=f"{name} equal to {other}, bit for bit",
                 found="different values",
@@ -29,13 +29,13 @@ def check_equal(plan: Plan, tensors: HuggingFaceTensors, where: Path) -> None:
     for name, other in plan.shared.items():
         if not _same(tensors, name, other):
             raise SourceError(
-                f"{plan.layout} has one tensor for two that differ.",
+                f"{plan.layout} has a single tensor for two that differ here.",
                 where=where,
                 expected=f"{name} equal to {other}, bit for bit",
                 found=f"{_shown(tensors, name)} and {_shown(tensors, other)}",
                 do="merge the adapter into its base model with --merge"
                 if adapted
-                else "make them equal, choose another layout, or carry the towers with --text-only",
+                else "make them equal, choose another layout, or leave out the towers: --text-only",
             )
 
 

@@ -54,7 +54,7 @@ class Coverage:
 
 @dataclass(frozen=True)
 class InspectReport:
-    """What a folder holds. `coverage` is None where no config.json says what to expect."""
+    """What a checkpoint contains. `coverage` is None if there is no config.json to compare with."""
 
     path: str
     layout: str
@@ -81,10 +81,10 @@ class InspectReport:
 
 
 def inspect(path: str | Path) -> InspectReport:
-    """A report of what the checkpoint at `path` is; no tensor is read.
+    """Returns a report of what the checkpoint at `path` contains; only headers are read.
 
-    That is a folder, a repository on the hub or a URL of an object store. Raises SourceError where
-    it is no checkpoint of a known kind, or is broken.
+    `path` is a folder, a repository on the hub or a URL of an object store. Raises SourceError if
+    it is not a checkpoint in a supported layout, or is broken.
     """
     with ExitStack() as stack:
         return _inspect(local(path, stack, headers=True))
@@ -101,7 +101,7 @@ def _inspect(path: Path) -> InspectReport:
     if not is_native(path):
         listed = sorted(entry.name for entry in path.iterdir())
         raise SourceError(
-            "This is no checkpoint of a known layout.",
+            "This is not a checkpoint in a supported layout.",
             where=path,
             expected=f"{SINGLE}, {INDEX}, torch's .metadata, an Orbax {METADATA}, or the files "
             "of a native layout",

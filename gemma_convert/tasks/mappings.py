@@ -44,7 +44,7 @@ class FormatSummary:
 
 @dataclass(frozen=True)
 class MappingsReport:
-    """A listing: of the formats, of the rows or facts of one, or of a model's tensors in it."""
+    """A listing: of all layouts, of the rows or config keys of one, or of a model's tensors."""
 
     format: str | None
     model: str | None
@@ -68,25 +68,26 @@ def list_mappings(
     scan_layers: bool = False,
     facts: bool = False,
 ) -> MappingsReport:
-    """A listing of the format `layout`, for `model`, a published name or a path; of all without.
+    """Returns the mapping of the layout `layout` for `model`, a published name or a path.
 
-    With `facts` it is of config.json, key by key, instead of tensors. `framework_version` is one of
-    those that the format's table knows, its first by default.
-    Raises UsageError for a format that there is none of, for a model that it has no place for and
-    for scanned layers that it does not have; SourceError where there is no such model.
+    Without `layout` all layouts are summed up; without `model` the table is listed as it is
+    written. With `facts` the keys of config.json are listed instead of tensors. `framework_version`
+    is one that the layout supports, by default its first. Raises UsageError for an unknown layout,
+    for a model that it has no place for and for scanned layers that it does not have; SourceError
+    if there is no such model.
     """
     if scan_layers and (layout is None or model is None):
         raise UsageError(
-            "Layers are scanned in one format and in blocks that only a model has.",
+            "--scan-layers needs a layout and a model.",
             do="add --format and --model, or drop --scan-layers",
         )
     if facts and (layout is None or scan_layers):
         raise UsageError(
-            "Facts are those of one format, whether layers are scanned or not.",
+            "--facts needs a layout, and does not depend on --scan-layers.",
             do="add --format, and drop --scan-layers",
         )
     if framework_version is not None and layout is None:
-        raise UsageError("A version is that of one format's framework.", do="add --format")
+        raise UsageError("--framework-version needs a layout.", do="add --format")
     found = None if model is None else named_model(model)
     family = None if found is None else found[0].family
     if facts and layout is not None:
@@ -113,7 +114,9 @@ def _facts(
 ) -> tuple[FactEntry, ...]:
     table = load_facts(layout, version)
     if table is None:
-        raise UsageError(f"The format {layout} declares no facts.", do="leave out --facts")
+        raise UsageError(
+            f"The layout {layout} lists no keys of config.json.", do="leave out --facts"
+        )
     return list_facts(table, None if found is None else found[0])
 
 

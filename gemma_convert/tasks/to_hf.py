@@ -35,13 +35,13 @@ from gemma_convert.tasks.reports import peak_memory
 
 @dataclass(frozen=True)
 class ToHFReport:
-    """What an export did. `identical` counts tensors whose checksum is the manifest's.
+    """What an export wrote. `identical` counts the tensors that match the manifest's checksums.
 
-    `sealed` says whether the checkpoint has a seal, `changed_arrays` which of its arrays are not
-    what was sealed (trained since, or damaged), `added_files` what nobody sealed and stays behind.
-    `changed_facts`: key of config.json → how the framework's settings, whose value is written
-    there, differ from the original's. `made_from_settings`: there was no original, and config.json
-    says what the settings say.
+    `sealed` says whether the checkpoint has a manifest with checksums, `changed_arrays` which
+    arrays differ from them (trained since, or damaged), `added_files` which files were added since
+    the conversion and not copied. `changed_facts`: key of config.json → how the framework's
+    settings differ from the original; the value of the settings is written. `made_from_settings`:
+    there was no original, and config.json was made from the settings.
     """
 
     source: str
@@ -100,16 +100,17 @@ def to_hf(
     resume: bool = False,
     progress: Listener | None = None,
 ) -> ToHFReport:
-    """A report of the export of a native checkpoint to Hugging Face.
+    """Exports a native checkpoint to Hugging Face and returns a report.
 
     `like` names the original, or a converted checkpoint of it; by default the sidecar of `source`
-    says what the original was. Each may be a folder or in an object store, and what is read also
-    on the hub (`gemma_convert.stores.remote.locations`). Files that are not what was sealed are
-    refused, unless `accept_damage` names them. Facts that the framework was told otherwise than
-    config.json says, by `settings` (files, or KEY=VALUE) or the file beside `source`, go into it.
-    An adapter without a sidecar becomes one of PEFT for the model `base`, scaled by `alpha` / rank.
-    `progress` hears how far it has come (`gemma_convert.progress`). Raises SourceError, TargetError
-    or UsageError with one clear message; then nothing is left.
+    is used. Each may be a folder or a URL of an object store, and what is read may be on the hub
+    (`gemma_convert.stores.remote.locations`). Files that differ from their checksums in the
+    manifest are refused, unless `accept_damage` names them. Where the framework's `settings`
+    (files, or KEY=VALUE; by default the file in the checkpoint) differ from config.json, their
+    values are written. An adapter without a sidecar becomes a PEFT adapter of the model `base`,
+    scaled by `alpha` / rank. `progress` hears how far it has come (`gemma_convert.progress`).
+    Raises SourceError, TargetError or UsageError with one clear message; then nothing is left
+    behind.
     """
     started = time.monotonic()
     options = ExportOptions(dtype, max_shard_size, kv_shared, text_only)
@@ -231,9 +232,9 @@ def _with_told_towers(checkpoint: Checkpoint, text_only: bool) -> Checkpoint:
         return checkpoint
     if not text_only:
         raise SourceError(
-            "Nothing says what the towers of this checkpoint are: it has no original.",
+            "The original of this checkpoint is unknown, and with it the config of its towers.",
             where=checkpoint.native.folder,
-            do="name the original with --like, or export the text model alone: --text-only",
+            do="name the original with --like, or export the language model only: --text-only",
         )
     return replace(checkpoint, native=checkpoint.native.without_towers())
 

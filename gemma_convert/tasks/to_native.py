@@ -56,20 +56,20 @@ def to_native(
     progress: Listener | None = None,
     processes: Processes | None = None,
 ) -> ToNativeReport:
-    """A report of the conversion of a checkpoint into a native layout.
+    """Converts a checkpoint to a native layout and returns a report.
 
+    `source` is a Hugging Face checkpoint, a PEFT adapter, or a native checkpoint of any layout: a
+    folder, `owner/name` on the hub, or a URL of an object store
+    (`gemma_convert.stores.remote.locations`). `target` is a folder or such a URL; it appears, or is
+    no longer marked as unfinished, when everything is in it. `like` names the Hugging Face original
+    of a native source without a sidecar, and `settings` (files, or KEY=VALUE) the config that its
+    framework used, by default the file in the checkpoint. `framework_version` is one that the
+    layout supports, by default its first. `base` is the base model of an adapter, by default the
+    one in its config; `merge` merges the adapter into it. `memory` limits the memory for tensors in
+    bytes, 512 MiB by default. Several `processes` that share the file systems divide the work.
     `progress` hears how far it has come (`gemma_convert.progress`).
-
-    `source` is a Hugging Face checkpoint, or a native one of any layout: a folder, `owner/name` on
-    the hub, or a URL of an object store (`gemma_convert.stores.remote.locations`); `like` names the
-    Hugging Face original of one that has no sidecar, `framework_version` is one of those that the
-    layout's table knows, its first by default, and `settings` (files, or KEY=VALUE) what its
-    framework was told, if not what lies beside it. A source may be an adapter of PEFT: `base` is
-    its model, if not the one that it names, into which it is put with `merge`. `target`, a folder
-    or such a URL, appears, or is no longer marked as unfinished, when everything is in it. About
-    `memory` bytes of anonymous memory are taken, 512 MiB by default. Several `processes` that share
-    file systems divide the work. Raises SourceError, TargetError or UsageError with one clear
-    message, and GemmaConvertError for what another process met; then nothing is left behind.
+    Raises SourceError, TargetError or UsageError with one clear message, and GemmaConvertError for
+    an error of another process; then nothing is left behind.
     """
     started = time.monotonic()
     load_table(layout, framework_version)

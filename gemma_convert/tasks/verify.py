@@ -25,10 +25,10 @@ THE_SEAL = "the manifest's checksums"
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was read again: tensors (`checked`), other files, and bytes of both.
+    """What was compared: the numbers of tensors (`checked`), other files, and bytes of both.
 
-    `different` names what is not as it should be, and how; `notes` say, in whole sentences, what
-    could not be proved.
+    `different` names what differs, and how; `notes` say, in whole sentences, what could not be
+    compared.
     """
 
     path: str
@@ -57,16 +57,16 @@ def verify(
     settings: Sequence[str] = (),
     progress: Listener | None = None,
 ) -> VerifyReport:
-    """A report on whether the checkpoint at `path` is whole and what it was converted from.
+    """Reads the checkpoint at `path` again, compares every value, and returns a report.
 
-    A native checkpoint is compared with its own seal: every array, tensor and file. With the
-    Hugging Face folder `against`, its arrays and its sidecar are compared with that as well, bit
-    for bit with what a conversion gives. An exported Hugging Face folder is compared, tensors and
-    files, with the export that the native checkpoint `against` gives, by `settings` as `to_hf` has
-    them; with another Hugging Face folder, tensor by tensor. Both may be folders, on the hub or in
-    an object store (`gemma_convert.stores.remote.locations`). `progress` hears how far it has come
-    (`gemma_convert.progress`). Raises SourceError where a side cannot be read or the two do not
-    belong together.
+    A native checkpoint is compared with the checksums in its manifest: every array, tensor and
+    file. With a Hugging Face folder as `against`, arrays and sidecar are also compared with that,
+    bit for bit. An exported Hugging Face folder is compared, tensors and files, with what the
+    native checkpoint `against` gives, with `settings` as in `to_hf`; with another Hugging Face
+    folder it is compared tensor by tensor. Both may be folders, on the hub or in an object store
+    (`gemma_convert.stores.remote.locations`). `progress` hears how far it has come
+    (`gemma_convert.progress`). Raises SourceError where one of them cannot be read
+    or the two do not belong together.
     """
     started = time.monotonic()
     with ExitStack() as stack:
@@ -101,12 +101,10 @@ def _compare(
     progress: Listener | None,
 ) -> None:
     if base is not None and (other is None or is_huggingface(folder) or not is_adapter(other)):
-        raise UsageError(
-            "--base is the model of an adapter.", do="name the adapter with --against as well"
-        )
+        raise UsageError("--base is for an adapter.", do="name the adapter with --against as well")
     if settings and (other is None or not is_huggingface(folder)):
         raise UsageError(
-            "--settings are what an export was made by.",
+            "--settings are for verifying an export against its native checkpoint.",
             do="name the export, and its native checkpoint with --against",
         )
     if not is_huggingface(folder):
@@ -115,7 +113,7 @@ def _compare(
             verify_original(folder, other, base, found, progress)
     elif other is None:
         raise UsageError(
-            "A Hugging Face folder is verified against what it was made from.",
+            "A Hugging Face folder has no manifest, so it needs a checkpoint to be compared with.",
             do="name the native checkpoint, or another Hugging Face one, with --against",
         )
     elif is_huggingface(other):

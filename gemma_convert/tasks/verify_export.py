@@ -44,8 +44,8 @@ def verify_export(
         checkpoint = open_checkpoint(native, None if sealed else path, stack, settings=settings)
         if not sealed:
             found.notes.append(
-                "The native checkpoint has no sidecar, so nothing says what config.json, tokenizer "
-                "and other files are to be: they are not compared."
+                "The native checkpoint has no sidecar, so config.json, tokenizer and other files "
+                "were not compared."
             )
         text_only = not is_adapter(path) and read_architecture(path).text_only
         if text_only and not sealed:
@@ -57,8 +57,8 @@ def verify_export(
             _compare_files(path, checkpoint.original, export, found)
         if checkpoint.changed_arrays:
             found.notes.append(
-                f"{len(checkpoint.changed_arrays)} arrays of the native checkpoint are not what "
-                "was sealed: trained since, or damaged. They were taken as they are."
+                f"{len(checkpoint.changed_arrays)} arrays of the native checkpoint have changed "
+                "since the conversion (trained, or damaged). They were compared as they are."
             )
 
 
@@ -110,7 +110,7 @@ def _compare_tensors(
             found.note(name, target.spec.nbytes)
     for name in reader.tensors:
         if name not in back.targets:
-            found.differ(name, "is no tensor of this export")
+            found.differ(name, "is not a tensor of this export")
     wrong = set(found.different)
     sources = {
         name: replace(
@@ -144,7 +144,7 @@ def _compare_files(path: Path, original: Original, export: Export, found: Compar
     ours = {*map(str, export.files), *export.edited, *(shard.file for shard in export.shards)}
     for name in _files(path, ""):
         if name not in ours:
-            found.differ(name, "is no file of this export")
+            found.differ(name, "is not a file of this export")
 
 
 def _compare_bytes(path: Path, name: str, digest: str, found: Comparison) -> None:
@@ -153,7 +153,7 @@ def _compare_bytes(path: Path, name: str, digest: str, found: Comparison) -> Non
         return
     found.note_file(file_size(path / name))
     if sidecar.sha256(path / name) != digest:
-        found.differ(name, "is not what the export has")
+        found.differ(name, "differs from the export")
 
 
 def _files(folder: Path, below: str) -> Iterator[str]:

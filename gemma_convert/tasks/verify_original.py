@@ -115,12 +115,12 @@ def _compare_files(folder: Path, source: Path, original: Original, found: Compar
     for file in original.files:
         kept = folder / file
         if not kept.is_file() or sidecar.sha256(kept) != sidecar.sha256(source / file):
-            found.differ(f"{sidecar.FOLDER}/{file}", "is not the source's")
+            found.differ(f"{sidecar.FOLDER}/{file}", "differs from the source")
     for shard in original.shards:
         name = f"{sidecar.FOLDER}/{sidecar.OWN}/{sidecar.HEADERS}/{shard.file}.header"
         header = folder.parent / name
         if not header.is_file() or header.read_bytes() != shard.header:
-            found.differ(name, "is not the source's")
+            found.differ(name, "differs from the source")
 
 
 def _compare_exceptions(own: Path, original: Original, casting: Casting, found: Comparison) -> None:
@@ -133,7 +133,7 @@ def _compare_exceptions(own: Path, original: Original, casting: Casting, found: 
     for name, ours in listed_values(casting.losses).items():
         theirs = kept.get(name)
         if theirs is None or not _equal(theirs, ours):
-            found.differ(sidecar.EXCEPTIONS, f"does not hold what {name} loses")
+            found.differ(sidecar.EXCEPTIONS, f"lacks original values of {name}")
 
 
 def _equal(one: tuple[Array, Array], other: tuple[Array, Array]) -> bool:

@@ -47,10 +47,13 @@ def verify_seal(
 
 def _without_seal(path: Path, native: NativeSource, other: Path | None, found: Comparison) -> None:
     if native.converted:
-        found.differ(f"{sidecar.FOLDER}/", "is missing, with all that the arrays do not hold")
+        found.differ(
+            f"{sidecar.FOLDER}/",
+            "is missing: the sidecar with everything that the arrays do not have",
+        )
     elif other is None:
         raise SourceError(
-            "There is no manifest to verify this checkpoint by.",
+            "The checkpoint has no manifest, so it needs a checkpoint to be compared with.",
             where=path,
             do="name the Hugging Face source with --against",
         )
@@ -63,7 +66,7 @@ def _verify_files(root: Path, manifest: Mapping[str, Any], found: Comparison) ->
     if manifest["schema"] == OLDER:
         found.notes.append(
             "The manifest is of version 1, which has no digests of shard headers, single values, "
-            "the framework's files and itself: these are not proved. Convert again to seal them."
+            "the framework's files and itself: these are not verified. Convert again to have them."
         )
         found.files += len(manifest.get("files_sha256", {}))
     elif not is_sealed((root / PLACE).read_bytes()):
@@ -143,4 +146,4 @@ def compare_carried(
                 continue
             found.note(name, carried.specs[name].nbytes)
             if not same(carried, name):
-                found.differ(name, "is not what was carried")
+                found.differ(name, "differs from the tensor that was carried")

@@ -27,7 +27,7 @@ def verify_tensors(
     with open_weights(path) as ours, open_weights(original) as theirs:
         for name in ours.tensors:
             if name not in theirs.tensors:
-                found.differ(name, f"is no tensor of {shown(original)}")
+                found.differ(name, f"is not in {shown(original)}")
         total = sum(spec.nbytes for spec in theirs.specs.values())
         with working(progress, "verify", total) as shown_bar:
             for name, spec in theirs.specs.items():
@@ -40,7 +40,7 @@ def verify_tensors(
                     found.differ(name, how)
                 shown_bar.advance(spec.nbytes, name)
     found.notes.append(
-        "Tensors alone were compared: config.json, tokenizer and other files are each side's own."
+        "Only the tensors were compared; config.json, tokenizer and other files were not."
     )
 
 

@@ -57,15 +57,14 @@ def make_tiny(
     untied: bool = False,
     weights: Weights = "random",
 ) -> TinyReport:
-    """What was written into the folder `out`: a checkpoint with the structure of `family`.
+    """Writes a tiny checkpoint with the structure of `family` into `out` and returns a report.
 
     The same arguments give the same bytes. `layers` counts decoder layers; with `kv_shared` "keep"
     KV-shared layers have keys and values, as in published files; `save_pretrained` omits them. An
-    `untied` one has an output head of its own, which no published model has. `weights` are "random"
-    ones that show every mistake, have statistics like a "trained" model's, or are so "wild" that
-    they amplify rounding (`gemma_convert.tiny.kinds`).
-    Raises UsageError for arguments that no checkpoint can have, TargetError where `out`
-    exists or cannot be written.
+    `untied` one has an `lm_head.weight` of its own, which no published model has. `weights` are
+    "random" (so that every mistake shows), have statistics like a "trained" model's, or are so
+    "wild" that they amplify rounding (`gemma_convert.tiny.kinds`). Raises UsageError for arguments
+    that no checkpoint can have, TargetError where `out` exists or cannot be written.
     """
     out = Path(out)
     _check_choice("family", family, get_args(Family))

@@ -112,7 +112,7 @@ def vision() -> Iterator[Planted]:
         {
             "output kernel: its heads and head_dim are exchanged": regroup(HEADS, 1),
             "output kernel: a square block of it is transposed": transposed_block,
-            "output kernel: it is zero|zeros alone": zeros,
+            "output kernel: it is zero|all of its values are zero": zeros,
             "it is 2 times what it should be": times(2),
         },
     )
@@ -140,7 +140,7 @@ def vision() -> Iterator[Planted]:
         mlp.format("down"),
         {
             "down kernel: it is read in the shape of its transpose": transposed_by_shape,
-            "gate, up or down is zero|zeros alone": zeros,
+            "gate, up or down is zero|all of its values are zero": zeros,
             r"it differs in 1 of 60 features": _one_row,
         },
     )

@@ -84,7 +84,7 @@ class FastLLM:
         del architecture
         if given.pairs or any(not file.samefile(where / METADATA) for file in given.files):
             raise UsageError(
-                "A Fast-LLM checkpoint is run by its own metadata.",
+                "A Fast-LLM checkpoint runs with its own metadata, so it takes no settings.",
                 where=where / METADATA,
                 do=f"leave out --settings, or name its {METADATA}",
             )

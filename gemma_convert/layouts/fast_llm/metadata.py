@@ -111,7 +111,7 @@ def _base_model(text: TextArchitecture) -> dict[str, Any]:
 def _only_one(blocks: list[dict[str, Any]]) -> dict[str, Any]:
     if any(block != blocks[0] for block in blocks):
         raise UsageError(
-            "Fast-LLM has one set of sizes for all layers of a kind, and this model has several.",
+            "Fast-LLM needs the same sizes in all layers of a kind; this model has several.",
             do="choose another layout with --format",
         )
     return blocks[0]

@@ -124,7 +124,7 @@ def sound_encoder(
 
 def _audio_of(architecture: Architecture) -> AudioArchitecture:
     if architecture.audio is None:
-        raise SourceError("By its config.json the model has no audio tower.")
+        raise SourceError("The model has no audio tower according to its config.json.")
     return architecture.audio
 
 

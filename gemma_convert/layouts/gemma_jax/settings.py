@@ -89,7 +89,7 @@ def _read(file: Path) -> tuple[str, dict[str, Any]]:
     settings = read_settings_file(file, file.name)
     config = settings.get("config")
     if not isinstance(config, dict):
-        raise SourceError("The settings have no config.", where=file, found=short(config))
+        raise SourceError("The settings file has no `config`.", where=file, found=short(config))
     return str(settings.get("model")), config
 
 

@@ -93,7 +93,7 @@ def _check_shapes(params: Leaves, architecture: Architecture) -> None:
         expected = size if named is None else tuple(sizes.get(str(axis), 2) for axis in named)
         if array.shape != expected:
             raise SourceError(
-                "An array of the embedder of images does not fit the model.",
+                "An array of the vision embedder has an unexpected shape.",
                 where=name,
                 expected=list(expected),
                 found=list(array.shape),

@@ -128,7 +128,7 @@ def _with_base(file: Path) -> dict[str, Any]:
         base = str(found.get("base_config", ""))
         if PurePath(base).name != base:
             raise SourceError(
-                "The config has its parent elsewhere, where it is not read.",
+                "The config names a base_config outside of its own folder, which is not read.",
                 where=f"{file}, key base_config",
                 found=short(base),
                 do="name the parent with --settings as well, before this one, and copy this one "

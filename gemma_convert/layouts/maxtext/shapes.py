@@ -23,7 +23,7 @@ def check_shapes(facts: Mapping[str, ArrayFacts], text: TextArchitecture, where:
     scanned = any(path.startswith("decoder/scanned_blocks/") for path in facts)
     if scanned and text.period is None:
         raise SourceError(
-            "The tree is scanned, but by config.json its layers do not repeat in blocks.",
+            "The checkpoint is scanned, but by config.json its layers do not repeat in blocks.",
             where=where,
             do="give the config.json of the model that was converted",
         )

@@ -87,7 +87,7 @@ def _read(file: Path) -> tuple[str, dict[str, Any]]:
     settings = read_settings_file(file, file.name)
     config = settings.get("config")
     if not isinstance(config, dict):
-        raise SourceError("The settings have no config.", where=file, found=short(config))
+        raise SourceError("The settings file has no `config`.", where=file, found=short(config))
     return str(settings.get("model")), config
 
 
@@ -95,7 +95,7 @@ def _check_one_vocabulary(text: TextArchitecture) -> None:
     """Raises SourceError where the per-layer embeddings are of other tokens than the embedding."""
     if text.ple and text.ple_vocab != text.vocab:
         raise SourceError(
-            "A fact of this model cannot be told to the framework: Tunix has one size for both "
+            "The framework cannot run a value of config.json: Tunix has one size for both "
             "vocabularies.",
             where="config.json, key text_config.vocab_size_per_layer_input",
             expected=text.vocab,

@@ -1,0 +1,101 @@
+"""What `to-native` prints of its report: the summary, and with `--dry-run` the arrays."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gemma_convert.cli.copied import copied
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from gemma_convert.output import Facts
+    from gemma_convert.tasks.reports import ToNativeReport
+
+
+def summary(report: ToNativeReport) -> Facts:
+    """What was converted, carried and copied, a line each."""
+    from gemma_convert.output import Facts, human_bytes
+
+    table = Facts()
+    form = ", scanned" if report.scanned else ""
+    words = "would convert" if report.dry_run else "converted"
+    if report.already_complete:
+        words = "was converted"
+    table.add_row(words, f"{report.family} to {report.layout}{form}")
+    table.add_row(
+        "tensors",
+        f"{report.tensors_converted} ({human_bytes(report.bytes_read)}) into "
+        f"{report.arrays_written} arrays ({human_bytes(report.bytes_written)})",
+    )
+    for label, text in _adapter(report):
+        table.add_row(label, text)
+    table.add_row("carried", _carried(report))
+    for why, count in report.carried_why.items():
+        table.add_row("", f"{count} tensors: {why}")
+    if report.tied:
+        table.add_row("tied", f"{', '.join(report.tied)}: equal to the embedding, not stored twice")
+    if report.shared:
+        table.add_row("shared", f"{report.shared} tensors: equal to another, not stored twice")
+    if report.filled:
+        table.add_row("filled in", f"{len(report.filled)} arrays that the source does not have")
+    table.add_row("other files", copied(report.files_carried))
+    if report.not_carried:
+        table.add_row("not copied", ", ".join(report.not_carried))
+    if report.exceptions:
+        table.add_row("exceptions", f"{report.exceptions} values, whose original bits are kept")
+    for row in report.lossy_rows:
+        table.add_row("rounded", f"{row.tensor}: {row.reason}, {row.values} of its values")
+    done = not report.dry_run and not report.already_complete
+    if report.sealed and done:
+        count = len(report.changed_arrays)
+        intact = "unchanged since it was converted"
+        changed = f"{count} arrays have changed since it was converted (trained, or damaged)"
+        table.add_row("source", changed if count else intact)
+    if done:
+        table.add_row(
+            "time",
+            f"{report.seconds:.1f} s, {human_bytes(report.bytes_per_second)}/s, "
+            f"peak memory {human_bytes(report.peak_memory_bytes)}",
+        )
+    return table
+
+
+def _carried(report: ToNativeReport) -> str:
+    """How many tensors are kept in the sidecar, for the reasons that the next lines give."""
+    from gemma_convert.output import human_bytes
+
+    if not report.tensors_carried:
+        return "nothing: every tensor has its place in the layout"
+    size = human_bytes(report.bytes_carried)
+    return f"{report.tensors_carried} tensors ({size}), kept bit for bit in the sidecar hf/"
+
+
+def _adapter(report: ToNativeReport) -> Iterator[tuple[str, str]]:
+    adapter = report.adapter
+    if adapter is None:
+        return
+    words = "merged, rank {rank}, alpha {alpha:g}: {weights} weights changed"
+    if not adapter["merged"]:
+        words = "rank {rank}, alpha {alpha:g}, for {weights} weights"
+    yield "adapter", words.format(**adapter)
+    if adapter["base"] is not None:
+        yield "base model", str(adapter["base"])
+
+
+def arrays(report: ToNativeReport) -> Iterator[str]:
+    """One line an array: where it goes, how it is stored, what it is made of."""
+    if report.plan is None:
+        return
+    sources: dict[str, list[str]] = {}
+    for copy in report.plan.copies:
+        sources.setdefault(copy.target.tensor, []).append(copy.source.tensor)
+    for name, target in report.plan.targets.items():
+        shape, chunk = list(target.spec.shape), list(target.chunk)
+        cut = "" if chunk == shape else f" in chunks of {chunk}"
+        if target.fill is not None:
+            yield f"{name} {target.spec.dtype} {shape}{cut} filled with {target.fill}"
+            continue
+        first, *more = sources[name]
+        others = f" and {len(more)} more" if more else ""
+        yield f"{name} {target.spec.dtype} {shape}{cut} <- {first}{others}"
