@@ -667,7 +667,7 @@ def test_weights_that_tunix_has_in_one_array(model, tmp_path):
     apart, found = matrices(model), one_a(matrices(model))
     keys = {name: array for name, array in found.items() if "v_proj" not in name}
     for name, changed, error, told in (
-        ("apart", apart, SourceError, "tunix has one tensor for two that differ"),
+        ("apart", apart, SourceError, "tunix has a single tensor for two that differ here"),
         ("keys", keys, UsageError, r"one array for several weights[\s\S]*v_proj\.lora_A"),
     ):
         source = save(tmp_path / name, model, changed)

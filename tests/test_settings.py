@@ -268,7 +268,7 @@ def test_a_run_without_settings_is_run_as_the_named_model(trained):
     source, out, run = trained
     alone = logit_check(source, run, tokens=20)
     assert not alone.passed
-    assert "ran by those of gemma4-31b" in alone.warnings[0]
+    assert "it ran with that of gemma4-31b" in alone.warnings[0]
     assert logit_check(source, run, tokens=20, settings=[str(out / "maxtext.yml")]).passed
     assert logit_check(source, run, tokens=20, settings=["global_rope_max_timescale=20"]).passed
 
