@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from adapters import ALPHA, RANK, expert_matrices, matrices, save
+from adapters import ALPHA, PER_LAYER, RANK, TARGETS, expert_matrices, matrices, one_a, save
 from cases import SHALLOW
 from commands import said
 from native_checkpoints import nested_tree
@@ -40,30 +40,42 @@ def adapter(model, tmp_path):
 
 
 def saved(path: Path, tree) -> Path:
-    """The tree as MaxText's own training leaves it, without metadata of an adapter."""
+    """The tree as the framework's own training leaves it, without metadata of an adapter."""
     import orbax.checkpoint as ocp
 
     ocp.PyTreeCheckpointer().save(path, tree)
     return path
 
 
-def tree_of(adapter: Path, folder: Path):
-    to_native(adapter, folder)
-    return nested_tree(folder / "0" / "items")
+ITEMS = {"maxtext": "0/items", "tunix": "0/model_params"}
+"""Layout that runs adapters → where its tree lies."""
 
 
-@pytest.mark.share(3)
-@pytest.mark.parametrize("family", ["26b-a4b", "12b", "31b", "e2b", "e4b"])
-def test_the_same_adapter(shallow, converted, tmp_path, family):
+def tree_of(adapter: Path, folder: Path, layout: str = "maxtext"):
+    to_native(adapter, folder, layout=layout)
+    return nested_tree(folder / ITEMS[layout])
+
+
+def as_both_have_it(model: Path, layout: str) -> dict[str, np.ndarray]:
+    """Matrices of every module that the layout adapts, one A for keys and values where it is so."""
+    if layout == "maxtext":
+        return matrices(model)
+    return one_a(matrices(model, (*TARGETS, *PER_LAYER)))
+
+
+@pytest.mark.share(4)
+@pytest.mark.parametrize("family", ["26b-a4b", "31b", "e4b", "12b", "e2b"])
+@pytest.mark.parametrize("layout", ITEMS)
+def test_the_same_adapter(shallow, converted, tmp_path, layout, family):
     model = shallow(family)
     rslora = {"use_rslora": family in {"26b-a4b", "12b"}}
-    source = save(tmp_path / "adapter", model, matrices(model), **rslora)
-    to_native(source, tmp_path / "out")
-    native = converted(model, "maxtext", scan_layers=True) if family == "12b" else None
+    source = save(tmp_path / "adapter", model, as_both_have_it(model, layout), **rslora)
+    to_native(source, tmp_path / "out", layout=layout)
+    scanned = {"scan_layers": True} if (layout, family) == ("maxtext", "12b") else {}
     report = logit_check(
         source,
         tmp_path / "out",
-        native_base=native or converted(model, "maxtext"),
+        native_base=converted(model, layout, **scanned),
         tokens=TOKENS,
     )
     assert report.passed and report.proof and report.divergence.kl_max < 1e-6
@@ -73,31 +85,111 @@ def test_the_same_adapter(shallow, converted, tmp_path, family):
     assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= listed
 
 
-def test_mistakes_are_found_where_they_are(adapter, native, tmp_path):
-    tree = tree_of(adapter, tmp_path / "out")
-    layers = [tree["decoder"][f"layers_{number}"] for number in range(SHALLOW["31b"])]
-    query, out = (layers[0]["self_attention"][name] for name in ("query", "out"))
-    a, b = (query[f"kernel_lora_{letter}"]["value"] for letter in "ab")
-    out["kernel_lora_a"]["value"], out["kernel_lora_b"]["value"] = b.T, a.T  # fits, the wrong way
-    layers[1]["self_attention"]["key"] = layers[2]["self_attention"]["key"]
-    layers[2]["mlp"]["wi_0"]["kernel_lora_b"] = layers[2]["mlp"]["wi_1"]["kernel_lora_b"]
-    matrix = layers[3]["mlp"]["wo"]["kernel_lora_b"]
-    matrix["value"] = matrix["value"] * (RANK / ALPHA)
-    heads = layers[4]["self_attention"]["query"]["kernel_lora_b"]
-    heads["value"] = heads["value"][:, ::-1]
-    wrong = saved(tmp_path / "wrong", tree)
+KERNELS = {
+    "maxtext": {
+        "queries": "self_attention/query/kernel",
+        "keys": "self_attention/key/kernel",
+        "out": "self_attention/out/kernel",
+        "gate": "mlp/wi_0/kernel",
+        "up": "mlp/wi_1/kernel",
+        "down": "mlp/wo/kernel",
+    },
+    "tunix": {
+        "queries": "attn/q_einsum/w",
+        "keys": "attn/kv_einsum/w",
+        "keys that are values": "attn/k_einsum/w",
+        "out": "attn/attn_vec_einsum/w",
+        "gate": "mlp/gate_proj/kernel",
+        "up": "mlp/up_proj/kernel",
+        "down": "mlp/down_proj/kernel",
+        "per-layer gate": "per_layer_input_gate/w",
+        "per-layer projection": "per_layer_projection/w",
+    },
+}
+
+
+def layer_of(tree, layout: str, number: int):
+    return (
+        tree["decoder"][f"layers_{number}"] if layout == "maxtext" else tree["layers"][f"{number}"]
+    )
+
+
+def pair_of(tree, layout: str, number: int, name: str):
+    """The leaves of both matrices of a kernel; what is put into one is put into the tree."""
+    *modules, kernel = KERNELS[layout][name].split("/")
+    level = layer_of(tree, layout, number)
+    for module in modules:
+        level = level[module]
+    return level[f"{kernel}_lora_a"], level[f"{kernel}_lora_b"]
+
+
+def turned(pair):
+    """Both matrices the wrong way round, the axes of an array behind those of another."""
+    a, b = (leaf["value"] for leaf in pair)
+    return np.moveaxis(b, 0, -1), np.moveaxis(a, -1, 0)
+
+
+def put(pair, values) -> None:
+    for leaf, value in zip(pair, values, strict=True):
+        leaf["value"] = value
+
+
+def failing(adapter: Path, tree, native: Path, tmp_path: Path) -> set[tuple[int, str]]:
+    """The layers and parts that are wrong, of a check that fails."""
     options = ("--native-base", native, "--alpha", ALPHA, "--tokens", TOKENS, "--json")
-    code, output, _ = said("logit-check", adapter, wrong, *options)
+    code, output, _ = said("logit-check", adapter, saved(tmp_path / "wrong", tree), *options)
     report = json.loads(output)
     assert code == 1 and not report["passed"]
-    assert {
+    return {
         (part["layer"], part["part"]) for part in report["local"]["parts"] if not part["passed"]
-    } == {
+    }
+
+
+@pytest.mark.parametrize("layout", ITEMS)
+def test_mistakes_are_found_where_they_are(model, converted, tmp_path, layout):
+    adapter = save(tmp_path / "adapter", model, as_both_have_it(model, layout))
+    tree = tree_of(adapter, tmp_path / "out", layout)
+
+    def pair(number, name):
+        return pair_of(tree, layout, number, name)
+
+    put(pair(0, "out"), turned(pair(0, "queries")))  # fits, the wrong way
+    put(pair(1, "keys"), [leaf["value"] for leaf in pair(2, "keys")])
+    pair(2, "gate")[1]["value"] = pair(2, "up")[1]["value"]
+    pair(3, "down")[1]["value"] = pair(3, "down")[1]["value"] * (RANK / ALPHA)
+    pair(4, "queries")[1]["value"] = pair(4, "queries")[1]["value"][:, ::-1]
+    wrong = {
         (0, "output projection"),
         (1, "keys"),
         (2, "dense MLP"),
         (3, "dense MLP"),
         (4, "queries"),
+    }
+    if layout == "tunix":
+        b = pair(3, "keys")[1]["value"]  # [rank, keys and values, heads, head_dim]
+        pair(3, "keys")[1]["value"] = b[:, [1, 1]]
+        heads = pair(5, "keys that are values")[1]
+        heads["value"] = heads["value"][:, ::-1]
+        wrong |= {(1, "values"), (3, "keys"), (5, "keys"), (5, "values")}
+    assert failing(adapter, tree, converted(model, layout), tmp_path) == wrong
+
+
+def test_per_layer_embeddings_and_keys_that_nothing_reads(shallow, converted, tmp_path):
+    model = shallow("e2b")
+    adapter = save(tmp_path / "adapter", model, as_both_have_it(model, "tunix"))
+    tree = tree_of(adapter, tmp_path / "out", "tunix")
+    gate, projection = (
+        pair_of(tree, "tunix", 0, f"per-layer {name}") for name in ("gate", "projection")
+    )
+    swapped = turned(projection), turned(gate)
+    put(gate, swapped[0])
+    put(projection, swapped[1])
+    last = SHALLOW["e2b"] - 1  # it takes the keys and values of layer 4
+    taken = layer_of(tree, "tunix", 4)["attn"]["kv_einsum"]
+    layer_of(tree, "tunix", last)["attn"]["kv_einsum"] = taken
+    assert failing(adapter, tree, converted(model, "tunix"), tmp_path) == {
+        (0, "per-layer gate"),
+        (0, "per-layer projection"),
     }
 
 
@@ -195,6 +287,23 @@ def test_an_adapted_kernel_is_the_merged_one(equation, kernel, inputs):
             product(equation, jax.numpy.asarray(x), swapped)
 
 
+def test_an_adapted_kernel_of_keys_and_values():
+    """Its input is in the middle of its axes, and B has those before and behind it."""
+    random = np.random.default_rng(0)
+    shapes = (2, 3, 4, 5), (4, 2), (2, 2, 3, 5), (1, 6, 4)
+    weight, a, b, x = (random.normal(size=shape).astype(np.float32) for shape in shapes)
+    merged = weight + 0.5 * np.einsum("er,rckd->cked", a, b)
+
+    def made(b):
+        adapted = AdaptedKernel(jax.numpy.asarray(weight), a, b, 0.5, "kernel")
+        return product("ble,cked->cblkd", jax.numpy.asarray(x), adapted)
+
+    assert np.allclose(made(b), np.einsum("ble,cked->cblkd", x, merged), atol=1e-5)
+    assert np.array_equal(made(b), made(b.reshape(2, 30)))
+    with pytest.raises(SourceError, match="do not fit the array"):
+        made(b.swapaxes(1, 2))
+
+
 # Messages.
 
 
@@ -217,6 +326,25 @@ def test_matrices_that_the_model_has_no_kernels_for(adapter, native, model, shal
         *("--native-base", native, "--alpha", 6, "--tokens", 3),
     )
     assert "do not fit the array" in message and "mlp/wo/kernel" in message
+
+
+def test_matrices_that_tunix_does_not_add_so(shallow, converted, tmp_path):
+    model = shallow("26b-a4b")
+    adapter = save(tmp_path / "adapter", model, matrices(model, ("q_proj",)))
+    tree = tree_of(adapter, tmp_path / "out", "tunix")
+    options = {"native_base": converted(model, "tunix"), "alpha": 6.0, "tokens": 3}
+    pair = tree["layers"]["0"]["attn"]["q_einsum"]
+    tree["embedder"] = {"per_layer_model_projection": pair}
+    with pytest.raises(SourceError, match="belong to no single layer") as caught:
+        logit_check(adapter, saved(tmp_path / "outside", tree), **options)
+    assert caught.value.found == "embedder/per_layer_model_projection/w"
+    del tree["embedder"]
+    for name, array in (("moe", "linear"), ("pre_ffw_norm", "scale")):
+        both = {f"{array}_lora_{letter}": pair[f"w_lora_{letter}"] for letter in "ab"}
+        changed = {"layers": {"0": {name: both}}}
+        with pytest.raises(SourceError, match="that no adapter changes") as caught:
+            logit_check(adapter, saved(tmp_path / name, changed), **options)
+        assert caught.value.found == f"layer 0, {name}/{array}"
 
 
 def test_which_sides_there_are(adapter, model, native, converted, tmp_path):

@@ -20,6 +20,8 @@ from test_cli import fails, run
 from trees import flatten, read_safetensors
 
 from gemma_convert import SourceError, TargetError, UsageError, inspect, to_hf, to_native, verify
+from gemma_convert.arrays.dtypes import TensorSpec
+from gemma_convert.checkpoint.qwix import rank_of
 from gemma_convert.engine import merged as merged_module
 from gemma_convert.engine.adapter_pairs import AdapterPairs
 from gemma_convert.engine.merged import MergedTensors
@@ -262,6 +264,13 @@ def test_an_adapter_that_tunix_saved(adapter, model, tmp_path):
     assert [*verify(tmp_path / "back", against=run).different] == [
         name.removeprefix("base_model.model.")
     ]
+
+
+@pytest.mark.parametrize("shapes", [[()], [(4, 0)], [(4, 2), (4, 3)], []])
+def test_matrices_without_one_rank(shapes, tmp_path):
+    specs = {f"{place}_lora_a/value": TensorSpec("float32", s) for place, s in enumerate(shapes)}
+    with pytest.raises(SourceError, match="not of one rank"):
+        rank_of(tmp_path, specs)
 
 
 def test_what_nobody_says_is_asked_for(adapter, model, shallow, tmp_path):

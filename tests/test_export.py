@@ -1041,6 +1041,7 @@ def test_manifest_that_names_a_file_elsewhere(native, tmp_path, file):
         ('{"schema": "gemma-convert/manifest/1"}', "manifest is malformed"),
         ('{"schema": "gemma-convert/manifest/1", "shards": {}}', "manifest is malformed"),
         ('{"schema": "gemma-convert/manifest/1", "shards": [3]}', "manifest is malformed"),
+        ('{"schema": "gemma-convert/manifest/1", "adapter": {"rank": 3}}', "key adapter"),
         ('{"schema": "gemma-convert/manifest/1", "shards": []}', "lacks"),
         ("[" * 100_000, "manifest is not valid JSON"),
         ("\xff", "manifest is not valid JSON"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -76,6 +77,9 @@ def check_manifest(manifest: Mapping[str, Any], where: Path) -> None:
     version = manifest.get("framework_version")
     if not isinstance(version, str | None):
         raise _malformed(where, "framework_version", version)
+    adapter = manifest.get("adapter")
+    if adapter is not None and not _adapter(adapter):
+        raise _malformed(where, "adapter", adapter)
     for key, valid in {**_LISTS, **_MAPPINGS}.items():
         kind = dict if key in _MAPPINGS else list
         entries = manifest.get(key, None if key == "shards" else kind())
@@ -93,6 +97,11 @@ def _malformed(where: Path, key: str, found: object) -> SourceError:
         found=short(found),
         do="convert the original again",
     )
+
+
+def _adapter(facts: Any) -> bool:
+    alpha = facts.get("alpha") if isinstance(facts, dict) else None
+    return isinstance(alpha, int | float) and not isinstance(alpha, bool) and 0 < alpha < math.inf
 
 
 def _shard(entry: Any) -> bool:

@@ -27,12 +27,13 @@ def rank_of(items: Path, specs: Mapping[str, TensorSpec], told: object = None) -
 
     Raises SourceError where they are not of one rank, or of another.
     """
-    ranks = {spec.shape[-1] for name, spec in specs.items() if name.endswith(A + VALUE)}
-    if len(ranks) != 1 or told not in {None, 0, *ranks}:
+    shapes = [spec.shape for name, spec in specs.items() if name.endswith(A + VALUE)]
+    ranks = {shape[-1] if shape else 0 for shape in shapes}
+    if len(ranks) != 1 or 0 in ranks or told not in {None, 0, *ranks}:
         raise SourceError(
             "The matrices of the adapter are not of one rank.",
             where=items,
-            expected="one rank for all" if told is None else f"rank {told}, by the step's metadata",
+            expected="one rank above 0" if told is None else f"rank {told}, by the step's metadata",
             found=", ".join(map(str, sorted(ranks))) or "no matrix A",
         )
     return ranks.pop()

@@ -34,17 +34,18 @@ class AdaptedWeights:
     """The weights of a model, some of whose layers have adapted kernels."""
 
     def __init__(self, weights: DecoderWeights, changes: NativeChanges, layers: int) -> None:
-        """Raises SourceError for matrices of kernels that the model does not have."""
+        """Raises SourceError for matrices of what the model does not have, or not as a kernel."""
         self._weights, self._changes = weights, changes
         unknown = [
             f"layer {index}, {name}"
             for index, matrices in changes.layers.items()
             for name in matrices
-            if index >= layers or name not in weights.layer_axes(index)
+            if index >= layers or not _adaptable(weights.layer_axes(index).get(name, ()))
         ]
         if unknown:
             raise SourceError(
-                "The adapter has matrices of arrays that its base model does not have.",
+                "The adapter has matrices of arrays that its base model does not have, or that no "
+                "adapter changes.",
                 where=changes.folder,
                 found=some(unknown),
                 do="name the conversion of the model that it was trained on with --native-base",
@@ -85,3 +86,8 @@ class AdaptedWeights:
 
     def final_scale(self) -> Float[Array, " embed"]:
         return self._weights.final_scale()
+
+
+def _adaptable(axes: Axes) -> bool:
+    """Whether a layer multiplies by an array with these axes as a whole: no norm, no experts."""
+    return len(axes) > 1 and axes[0] != "experts"

@@ -56,8 +56,8 @@ def _through_matrices(
     outputs = "".join(axis for axis in of_kernel if axis not in of_x)
     taken, given = [length[axis] for axis in inputs], [length[axis] for axis in outputs]
     rank = adapted.a.shape[-1]
-    sizes = prod(taken) * rank, rank * prod(given)
-    if (adapted.a.size, adapted.b.size, adapted.b.shape[0]) != (*sizes, rank):
+    fits_a = adapted.a.shape in {(*taken, rank), (prod(taken), rank)}
+    if not fits_a or adapted.b.shape not in {(rank, *given), (rank, prod(given))}:
         raise SourceError(
             "The matrices of the adapter do not fit the array that they change.",
             where=f"array {adapted.name}",

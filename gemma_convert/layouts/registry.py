@@ -26,6 +26,7 @@ from gemma_convert.mapping.declared import declaration, layout_names, package
 from gemma_convert.mapping.facts import FactTable, load_facts
 from gemma_convert.mapping.native_facts import NativeFacts, Settings, native_facts
 from gemma_convert.mapping.table import load_table
+from gemma_convert.model.adapter import StoredAdapter
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import parse_architecture
 from gemma_convert.output import note
@@ -98,8 +99,12 @@ def open_native(path: Path, block_bytes: int | None = None) -> NativeSource:
     layout, where = _recognised(path)
     found = fingerprint(where)
     native = layout.open(where)
-    version = _recorded_version(where, native.layout) or native.version
-    return replace(native, block_bytes=block_bytes, fingerprint=found, version=version)
+    root, manifest = _manifest(where)
+    version = _recorded_version(manifest, native.layout, root) or native.version
+    adapter = _with_alpha(native.adapter, manifest)
+    return replace(
+        native, block_bytes=block_bytes, fingerprint=found, version=version, adapter=adapter
+    )
 
 
 def open_model(path: Path, architecture: Architecture) -> NativeModel:
@@ -223,14 +228,26 @@ def _recognised(path: Path) -> tuple[Layout, Path]:
     )
 
 
-def _recorded_version(where: Path, layout: str) -> str | None:
-    """The version of the framework that the manifest of a checkpoint names, where it has one.
+def _manifest(where: Path) -> tuple[Path | None, Mapping[str, Any]]:
+    """The folder of a conversion and its manifest, empty for what was not converted."""
+    root = sidecar.sidecar_root(where)
+    return root, (None if root is None else read_manifest(root, damaged=True)) or {}
+
+
+def _with_alpha(stored: StoredAdapter | None, manifest: Mapping[str, Any]) -> StoredAdapter | None:
+    """The adapter with the alpha that the framework was told, where it says none itself."""
+    told = manifest.get("adapter")
+    if stored is None or stored.alpha is not None or told is None:
+        return stored
+    return replace(stored, alpha=told["alpha"])
+
+
+def _recorded_version(manifest: Mapping[str, Any], layout: str, root: Path | None) -> str | None:
+    """The version of the framework that a manifest names, where it has one.
 
     Raises SourceError for one that the table of `layout` does not know.
     """
-    root = sidecar.sidecar_root(where)
-    manifest = None if root is None else read_manifest(root, damaged=True)
-    version = None if manifest is None else manifest.get("framework_version")
+    version = manifest.get("framework_version")
     if version is None:
         return None
     try:

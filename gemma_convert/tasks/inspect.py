@@ -158,8 +158,7 @@ def _native(path: Path, native: NativeSource) -> InspectReport:
         config=config,
         manifest=read_manifest(root, damaged=True),
     )
-    told = read_adapter(root / sidecar.FOLDER) if adapter else None
-    return replace(report, adapter=None if told is None else StoredAdapter(told.rank, told.alpha))
+    return replace(report, adapter=native.adapter)
 
 
 def _native_coverage(architecture: Architecture, native: NativeSource) -> Coverage | None:

@@ -6,19 +6,15 @@ and what its training after the first saves (0.2.5). Optimizer state is never re
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
-from gemma_convert.checkpoint.qwix import A, B
 from gemma_convert.errors import SourceError
+from gemma_convert.forward.matrices import Pair, layer_matrices
 from gemma_convert.forward.orbax_tree import OrbaxItems, orbax_items
 from gemma_convert.forward.tree import ArrayFacts, Tree, array_facts, chosen, named
 from gemma_convert.layouts.maxtext.names import MODULES
-
-_LAYER = re.compile(r"layers_(\d+)")
 
 
 def tree_facts(items: Path) -> dict[str, ArrayFacts]:
@@ -43,35 +39,10 @@ def open_tree(items: Path, modules: Sequence[str] | None = None) -> Tree:
         return found.opened(_chosen(found, modules))
 
 
-def open_matrices(items: Path) -> dict[int, dict[str, tuple[Any, Any]]]:
-    """Layer → path below it of a kernel → its matrices A and B, of the adapter in `items`.
-
-    They are left in their files, as StoredArrays. Raises SourceError where one lacks its partner.
-    """
+def open_matrices(items: Path) -> dict[int, dict[str, Pair]]:
+    """Layer → path below it of a kernel → its matrices, as `layer_matrices` has them."""
     with _items(items) as found:
-        decoder = found.opened(found.tree).get("decoder", {})
-    layers: dict[int, dict[str, tuple[Any, Any]]] = {}
-    for key, below in decoder.items():
-        layer = _LAYER.fullmatch(key)
-        if layer is not None:
-            layers[int(layer[1])] = dict(_pairs(below, "", items))
-    return layers
-
-
-def _pairs(level: Tree, path: str, items: Path) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    kernel = {key for key in level if key in {f"kernel{A}", f"kernel{B}"}}
-    if len(kernel) == 1:
-        raise SourceError(
-            "A matrix of the adapter lacks its partner.",
-            where=items,
-            expected=f"{path}kernel{A} and {path}kernel{B}",
-            found=f"{path}{kernel.pop()}",
-        )
-    if kernel:
-        yield f"{path}kernel", (level[f"kernel{A}"], level[f"kernel{B}"])
-    for key, below in level.items():
-        if isinstance(below, Mapping):
-            yield from _pairs(below, f"{path}{key}/", items)
+        return layer_matrices(found, "decoder/layers_")
 
 
 def _items(items: Path) -> AbstractContextManager[OrbaxItems]:

@@ -31,7 +31,7 @@ from gemma_convert.stores.orbax.writer import OrbaxFormat, OrbaxWriter, write_ch
 
 if TYPE_CHECKING:
     from gemma_convert.forward.native_model import NativeModel
-    from gemma_convert.layouts.registry import RunnableLayout
+    from gemma_convert.layouts.registry import AdaptedLayout
 
 STEP, ITEM = "0", "model_params"
 
@@ -75,6 +75,13 @@ class Tunix(OrbaxLayout):
 
         return open_model(where, architecture)
 
+    def open_adapted(
+        self, where: Path, architecture: Architecture, adapter: Path, scaling: float
+    ) -> NativeModel:
+        from gemma_convert.layouts.tunix.model import open_adapted
+
+        return open_adapted(where, architecture, adapter, scaling)
+
     def create(self, folder: Path, plan: Plan, form: OrbaxFormat, part: int = 0) -> TunixWriter:
         return TunixWriter(folder / STEP, plan, replace(form, zarr3=False), part)
 
@@ -109,4 +116,4 @@ class TunixWriter(OrbaxWriter):
 
 
 if TYPE_CHECKING:
-    _: RunnableLayout = Tunix()
+    _: AdaptedLayout = Tunix()

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from gemma_convert.errors import SourceError
+from gemma_convert.forward.matrices import Pair, layer_matrices
 from gemma_convert.forward.orbax_tree import OrbaxItems, orbax_items
 from gemma_convert.forward.tree import ArrayFacts, Tree, array_facts, chosen, named
 from gemma_convert.layouts.tunix.names import EMBEDDING
@@ -36,6 +37,15 @@ def open_tree(items: Path, modules: Sequence[str] | None = None) -> Tree:
     """The same tree with every array left in its file, as a StoredArray."""
     with _items(items) as found:
         return found.opened(_chosen(found, modules))
+
+
+def open_matrices(items: Path) -> dict[int, dict[str, Pair]]:
+    """Layer → path below it of an array → its matrices, as `layer_matrices` has them.
+
+    An adapter is saved without the model.
+    """
+    with orbax_items(items, ("layers",), ("embedder",)) as found:
+        return layer_matrices(found, "layers/")
 
 
 def _items(items: Path) -> AbstractContextManager[OrbaxItems]:
