@@ -28,7 +28,7 @@ from gemma_convert.stores.orbax.writer import write_error
 
 WORKERS = 2
 SOURCE_BUFFERS = 3
-TARGET_BUFFERS = 4
+TARGET_BUFFERS = 3
 
 
 class BlockReader(Protocol):
