@@ -202,7 +202,7 @@ def shell(line: str) -> subprocess.CompletedProcess[bytes]:
 def test_output_without_room_ends_with_74(command: str) -> None:
     done = shell(f"GC {command} > /dev/full")
     assert done.returncode == 74
-    assert done.stderr.decode().startswith("error: The standard output cannot be written")
+    assert done.stderr.decode().startswith("error: Standard output cannot be written")
 
 
 @pytest.mark.share(3)
