@@ -104,12 +104,12 @@ def test_a_damaged_program_is_replaced(folder, damage):
     assert run() == (1, 0)
 
 
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_program_of_a_right_digest_is_compiled_anew(folder, damage):
-    """As one that was cut off while another run ended."""
+@pytest.mark.parametrize("name", [name for name in DAMAGE if name != "one bit"])
+def test_a_damaged_program_of_a_right_digest_is_compiled_anew(folder, name):
+    """As one that was cut off while another run ended. Of one bit the digest alone tells."""
     run()
     (program,) = programs(folder)
-    program.write_bytes(damage(program.read_bytes()))
+    program.write_bytes(DAMAGE[name](program.read_bytes()))
     digest = program.with_name(program.name + ".sha256")
     digest.write_text(kept_programs._digest(program))
     assert run()[0] == 0
