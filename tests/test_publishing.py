@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemma_convert import TargetError
+from gemma_convert import TargetError, to_hf, to_native
 from gemma_convert.arrays.dtypes import TensorSpec
 from gemma_convert.checkpoint.accounted import beside_huggingface
 from gemma_convert.engine import staging
@@ -159,3 +159,12 @@ def refused(code: int):
         raise OSError(code, os.strerror(code))
 
     return refuse
+
+
+def test_a_file_system_that_takes_no_advice(shallow, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EINVAL, "no advice is taken here")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse, raising=False)
+    report = to_native(shallow("31b"), tmp_path / "native", layout="maxtext", ocdbt=False)
+    assert to_hf(report.target, tmp_path / "back").bit_for_bit

@@ -181,15 +181,15 @@ def _transpose(source: Array, target: Array, scratch: Array) -> None:
 def _merged_shape(source: Array, target: Array) -> list[int]:
     """The shape with every two axes made one that lie one inside the other in both arrays."""
     shape: list[int] = []
-    inner: tuple[int, ...] = ()
+    outer: tuple[int, ...] = ()
     for length, *steps in zip(source.shape, source.strides, target.strides, strict=True):
         if length == 1:
             continue
-        if shape and inner == tuple(step * length for step in steps):
+        if shape and outer == tuple(step * length for step in steps):
             shape[-1] *= length
         else:
             shape.append(length)
-        inner = tuple(steps)
+        outer = tuple(steps)
     return shape
 
 

@@ -62,8 +62,8 @@ class Casting:
             convert(part, values, copy.scale)
             return
         for piece in pieces(part.shape):
-            convert(part[(..., *piece)], values[..., *piece], copy.scale)
-            places = lost_places(part[(..., *piece)], values[..., *piece], copy.scale)
+            convert(part[(..., *piece)], values[(..., *piece)], copy.scale)
+            places = lost_places(part[(..., *piece)], values[(..., *piece)], copy.scale)
             if len(places):
                 starts = np.array([span.start for span in piece], np.int64)
                 self._note(copy, ranges, part, places + starts, source)
