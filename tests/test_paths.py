@@ -196,7 +196,6 @@ def shell(line: str) -> subprocess.CompletedProcess[bytes]:
     )
 
 
-@pytest.mark.share(3, 1)
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
 @pytest.mark.parametrize("command", ["mappings --format maxtext", "--help", "--version"])
 def test_output_without_room_ends_with_74(command: str) -> None:
@@ -205,7 +204,6 @@ def test_output_without_room_ends_with_74(command: str) -> None:
     assert done.stderr.decode().startswith("error: Standard output cannot be written")
 
 
-@pytest.mark.share(3)
 @pytest.mark.parametrize(
     "command",
     ["GC mappings --format maxtext | true", "GC --help | true", "GC --version 2>&- | cat"],
@@ -230,7 +228,6 @@ def test_output_waits_for_a_reader_of_a_pipe_that_does_not_block() -> None:
         assert (started.wait(), started.communicate()[1]) == (0, b"")
 
 
-@pytest.mark.share(3)
 @pytest.mark.parametrize(
     ("command", "code"),
     [("GC mappings >&-", 0), ("GC inspect nowhere 2>&-", 3), ("GC mappings <&- >&- 2>&-", 0)],

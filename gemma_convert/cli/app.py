@@ -94,9 +94,9 @@ def main() -> None:
     """Runs the command line and exits with the documented code."""
     from gemma_convert.output import chatter, note
 
-    chatter()
     atexit.register(gc.freeze)  # else the packages' objects are searched for cycles at the end
     with standard_streams() as failure:
+        chatter()
         code = _run()
         lost = failure()
         if lost is not None and not code:
