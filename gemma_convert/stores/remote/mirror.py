@@ -44,7 +44,7 @@ DOWNLOADS = 8
 
 _TREE = "_METADATA"
 _SIDECAR, _MANIFEST = "hf", "hf/gemma-convert/manifest.json"
-_COMMIT = "commit_success.txt"
+_DATABASE = "manifest.ocdbt"
 _TAGS = ("ETag", "etag", "generation", "blob_id", "md5Hash")
 
 
@@ -255,7 +255,10 @@ def _levels(place: ObjectURL, found: Mapping[str, Entry]) -> int:
 
 
 def _around(store: Any, place: ObjectURL, levels: int) -> dict[str, Entry]:
-    """The sidecar, and the mark of an unfinished conversion, in the places above."""
+    """What the places above have of the checkpoint: all of one with a sidecar, which seals it.
+
+    Of others the mark of an unfinished conversion.
+    """
     root = place.up(levels)
     around: dict[str, Entry] = {}
     for level in range(1, levels + 1):
@@ -264,8 +267,7 @@ def _around(store: Any, place: ObjectURL, levels: int) -> dict[str, Entry]:
         names = [name for name in (JOURNAL, _MANIFEST) if _exists(store, above.joined(name))]
         found = {name: Entry(0, "") for name in names}
         if _MANIFEST in names:
-            sidecar = list_objects(store, above.joined(_SIDECAR))
-            found |= {f"{_SIDECAR}/{name}": entry for name, entry in sidecar.items()}
+            found |= list_objects(store, above)
         around |= {"/".join(part for part in (below, n) if part): e for n, e in found.items()}
     return around
 
@@ -325,6 +327,7 @@ def _is_weight(name: PurePosixPath, items: Sequence[PurePosixPath]) -> bool:
     for item in items:
         if name.is_relative_to(item):
             inner = name.relative_to(item).parts
-            own = len(inner) == 1 and (inner[0].startswith("_") or inner[0] in (_COMMIT, JOURNAL))
-            return not own and inner[0] != _SIDECAR
+            if inner[0] == _SIDECAR:
+                return False
+            return len(inner) > 1 or inner[0] == _DATABASE
     return False
