@@ -9,19 +9,24 @@ import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pytest
 from distcp_folders import copy_others, halves, save_distcp, state_of
 from object_stores import BUCKET, Objects, s3_server, sums
+from safetensors.numpy import save_file
 
 import gemma_convert
 from gemma_convert.engine.processes import Processes
 from gemma_convert.errors import SourceError, TargetError, UsageError
 from gemma_convert.files.unfinished import JOURNAL
+from gemma_convert.model.huggingface_files import SINGLE
 from gemma_convert.stores.orbax.writer import OrbaxWriter
 from gemma_convert.stores.remote import mirror as remote
 from gemma_convert.stores.remote import target as remote_target
 from gemma_convert.stores.remote.locations import local, local_target
 from gemma_convert.stores.remote.object_store import file_system, parse_url
+from gemma_convert.stores.safetensors import reader as safetensors_reader
+from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 
 URL = f"s3://{BUCKET}"
 
@@ -122,6 +127,12 @@ def test_a_damaged_array_is_found(s3, hf, place):
     assert not gemma_convert.verify(f"{URL}/{place}", against=hf).passed
 
 
+def test_an_item_of_a_checkpoint_is_read_with_all_that_its_seal_lists(hf, stored, tmp_path):
+    exported = gemma_convert.to_hf(f"{URL}/{stored}/0/items", tmp_path / "back")
+    assert exported.bit_for_bit
+    assert sums(tmp_path / "back") == sums(hf)
+
+
 @pytest.mark.large
 def test_from_store_to_store(s3, hf, stored, place, tmp_path):
     exported = gemma_convert.to_hf(f"{URL}/{stored}/0/items", f"{URL}/{place}")
@@ -198,6 +209,35 @@ def test_an_object_that_became_shorter_is_noticed(s3, hf, place):
         s3.put(f"{place}/model.safetensors", data[:100])
         with pytest.raises(SourceError, match="became shorter"):
             found.read(50, 100)
+
+
+def test_parts_that_lie_apart_cost_few_requests(s3, place, tmp_path, monkeypatch):
+    """A transposed array of an export is fetched once; few fetched ones are kept."""
+    arrays = {name: np.arange(6000, dtype=np.float32).reshape(1000, 6) for name in ("a", "b")}
+    (tmp_path / "f").mkdir()
+    save_file(arrays, tmp_path / "f/model.safetensors")
+    s3.put_folder(tmp_path / "f", place)
+    monkeypatch.setattr(safetensors_reader, "FETCHED_BYTES", 30_000)
+    asked: list[int] = []
+
+    def counted(paths, *others, **options):
+        asked.append(len(paths))
+        return cat_ranges(paths, *others, **options)
+
+    with ExitStack() as stack:
+        folder = stack.enter_context(SafetensorsFolder(local(f"{URL}/{place}", stack)))
+        file = remote.remote_file(folder.folder / SINGLE)
+        assert file is not None
+        cat_ranges = file.mirror.store.cat_ranges
+        monkeypatch.setattr(file.mirror.store, "cat_ranges", counted)
+        for name in ("a", "b"):
+            for column in range(0, 6, 2):
+                values = np.empty((1000, 2), np.float32)
+                folder.read_box(folder.tensors[name], ((0, 1000), (column, 2)), values)
+                assert np.array_equal(values, arrays[name][:, column : column + 2])
+        assert asked == [1, 1]
+        folder.read_box(folder.tensors["a"], ((0, 1000), (0, 2)), values)
+        assert asked == [1, 1, 1]
 
 
 def test_a_key_that_climbs_out_is_refused(s3, place, monkeypatch):

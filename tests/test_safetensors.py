@@ -17,6 +17,7 @@ from gemma_convert.arrays.checksums import checksum
 from gemma_convert.arrays.dtypes import SAFETENSORS_NAMES, TensorSpec
 from gemma_convert.errors import SourceError
 from gemma_convert.model.huggingface_files import SINGLE
+from gemma_convert.stores.safetensors import reader as reading
 from gemma_convert.stores.safetensors import writer as writing
 from gemma_convert.stores.safetensors.checked_writer import CheckedWriter
 from gemma_convert.stores.safetensors.header import safetensors_header
@@ -240,8 +241,24 @@ def test_boxes_of_a_tensor_are_written_as_numpy_writes_them(tmp_path, monkeypatc
         assert not writer.holds("t", {box: checksum(values + 1)})
     expected = np.zeros(shape, np.float32)
     expected[tuple(slice(start, start + length) for start, length in box)] = values
+    monkeypatch.setattr(reading, "SHORT_RUN_BYTES", short)
+    monkeypatch.setattr(reading, "WINDOW_BYTES", data.draw(st.integers(1, 64)))
     with SafetensorsFolder(tmp_path) as reader:
-        assert np.array_equal(reader.mapped(reader.tensors["t"]), expected)
+        tensor, again = reader.tensors["t"], np.empty_like(values)
+        assert np.array_equal(reader.mapped(tensor), expected)
+        reader.read_box(tensor, box, again)
+        assert np.array_equal(again, values)
+
+
+@pytest.mark.parametrize("short", [0, 1 << 30])
+def test_a_part_of_a_file_that_became_shorter_is_not_read(tmp_path, monkeypatch, short):
+    """Through the map too, where the system would end the process."""
+    monkeypatch.setattr(reading, "SHORT_RUN_BYTES", short)
+    save_file({"t": np.zeros((4096, 8), np.float32)}, tmp_path / SINGLE)
+    with SafetensorsFolder(tmp_path) as reader:
+        os.truncate(tmp_path / SINGLE, 4096)
+        with pytest.raises(SourceError, match=r"(?s)became shorter.*tensor t"):
+            reader.read_box(reader.tensors["t"], ((0, 4096), (2, 1)), np.empty((4096, 1), "f4"))
 
 
 @pytest.mark.parametrize("short", [0, 1 << 30])

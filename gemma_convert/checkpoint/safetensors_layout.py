@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +74,7 @@ class SafetensorsStore(SafetensorsWriter):
 
 @dataclass(frozen=True)
 class SafetensorsArray:
-    """One tensor of a checkpoint, read by rows; nothing needs to be decoded at once."""
+    """One tensor of a checkpoint: any part of it can be read, and nothing is decoded."""
 
     reader: SafetensorsFolder
     tensor: StoredTensor
@@ -86,7 +85,7 @@ class SafetensorsArray:
 
     @property
     def chunk(self) -> tuple[int, ...]:
-        return (1, *self.spec.shape[1:])
+        return (1,) * len(self.spec.shape)
 
     def read(self, box: Box, into: Array | None = None) -> Array:
         """The values in `box`, a new array or `into`; SourceError where they cannot be read."""
@@ -103,15 +102,7 @@ class SafetensorsArray:
         values = into
         if values is None:
             values = np.empty([length for _, length in box], numpy_dtype(self.spec.dtype))
-        rows, row_size = _rows(values), prod(shape[1:])
-        start, count = box[0] if box else (0, 1)
-        inner_start, inner = box[1] if len(box) > 1 else (0, 1)
-        if inner == row_size:
-            rows = rows.reshape(1, -1)
-            count = 1
-        for number in range(count):
-            offset = ((start + number) * row_size + inner_start) * self.spec.itemsize
-            self.reader.read_into(self.tensor, offset, rows[number].data)
+        self.reader.read_box(self.tensor, box, values)
         return values
 
 
@@ -131,13 +122,9 @@ def safetensors_source(
         layout=layout,
         folder=reader.folder,
         specs=reader.specs,
-        chunks={name: (1, *spec.shape[1:]) for name, spec in reader.specs.items()},
+        chunks={name: (1,) * len(spec.shape) for name, spec in reader.specs.items()},
         opener=read,
         scanned=False,
         converted=converted,
         release=reader.close,
     )
-
-
-def _rows(values: Array) -> Array:
-    return values.reshape(-1).view(np.uint8).reshape(len(values) if values.ndim else 1, -1)

@@ -36,6 +36,23 @@ def flat_place(box: Box, shape: tuple[int, ...]) -> int:
     return flat
 
 
+def runs(box: Box, shape: tuple[int, ...]) -> tuple[int, Iterator[int]]:
+    """Length of the pieces without gaps that a box is made of, and where each begins."""
+    whole = len(shape)
+    while whole and box[whole - 1] == (0, shape[whole - 1]):
+        whole -= 1
+    outer = box[: max(whole - 1, 0)]
+    strides = [prod(shape[place + 1 :]) for place in range(len(shape))]
+    inner = box[whole - 1] if whole else (0, 1)
+    stride = strides[whole - 1] if whole else prod(shape)
+    spans = [
+        range(start * step, (start + length) * step, step)
+        for (start, length), step in zip(outer, strides, strict=False)
+    ]
+    first = inner[0] * stride
+    return inner[1] * stride, (first + sum(place) for place in itertools.product(*spans))
+
+
 class NotABoxError(ValueError):
     """A region is not one box of the array, since an outer axis of a group is not fixed."""
 

@@ -44,8 +44,8 @@ def reverse_plan(
     """The plan from native arrays to the tensors of an export, and array → bytes to keep decoded.
 
     `plan` made the arrays from the original; `stored_specs` are the original's stored tensors, by
-    its names. Blocks are those that were written, as long as the chunks are still the planned ones
-    and a block has at most `limit` bytes.
+    its names. Blocks are those that were written, as long as the chunks are still the planned ones,
+    or any part can be read, and a block has at most `limit` bytes.
     """
     most = block_limit(limit)
     origins = {copy.target.tensor: copy.source.tensor for copy in plan.copies}
@@ -101,7 +101,8 @@ def _cut(
     limit: int,
 ) -> Cut:
     block = _block_bytes(_whole(copies[0].source), steps, spec.itemsize)
-    if chunk == planned.chunk and (block <= limit or planned.gathered):
+    fits = block <= limit or planned.gathered
+    if fits and (chunk == planned.chunk or set(chunk) == {1}):
         return Cut(steps, 0)
     return cut_by_chunks(copies, spec.shape, chunk, spec.itemsize, limit)
 

@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma_convert.arrays.dtypes import numpy_dtype
+from gemma_convert.arrays.values import bits
 from gemma_convert.errors import SourceError, short
 from gemma_convert.files.json_file import parse_json, read_object
 from gemma_convert.files.unfinished import refuse_unfinished
+from gemma_convert.mapping.region import Box, contiguous, runs, slices
 from gemma_convert.model.huggingface_files import ADAPTER, INDEX, SINGLE
-from gemma_convert.stores.open_files import OpenFiles
+from gemma_convert.stores.open_files import SHORT_RUN_BYTES, OpenFiles
 from gemma_convert.stores.safetensors.header import StoredTensor, parse_header, read_header
 from gemma_convert.stores.safetensors.naming import Naming, find_naming, renamed
 from gemma_convert.stores.tensor_folder import PIECE_BYTES, Shard, TensorFolder
 
 MAX_INDEX_BYTES = 16 << 20
+
+WINDOW_BYTES = 32 << 20
+"""Of a file that is mapped for reading parts that lie apart: no more of it is resident at once."""
+
+FETCHED_BYTES = 2 << 30
+"""Of tensors in object stores that are kept in temporary files."""
 
 
 def named_shards(shards: Sequence[Shard], naming: Naming) -> tuple[Shard, ...]:
@@ -72,31 +81,60 @@ class SafetensorsFolder(TensorFolder):
         what = f"tensor {tensor.name}"
         self._files.read_into(tensor.file, tensor.start + offset, buffer, what)
 
+    def read_box(self, tensor: StoredTensor, box: Box, values: NDArray[Any]) -> None:
+        """Fills `values` [lengths of `box`], which are contiguous, with a part of the tensor.
+
+        Raises SourceError where the file has become shorter or cannot be read.
+        """
+        shape, itemsize = tensor.spec.shape, values.itemsize
+        run, places = runs(box, shape)
+        remote = tensor.file in self._files.remote
+        if contiguous(box, shape) or (not remote and run * itemsize >= SHORT_RUN_BYTES):
+            flat = values.reshape(-1).view(np.uint8)
+            size = run * itemsize
+            for number, place in enumerate(places):
+                part = flat[number * size : (number + 1) * size]
+                self.read_into(tensor, place * itemsize, part.data)
+            return
+        (first, count), *inner = box
+        step = max(1, WINDOW_BYTES // (prod(shape[1:]) * itemsize))
+        for start in range(0, count, step):
+            window = (first + start, min(step, count - start)), *inner
+            np.copyto(bits(values[start : start + step]), bits(self.mapped(tensor)[slices(window)]))
+
     def mapped(self, tensor: StoredTensor) -> NDArray[Any]:
         """The tensor as a read-only view of its file, for files that nobody else changes.
 
-        One in an object store is fetched, once, into a temporary file.
+        One in an object store is fetched into a temporary file, which is kept until others that
+        were fetched since fill `FETCHED_BYTES`.
         """
         if not tensor.spec.size:
             return np.empty(tensor.spec.shape, numpy_dtype(tensor.spec.dtype))
         if tensor.file in self._files.remote:
             data = self._fetch(tensor)
         else:
-            path = self.folder / tensor.file
-            data = np.memmap(path, np.uint8, "r", tensor.start, tensor.spec.nbytes)
-        return np.asarray(data).view(numpy_dtype(tensor.spec.dtype)).reshape(tensor.spec.shape)
+            what = f"tensor {tensor.name}"
+            data = self._files.mapped(tensor.file, tensor.start, tensor.spec.nbytes, what)
+        return data.view(numpy_dtype(tensor.spec.dtype)).reshape(tensor.spec.shape)
 
     def _fetch(self, tensor: StoredTensor) -> NDArray[Any]:
         folder = self._files.remote[tensor.file].mirror.folder
         with self._lock:
-            if tensor.name not in self._fetched:
+            data = self._fetched.pop(tensor.name, None)
+            if data is None:
                 with tempfile.TemporaryFile(dir=folder) as file:
                     file.truncate(tensor.spec.nbytes)
-                    data = np.memmap(file, np.uint8, "r+", 0, tensor.spec.nbytes)
+                    data = np.asarray(np.memmap(file, np.uint8, "r+", 0, tensor.spec.nbytes))
                 for start in range(0, data.size, PIECE_BYTES):
                     self.read_into(tensor, start, data[start : start + PIECE_BYTES].data)
-                self._fetched[tensor.name] = data
-            return self._fetched[tensor.name]
+            self._fetched[tensor.name] = data
+            while len(self._fetched) > 1 and self._fetched_bytes > FETCHED_BYTES:
+                self._fetched.pop(next(iter(self._fetched)))
+            return data
+
+    @property
+    def _fetched_bytes(self) -> int:
+        return sum(data.size for data in self._fetched.values())
 
     def _open(self, file: str) -> Shard:
         path, files = self.folder / file, self._files

@@ -7,14 +7,12 @@ soon, and space is reserved beforehand, since a full disk kills a process that w
 from __future__ import annotations
 
 import contextlib
-import itertools
 import mmap
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +23,8 @@ from gemma_convert.arrays.values import Array, bits
 from gemma_convert.files.new_file import MODE
 from gemma_convert.files.value_file import ValuesFrom
 from gemma_convert.files.write_out import start_write_out
-from gemma_convert.mapping.region import Box, slices
+from gemma_convert.mapping.region import Box, runs, slices
+from gemma_convert.stores.open_files import SHORT_RUN_BYTES
 from gemma_convert.stores.safetensors.header import (
     StoredTensor,
     library_order,
@@ -34,9 +33,6 @@ from gemma_convert.stores.safetensors.header import (
 )
 
 LET_GO_BYTES = 32 << 20
-
-SHORT_RUN_BYTES = 4 << 10
-"""Shorter pieces are written through the map: a call of the system for each would cost more."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +124,7 @@ class SafetensorsWriter:
         """Writes `values` [lengths of `box`], which are contiguous: long runs one by one."""
         self.regions.setdefault(name, {})[box] = checksum(values)
         tensor = self._tensors[name]
-        run, places = _runs(box, tensor.spec.shape)
+        run, places = runs(box, tensor.spec.shape)
         if run * values.itemsize < SHORT_RUN_BYTES:
             bits(self.array(name))[slices(box)] = bits(values)
             self._let_go(values.nbytes)
@@ -179,20 +175,3 @@ class SafetensorsWriter:
             self._written = 0
             for mapped in self._maps.values():
                 mapped.madvise(mmap.MADV_DONTNEED)
-
-
-def _runs(box: Box, shape: tuple[int, ...]) -> tuple[int, Iterator[int]]:
-    """Length of the pieces without gaps that a box is made of, and where each begins."""
-    whole = len(shape)
-    while whole and box[whole - 1] == (0, shape[whole - 1]):
-        whole -= 1
-    outer = box[: max(whole - 1, 0)]
-    strides = [prod(shape[place + 1 :]) for place in range(len(shape))]
-    inner = box[whole - 1] if whole else (0, 1)
-    stride = strides[whole - 1] if whole else prod(shape)
-    spans = [
-        range(start * step, (start + length) * step, step)
-        for (start, length), step in zip(outer, strides, strict=False)
-    ]
-    first = inner[0] * stride
-    return inner[1] * stride, (first + sum(place) for place in itertools.product(*spans))
