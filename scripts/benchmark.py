@@ -1,22 +1,22 @@
 #!/usr/bin/env python3
-"""How fast conversions run, against the least that a conversion must do and `cp -r`.
+"""How fast conversions run, against the least that one must do, MaxText's converter, and `cp -r`.
 
 Makes a synthetic checkpoint of real widths, then runs every direction and layout in turns, several
 times, beside the floor: read every tensor once, transpose it with the same function, write one raw
-file, sync (benchmark_floor.py); and beside `cp -r` + sync of the same bytes. Ratios are of times
-within one round; their median is printed. Times on a busy machine vary up to fivefold, ratios much
-less. What the machine can do at most is printed first, and with `--phases` what the seconds of one
-more run of each case went into.
+file, sync (benchmark_floor.py); beside `cp -r` + sync of the same bytes; and, with `--peer`, beside
+MaxText's own converter in its environment. Ratios are of times within one round; their median is
+printed. Times on a busy machine vary up to fivefold, ratios much less. What the machine can do at
+most is printed first, and with `--phases` what the seconds of one more run of each case went into.
 
 A virtual machine may have given its free memory back to the host, and then the first touch of a
 page costs more than all else that a run does with it. So free memory is touched before every run.
 
     scripts/benchmark.py WORK_FOLDER [--model 31b] [--gigabytes 3.5] [--rounds 3] [--phases]
-                         [--json FILE]
+                         [--peer PYTHON] [--json FILE]
 
 The weights are wild, or with `--weights trained` like a trained model's
-(gemma_convert/tiny/kinds.py). The work folder needs about four times the checkpoint's size and is
-cleaned up.
+(gemma_convert/tiny/kinds.py). The work folder needs about four times the checkpoint's size, eight
+times with `--peer`, and is cleaned up.
 """
 
 from __future__ import annotations
@@ -83,7 +83,12 @@ def main() -> None:
         print(f"{arguments.model}: {size / 1e9:.2f} GB, {os.cpu_count()} cores", flush=True)
         machine = machine_figures(folder)
         print("; ".join(f"{name} {rate:.1f}" for name, rate in machine.items()), "GB/s", flush=True)
-        runs = measure(folder, cases, arguments.rounds, 2 * size)
+        peer = (
+            None
+            if arguments.peer is None
+            else _peer(folder, arguments.peer.absolute(), arguments.weights)
+        )
+        runs = measure(folder, cases, arguments.rounds, 2 * size, peer)
         phases = phases_of(folder, cases, 2 * size) if arguments.phases else {}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -111,6 +116,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="run cases whose name holds this")
     parser.add_argument("--phases", action="store_true", help="tell where the seconds go")
+    parser.add_argument("--peer", type=Path, help="Python of an environment that has MaxText")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -146,7 +152,38 @@ def _cases(model: str, only: str) -> list[Case]:
     return cases
 
 
-def measure(folder: Path, cases: list[Case], rounds: int, touched: int) -> dict[str, list[Run]]:
+def _peer(folder: Path, python: Path, weights: Repeated) -> list[str]:
+    """The command of MaxText's converter, for the settings that `to-native` prints.
+
+    It reads a checkpoint of the same bytes under the names of the text model alone, which it wants
+    where a model has no towers.
+    """
+    config = json.loads((folder / "hf" / "config.json").read_text(encoding="utf-8"))
+    causal = {"architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text"}
+    write_checkpoint(folder / "text", config["text_config"] | causal, weights)
+    command = ["to-native", "text", "none", "--format", "maxtext", "--dry-run", "--json"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "gemma_convert",
+            *command,
+            "--ignore-fact",
+            "text_config.layer_types",
+        ],
+        cwd=folder,
+        check=True,
+        capture_output=True,
+    )
+    settings = folder / "settings.json"
+    settings.write_text(json.dumps(json.loads(done.stdout)["settings"]), encoding="utf-8")
+    script = SCRIPTS / "conformance" / "maxtext.py"
+    return [str(python), "-P", str(script), "to_maxtext_bfloat16", str(settings), "text", "peer"]
+
+
+def measure(
+    folder: Path, cases: list[Case], rounds: int, touched: int, peer: list[str] | None
+) -> dict[str, list[Run]]:
     """Name → its runs, one a round; every round runs everything once.
 
     Before each run up to `touched` bytes of free memory are touched.
@@ -161,6 +198,10 @@ def measure(folder: Path, cases: list[Case], rounds: int, touched: int) -> dict[
         _touch(touched)
         runs["floor"].append(_watch(floor, folder))
         (folder / "floor.bin").unlink()
+        if peer is not None:
+            _touch(touched)
+            runs.setdefault("MaxText's to_maxtext", []).append(_watch(peer, folder))
+            shutil.rmtree(folder / "peer")
         for case in cases:
             _touch(touched)
             command = [sys.executable, "-m", "gemma_convert", *case.command]

@@ -173,6 +173,15 @@ def parameters_only(settings: Path, state: Path, folder: Path) -> None:
 
 def to_maxtext(settings: Path, original: Path, folder: Path) -> None:
     """MaxText's converter makes FOLDER/0/items of a Hugging Face checkpoint, in float32."""
+    _to_maxtext(settings, original, folder, "float32")
+
+
+def to_maxtext_bfloat16(settings: Path, original: Path, folder: Path) -> None:
+    """The same in bfloat16; its time is taken by scripts/benchmark.py."""
+    _to_maxtext(settings, original, folder, "bfloat16")
+
+
+def _to_maxtext(settings: Path, original: Path, folder: Path, dtype: str) -> None:
     from maxtext.checkpoint_conversion import to_maxtext as converter
 
     given = arguments(settings, load_parameters_path=None, base_output_directory=folder.absolute())
@@ -185,7 +194,7 @@ def to_maxtext(settings: Path, original: Path, folder: Path) -> None:
         ["maxtext", *given],
         lazy_load_tensors=False,
         hf_model_path=str(original),
-        save_dtype="float32",
+        save_dtype=dtype,
         simulated_cpu_devices_count=1,
     )
 
@@ -241,9 +250,12 @@ def _sizes_of(original: Path, settings: Path, configs: dict[str, Any]) -> None:
     configs[name] = AutoConfig.from_pretrained(original)
 
 
+CONVERTERS = (to_maxtext, to_maxtext_bfloat16, to_huggingface, parameters_only)
+
+
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parent))
     from asked import run
 
-    commands = (logits, train, vision, to_maxtext, to_huggingface, parameters_only)
+    commands = (logits, train, vision, *CONVERTERS)
     sys.exit(run(sys.argv[1:], *commands, adapted, train_adapter, adapter_to_huggingface))
