@@ -41,22 +41,19 @@ from real_widths import CONFIGS, published_config, slice_config, write_checkpoin
 from gemma_convert.tiny.kinds import Repeated
 
 SCRIPTS = Path(__file__).parent
+OURS = (sys.executable, "-m", "gemma_convert")
 SPARE_BYTES = 1 << 30
+LAYER_ORDER = "text_config.layer_types"
+"""A slice has fewer layers than the order of MaxText's needs."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One command whose time is taken; `source` and `target` are folder names."""
+    """One command of gemma-convert whose time is taken; `removed` are folders, afterwards."""
 
     name: str
-    source: str
-    target: str
-    arguments: tuple[str, ...]
-
-    @property
-    def command(self) -> list[str]:
-        """The command line behind `gemma-convert`."""
-        return [self.arguments[0], self.source, self.target, *self.arguments[1:]]
+    command: tuple[str, ...]
+    removed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,11 +80,7 @@ def main() -> None:
         print(f"{arguments.model}: {size / 1e9:.2f} GB, {os.cpu_count()} cores", flush=True)
         machine = machine_figures(folder)
         print("; ".join(f"{name} {rate:.1f}" for name, rate in machine.items()), "GB/s", flush=True)
-        peer = (
-            None
-            if arguments.peer is None
-            else _peer(folder, arguments.peer.absolute(), arguments.weights)
-        )
+        peer = arguments.peer and _peer(folder, arguments.peer.absolute(), arguments.weights)
         runs = measure(folder, cases, arguments.rounds, 2 * size, peer)
         phases = phases_of(folder, cases, 2 * size) if arguments.phases else {}
     finally:
@@ -146,9 +139,11 @@ def _cases(model: str, only: str) -> list[Case]:
     cases = []
     for name, options in layouts.items():
         if only in name:
-            command = ("to-native", *options, "--ignore-fact", "text_config.layer_types")
-            cases.append(Case(f"hf to {name}", "hf", "native", command))
-            cases.append(Case(f"{name} to hf", "native", "back", ("to-hf",)))
+            there = ("to-native", "hf", "native", *options, "--ignore-fact", LAYER_ORDER)
+            cases.append(Case(f"hf to {name}", there))
+            cases.append(Case(f"verify {name}", ("verify", "native")))
+            back = ("to-hf", "native", "back")
+            cases.append(Case(f"{name} to hf", back, removed=("native", "back")))
     return cases
 
 
@@ -161,20 +156,9 @@ def _peer(folder: Path, python: Path, weights: Repeated) -> list[str]:
     config = json.loads((folder / "hf" / "config.json").read_text(encoding="utf-8"))
     causal = {"architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text"}
     write_checkpoint(folder / "text", config["text_config"] | causal, weights)
-    command = ["to-native", "text", "none", "--format", "maxtext", "--dry-run", "--json"]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "gemma_convert",
-            *command,
-            "--ignore-fact",
-            "text_config.layer_types",
-        ],
-        cwd=folder,
-        check=True,
-        capture_output=True,
-    )
+    planned = [*OURS, "to-native", "text", "none", "--format", "maxtext", "--dry-run", "--json"]
+    command = [*planned, "--ignore-fact", LAYER_ORDER]
+    done = subprocess.run(command, cwd=folder, check=True, capture_output=True)
     settings = folder / "settings.json"
     settings.write_text(json.dumps(json.loads(done.stdout)["settings"]), encoding="utf-8")
     script = SCRIPTS / "conformance" / "maxtext.py"
@@ -204,8 +188,7 @@ def measure(
             shutil.rmtree(folder / "peer")
         for case in cases:
             _touch(touched)
-            command = [sys.executable, "-m", "gemma_convert", *case.command]
-            runs.setdefault(case.name, []).append(_watch(command, folder))
+            runs.setdefault(case.name, []).append(_watch([*OURS, *case.command], folder))
             _clean(folder, case)
     return runs
 
@@ -224,10 +207,8 @@ def phases_of(folder: Path, cases: list[Case], touched: int) -> dict[str, dict[s
 
 
 def _clean(folder: Path, case: Case) -> None:
-    """Removes both checkpoints behind an export."""
-    if case.target == "back":
-        for name in ("native", "back"):
-            shutil.rmtree(folder / name)
+    for name in case.removed:
+        shutil.rmtree(folder / name)
 
 
 def _touch(most: int) -> None:

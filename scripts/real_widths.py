@@ -16,10 +16,11 @@ from gemma_convert.tiny.kinds import Repeated, tensor_bytes
 CONFIGS = {
     "e2b": "gemma-4-E2B-it",
     "e4b": "gemma-4-E4B-it",
+    "12b": "gemma-4-12B",
     "26b-a4b": "gemma-4-26B-A4B-it",
     "31b": "gemma-4-31B-it",
 }
-LAYER_BYTES = {"26b-a4b": 1.62e9, "31b": 0.98e9}
+LAYER_BYTES = {"12b": 0.45e9, "26b-a4b": 1.62e9, "31b": 0.98e9}
 SHARD_BYTES = 2 << 30
 ROWS = 64 << 10
 
