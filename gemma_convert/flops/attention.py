@@ -14,8 +14,6 @@ from typing import Literal
 Rule = Literal["exact", "customary", "dense"]
 Kind = Literal["full", "sliding", "chunked"]
 
-RULES: tuple[Rule, ...] = ("exact", "customary", "dense")
-
 
 @dataclass(frozen=True)
 class Reach:

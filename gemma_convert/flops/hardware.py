@@ -17,7 +17,6 @@ from gemma_convert.errors import UsageError
 
 DType = Literal["bf16", "fp16", "fp8", "int8", "tf32", "fp32"]
 
-DTYPES: tuple[DType, ...] = ("bf16", "fp16", "fp8", "int8", "tf32", "fp32")
 TERA = 10**12
 
 SHORTEST = 1e-9

@@ -13,7 +13,6 @@ from typing import Literal
 Part = Literal["text", "vision", "vision-projector", "audio", "audio-projector"]
 Block = Literal["attention", "feed-forward", "other"]
 
-PARTS: tuple[Part, ...] = ("text", "vision", "vision-projector", "audio", "audio-projector")
 
 UPSTREAM: Mapping[Part, tuple[Part, ...]] = {
     "text": ("vision", "vision-projector", "audio", "audio-projector"),

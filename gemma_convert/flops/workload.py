@@ -13,8 +13,6 @@ from gemma_convert.flops.operations import Part
 Mode = Literal["train", "prefill", "decode"]
 Recomputation = Literal["none", "full"]
 
-RECOMPUTATIONS: tuple[Recomputation, ...] = ("none", "full")
-
 
 @dataclass(frozen=True)
 class Workload:
