@@ -18,7 +18,6 @@ from typing import Any
 
 from gemma_convert.errors import GemmaConvertError, SourceError, TargetError, UsageError, short
 
-
 _URL = re.compile(r"(s3|gs)://([A-Za-z0-9][A-Za-z0-9._-]{1,221})(?:/(.*))?", re.ASCII | re.DOTALL)
 _LIBRARIES = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "requests", "urllib3")
 _S3_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
