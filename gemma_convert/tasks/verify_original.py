@@ -15,7 +15,7 @@ from gemma_convert.arrays.dtypes import DTypePolicy, TensorSpec
 from gemma_convert.arrays.values import Array
 from gemma_convert.checkpoint import sidecar
 from gemma_convert.checkpoint.adapter_base import named_folder
-from gemma_convert.checkpoint.native import NativeSource, plan_native
+from gemma_convert.checkpoint.native import NativeSource, StoredArray, plan_native
 from gemma_convert.checkpoint.original import Original, open_original, read_exceptions
 from gemma_convert.engine.adapter_pairs import AdapterPairs
 from gemma_convert.engine.casting import Casting, listed_values
@@ -60,7 +60,7 @@ def verify_original(
             reader = MergedTensors(reader, pairs)
         original = stack.enter_context(open_original(native.folder, folder, base))
         plan = _stored_plan(plan_native(native, original), native)
-        stored, casting = _Stored(native, found), Casting(plan.rounded)
+        stored, casting = _Stored(native, plan, found), Casting(plan.rounded)
         writer = Comparing(stored.read, found)
         with working(progress, "verify", plan.source_bytes) as shown_bar:
             Transfer(plan, reader, writer, casting, shown_bar).run()
@@ -96,18 +96,25 @@ def _stored_plan(plan: Plan, native: NativeSource) -> Plan:
 
 
 class _Stored:
-    """The arrays of a native checkpoint, opened when a value is asked for; few stay open."""
+    """The arrays of a native checkpoint, opened when a value is asked for; few stay open.
 
-    def __init__(self, native: NativeSource, found: Comparison) -> None:
-        self._array = lru_cache(OPEN_ARRAYS)(lambda name: native.opener(name, CACHE_BYTES))
+    One box is read at a time, since tensorstore holds it twice meanwhile.
+    """
+
+    def __init__(self, native: NativeSource, plan: Plan, found: Comparison) -> None:
+        def opened(name: str) -> StoredArray:
+            ours = native.chunks[name] == plan.targets[name].chunk
+            return native.opener(name, 0 if ours else CACHE_BYTES)
+
+        self._array = lru_cache(OPEN_ARRAYS)(opened)
         self._found, self._lock = found, threading.Lock()
 
     def read(self, name: str, box: Box) -> Array:
         """The values in a box of an array."""
         with self._lock:
             array = self._array(name)
-        self._found.note(name, array.spec.nbytes)
-        return array.read(box)
+            self._found.note(name, array.spec.nbytes)
+            return array.read(box)
 
 
 def _compare_files(folder: Path, source: Path, original: Original, found: Comparison) -> None:
