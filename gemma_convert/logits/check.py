@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -20,37 +21,23 @@ from gemma_convert.files.given_settings import GivenSettings, given_settings
 from gemma_convert.files.libraries import told_by_library
 from gemma_convert.files.read_once import reading_once
 from gemma_convert.forward.kept_programs import kept_programs
-from gemma_convert.forward.native_model import (
-    ComparedModel,
-    Dtype,
-    check_towers,
-)
+from gemma_convert.forward.native_model import ComparedModel, Dtype, NativeModel
 from gemma_convert.logits.achieved import forward_flops
 from gemma_convert.logits.fingerprint import fingerprints
-from gemma_convert.logits.golden import Golden, load_golden
-from gemma_convert.logits.limit import choose_limit, find_lossy_rows, recorded_lossy_rows
-from gemma_convert.logits.opened import opened
-from gemma_convert.logits.reference import reference_config
+from gemma_convert.logits.golden import Golden
+from gemma_convert.logits.inputs import Inputs
+from gemma_convert.logits.limit import Limit, choose_limit, find_lossy_rows, recorded_lossy_rows
+from gemma_convert.logits.opened import Opened, opened
 from gemma_convert.logits.report import LogitReport
-from gemma_convert.logits.running import run_streamed, run_whole, slice_rows
+from gemma_convert.logits.running import Run, run_streamed, run_whole, slice_rows
 from gemma_convert.logits.sides import AdapterOptions, Sides, sides_of
-from gemma_convert.logits.sizes import check_sizes
-from gemma_convert.logits.streaming import (
-    compared_slices,
-)
+from gemma_convert.logits.streaming import compared_slices
 from gemma_convert.logits.tokens import checked_sequences, worst_predictions
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import read_architecture
 from gemma_convert.output import note
 from gemma_convert.progress import Listener, ended
-from gemma_convert.prompts.images import image_sequences
-from gemma_convert.prompts.sounds import sound_sequences
-from gemma_convert.prompts.text import (
-    check_ids,
-    has_tokenizer,
-    load_tokenizer,
-    token_sequences,
-)
+from gemma_convert.prompts.text import TokenSequence, has_tokenizer, load_tokenizer
 from gemma_convert.stores.remote.locations import local
 from gemma_convert.tasks.reports import peak_memory
 
@@ -95,6 +82,8 @@ def logit_check(
     Both may be on the hub (`gemma_convert.stores.remote.locations`). Raises SourceError where one
     of them cannot be read or the two do not fit, UsageError for options that contradict each other.
     """
+    files = [Path(image) for image in images], [Path(sound) for sound in audio]
+    inputs = Inputs(prompts, tokens, *files, None if golden is None else Path(golden))
     with ExitStack() as stack, reading_once():
         sides = sides_of(
             local(hf, stack, config_only=golden is not None, whole=True),
@@ -102,91 +91,102 @@ def logit_check(
             AdapterOptions(base, native_base, alpha),
             stack,
         )
-        return _logit_check(
-            stack,
-            sides,
-            max_kl=max_kl,
-            prompts=prompts,
-            tokens=tokens,
-            images=[Path(image) for image in images],
-            audio=[Path(sound) for sound in audio],
-            dtype=dtype,
-            golden=None if golden is None else Path(golden),
-            lossy_rows=lossy_rows,
-            whole_model=whole_model,
-            settings=given_settings(settings),
-            cache=cache,
-            progress=stack.enter_context(ended(progress)),
-        )
+        if golden is not None and sides.adapter is not None:
+            raise UsageError("Golden logits are those of a model.", do="leave out --golden")
+        stack.enter_context(kept_programs(cache))
+        options = _Options(dtype, max_kl, lossy_rows, whole_model, given_settings(settings))
+        return _check(sides, inputs, options, stack.enter_context(ended(progress)))
 
 
-def _logit_check(
-    stack: ExitStack,
-    sides: Sides,
-    *,
-    max_kl: float | None,
-    prompts: Sequence[str],
-    tokens: int | None,
-    images: Sequence[Path],
-    audio: Sequence[Path],
-    dtype: Dtype,
-    golden: Path | None,
-    lossy_rows: Sequence[str] | None,
-    whole_model: bool,
-    settings: GivenSettings,
-    cache: bool,
-    progress: Listener | None,
+@dataclass(frozen=True)
+class _Options:
+    dtype: Dtype
+    max_kl: float | None
+    lossy_rows: Sequence[str] | None
+    whole_model: bool
+    settings: GivenSettings
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A check whose models have not run yet; `golden` takes the reference's place if there."""
+
+    sides: Sides
+    inputs: Inputs
+    options: _Options
+    architecture: Architecture
+    side: Opened
+    lossy_rows: tuple[str, ...]
+    sequences: list[TokenSequence]
+    golden: Golden | None
+
+
+def _check(
+    sides: Sides, inputs: Inputs, options: _Options, progress: Listener | None
 ) -> LogitReport:
-    """The report on two local checkpoints."""
-    started, hf = time.monotonic(), sides.hf
+    """The report on two local checkpoints; of several processes it is that of process 0."""
+    started = time.monotonic()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two frameworks on one device
-    if golden is not None and (prompts or tokens is not None or images or audio):
-        raise UsageError(
-            "The tokens to compare come from the golden file.",
-            do="leave out prompts, --tokens, --image and --audio",
-        )
-    if golden is not None and sides.adapter is not None:
-        raise UsageError("Golden logits are those of a model.", do="leave out --golden")
-    architecture = read_architecture(hf)
-    if golden is None:
-        check_sizes(hf, architecture)
-    side = opened(sides, architecture, settings)
+    check = _prepare(sides, inputs, options)
+    limit = choose_limit(options.max_kl, options.dtype, check.lossy_rows)
+    if not is_leader() and check.side.native is not None:
+        _follow(check.side.native, check)
+        return LogitReport.from_text(published())
+    running = time.monotonic()
+    found = _run(check, progress)
+    if options.max_kl is None:
+        limit = limit.above(found.noise_floor)
+    now = time.monotonic()
+    report = _report(check, found, limit, running_seconds=now - running, seconds=now - started)
+    publish(report.without_tokens().as_text())
+    return report
+
+
+def _prepare(sides: Sides, inputs: Inputs, options: _Options) -> _Prepared:
+    architecture = read_architecture(sides.hf)
+    inputs.check_sizes(sides.hf, architecture)
+    side = opened(sides, architecture, options.settings)
     model = side.model
-    stack.enter_context(kept_programs(cache))
     if is_leader():
         for warning in side.warnings:
             note(warning, "warning")
+    lossy_rows = options.lossy_rows
     if lossy_rows is None:
         lossy_rows = find_lossy_rows(model.folder, model.dtypes, model.scaled_dtype, architecture)
         lossy_rows += recorded_lossy_rows(sides.native_adapter) or ()
-    limit = choose_limit(max_kl, dtype, lossy_rows)
-    stored = None if golden is None else _matching_golden(golden, hf, architecture)
-    if stored is None:
-        reference_config(hf, architecture)  # before the tokenizer, which would be blamed for it
-        sequences = token_sequences(hf, architecture, prompts, tokens)
-        sequences += image_sequences(hf, architecture, images) if images else []
-        sequences += sound_sequences(hf, architecture, audio) if audio else []
-        check_towers(model, sequences)
-    else:
-        sequences = list(stored.sequences)
-    if not is_leader() and side.native is not None:
-        text = architecture.text
-        rows = slice_rows(text.vocab)
-        vocab = compared_slices(sequences, vocab=text.vocab, embed=text.embed)
-        side.native.follow(sequences, dtype, whole_model, rows=rows, vocab=vocab)
-        return LogitReport.from_text(published())
-    running = time.monotonic()
-    if whole_model:
-        found = run_whole(sides, stored, model, sequences, dtype, architecture, progress)
-    else:
-        exact = not lossy_rows
-        found = run_streamed(sides, stored, side, sequences, dtype, architecture, exact, progress)
+    sequences, golden = inputs.sequences(sides.hf, architecture, model)
+    rows = tuple(lossy_rows)
+    return _Prepared(sides, inputs, options, architecture, side, rows, sequences, golden)
+
+
+def _run(check: _Prepared, progress: Listener | None) -> Run:
+    sides, golden, side, sequences = check.sides, check.golden, check.side, check.sequences
+    dtype, architecture = check.options.dtype, check.architecture
+    if check.options.whole_model:
+        return run_whole(sides, golden, side.model, sequences, dtype, architecture, progress)
+    exact = not check.lossy_rows
+    return run_streamed(sides, golden, side, sequences, dtype, architecture, exact, progress)
+
+
+def _follow(native: NativeModel, check: _Prepared) -> None:
+    """Runs this process's part of the native model."""
+    text, options = check.architecture.text, check.options
+    rows = slice_rows(text.vocab)
+    vocab = compared_slices(check.sequences, vocab=text.vocab, embed=text.embed)
+    native.follow(check.sequences, options.dtype, options.whole_model, rows=rows, vocab=vocab)
+
+
+def _report(
+    check: _Prepared, found: Run, limit: Limit, *, running_seconds: float, seconds: float
+) -> LogitReport:
+    sides, side, golden, sequences = check.sides, check.side, check.golden, check.sequences
+    architecture, options = check.architecture, check.options
     longest, window = max(len(one.ids) for one in sequences), architecture.text.window
     divergence, by_token = found.compared.result(), found.compared.tokens()
-    if max_kl is None:
-        limit = limit.above(found.noise_floor)
     checked = checked_sequences(sequences, by_token)
-    report = LogitReport(
+    warnings = *limit.warnings, *side.warnings, *_window_warning(longest, window), *found.known
+    adapters = sides.adapter, sides.native_adapter
+    return LogitReport(
         passed=limit.allows(divergence) and (found.local is None or found.local.passed),
         proof=limit.proof,
         limit=limit.kl,
@@ -199,36 +199,29 @@ def _logit_check(
         sequences=len(sequences),
         longest_sequence=longest,
         sliding_window=window,
-        images=len(images),
-        sounds=len(audio),
-        layout=model.layout,
-        dtype=dtype,
-        reference="transformers" if stored is None else f"golden logits {stored.path.name}",
+        images=len(check.inputs.images),
+        sounds=len(check.inputs.audio),
+        layout=side.model.layout,
+        dtype=options.dtype,
+        reference="transformers" if golden is None else f"golden logits {golden.path.name}",
         reference_device=found.reference_device,
         native_device=found.native_device,
-        whole_model=whole_model,
+        whole_model=options.whole_model,
         peak_memory_bytes=peak_memory(),
-        versions=_versions(stored, model),
-        seconds=time.monotonic() - started,
-        lossy_rows=tuple(lossy_rows),
-        warnings=(
-            *limit.warnings,
-            *side.warnings,
-            *_window_warning(longest, window),
-            *found.known,
-        ),
-        flops=forward_flops(architecture, sequences) * (1 if stored else 2),
-        running_seconds=time.monotonic() - running,
-        native_devices=model.device_count,
+        versions=_versions(golden, side.model),
+        seconds=seconds,
+        running_seconds=running_seconds,
+        lossy_rows=check.lossy_rows,
+        warnings=warnings,
+        flops=forward_flops(architecture, sequences) * (1 if golden else 2),
+        native_devices=side.model.device_count,
         processes=process_count(),
         original=sides.names[0],
         checkpoint=sides.names[1],
         checked=checked,
-        worst=worst_predictions(checked, by_token, lambda ids: _texts(hf, ids)),
-        fingerprints=fingerprints(hf, model.folder, sides.adapter, sides.native_adapter),
+        worst=worst_predictions(checked, by_token, lambda ids: _texts(sides.hf, ids)),
+        fingerprints=fingerprints(sides.hf, side.model.folder, *adapters),
     )
-    publish(report.without_tokens().as_text())
-    return report
 
 
 def _texts(hf: Path, ids: Sequence[int]) -> dict[int, str]:
@@ -241,21 +234,6 @@ def _texts(hf: Path, ids: Sequence[int]) -> dict[int, str]:
         return {}
     with told_by_library("The tokenizer has no text for a token.", hf):
         return {id: tokenizer.decode([id]) for id in ids}
-
-
-def _matching_golden(path: Path, hf: Path, architecture: Architecture) -> Golden:
-    golden = load_golden(path)
-    golden.check_belongs(hf)
-    if golden.vocab != architecture.text.vocab:
-        raise SourceError(
-            "The golden logits are for another vocabulary.",
-            where=path,
-            expected=architecture.text.vocab,
-            found=golden.vocab,
-        )
-    for sequence in golden.sequences:
-        check_ids(sequence, architecture, path)
-    return golden
 
 
 def _window_warning(longest: int, window: int) -> tuple[str, ...]:
