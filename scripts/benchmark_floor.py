@@ -19,7 +19,8 @@ import numpy as np
 from gemma_convert.arrays.dtypes import DTypePolicy, numpy_dtype
 from gemma_convert.arrays.values import convert
 from gemma_convert.engine.transfer import WORKERS
-from gemma_convert.mapping.plan import Plan, plan_to_native
+from gemma_convert.mapping.plan import Plan
+from gemma_convert.mapping.planning import plan_to_native
 from gemma_convert.mapping.region import blocks, selection
 from gemma_convert.mapping.table import load_table
 from gemma_convert.model.config import read_architecture

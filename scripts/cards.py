@@ -33,7 +33,8 @@ from media import write_picture, write_sound
 from gemma_convert import GemmaConvertError
 from gemma_convert.arrays.dtypes import SAFETENSORS_NAMES, DTypePolicy, TensorSpec
 from gemma_convert.cli.app import main as command_line
-from gemma_convert.mapping.plan import Plan, plan_to_native
+from gemma_convert.mapping.plan import Plan
+from gemma_convert.mapping.planning import plan_to_native
 from gemma_convert.mapping.table import load_table
 from gemma_convert.model.architecture import Family
 from gemma_convert.model.config import parse_architecture

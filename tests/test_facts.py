@@ -31,7 +31,7 @@ from gemma_convert.layouts.fast_llm.metadata import fast_llm_metadata
 from gemma_convert.layouts.gemma_jax.settings import gemma_jax_settings
 from gemma_convert.mapping.config_keys import check_keys, config_keys
 from gemma_convert.mapping.facts import is_of_vision, load_facts
-from gemma_convert.mapping.plan import plan_to_native
+from gemma_convert.mapping.planning import plan_to_native
 from gemma_convert.mapping.table import load_table
 from gemma_convert.model.config import parse_architecture
 from gemma_convert.model.facts import facts_of, layer_pattern

@@ -14,7 +14,7 @@ from commands import said
 from jax import monitoring
 from jax.experimental.compilation_cache import compilation_cache
 
-from gemma_convert.forward import decoder, kept_programs
+from gemma_convert.forward import decoder_layer, kept_programs
 from gemma_convert.forward.kept_programs import kept_programs as kept
 from gemma_convert.forward.kept_programs import programs_folder
 from gemma_convert.logits.check import logit_check
@@ -204,10 +204,10 @@ def test_a_layer_is_compiled_once_for_its_kind(shallow, converted, layout, scann
     """31B has two kinds, sliding and full; prompts come in two lengths: short ones, and one."""
     source = shallow("31b")
     native = converted(source, layout, **({"scan_layers": True} if scanned else {}))
-    decoder.layer.clear_cache()
+    decoder_layer.layer.clear_cache()
     report = logit_check(source, native)
     assert report.passed and len(report.drift.layers) == 6
-    assert decoder.layer._cache_size() == 4
+    assert decoder_layer.layer._cache_size() == 4
 
 
 def checked(*arguments):

@@ -17,7 +17,7 @@ from test_cli import TERMINAL, fails, run
 
 from gemma_convert.arrays.dtypes import DTypePolicy
 from gemma_convert.errors import SourceError, UsageError
-from gemma_convert.mapping.plan import plan_to_native
+from gemma_convert.mapping.planning import plan_to_native
 from gemma_convert.mapping.table import load_inventory, load_table
 from gemma_convert.published import published_names
 from gemma_convert.published.models import named_model, published_architecture, usual_tensors

@@ -13,7 +13,7 @@ from maxtext_trees import CONFIGS, change, logits_of, make_model
 from safetensors.numpy import load_file
 
 from gemma_convert.errors import SourceError
-from gemma_convert.forward import decoder
+from gemma_convert.forward import decoder, decoder_layer
 from gemma_convert.forward.prompt import Prompt
 from gemma_convert.layouts.gemma_jax import forward as gemma_jax
 from gemma_convert.layouts.gemma_jax import tree as gemma_jax_orbax
@@ -64,9 +64,9 @@ def case():
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_forward_is_that_of_transformers(case, kind):
     one = case(kind)
-    decoder.layer.clear_cache()
+    decoder_layer.layer.clear_cache()
     found = one.forward()
-    assert decoder.layer._cache_size() == {"dense": 2, "moe": 2, "ple": 4}[kind]
+    assert decoder_layer.layer._cache_size() == {"dense": 2, "moe": 2, "ple": 4}[kind]
     assert found.dtype == np.float32 and found.shape == (2, LENGTH, 94)
     np.testing.assert_allclose(found, one.logits, atol=2e-3)
     assert one.kl() < 1e-7
@@ -149,7 +149,9 @@ def test_router_weights_are_those_of_transformers(case):
     expected = np.zeros((9, 5), np.float32)
     np.put_along_axis(expected, chosen.numpy(), weights.numpy(), axis=1)
     layer = GemmaJaxLayer(one.tree["layer_1"])
-    found = decoder.router(layer, hidden[None], decoder.kind_of(one.text, one.text.layers[1]))
+    found = decoder_layer.router(
+        layer, hidden[None], decoder_layer.kind_of(one.text, one.text.layers[1])
+    )
     np.testing.assert_allclose(found[0], expected, atol=1e-5)
 
 

@@ -8,7 +8,7 @@ import pytest
 from maxtext_trees import CONFIGS, change, logits_of, make_model, maxtext_tree, write_maxtext
 
 from gemma_convert.errors import SourceError
-from gemma_convert.forward import decoder
+from gemma_convert.forward import decoder, decoder_layer
 from gemma_convert.forward.prompt import Prompt
 from gemma_convert.layouts.maxtext import forward as maxtext
 from gemma_convert.layouts.maxtext import tree as maxtext_orbax
@@ -79,9 +79,9 @@ def test_scanned_layers_are_taken_from_their_place():
 
 def test_layers_of_one_kind_are_compiled_once(cases):
     case = cases["dense"]
-    decoder.layer.clear_cache()
+    decoder_layer.layer.clear_cache()
     maxtext.forward(case.scanned, case.text, case.ids)
-    assert decoder.layer._cache_size() == 2
+    assert decoder_layer.layer._cache_size() == 2
 
 
 def test_head_over_slices_of_positions_is_the_whole(cases):
@@ -130,7 +130,7 @@ def test_router_weights_are_those_of_transformers():
     np.put_along_axis(expected, chosen.numpy(), weights.numpy(), axis=1)
     text = parse_architecture(model.config.to_dict(), Path("config.json")).text
     weights = MaxTextLayer(maxtext_tree(model)["decoder"]["layers_1"])
-    found = decoder.router(weights, hidden[None], decoder.kind_of(text, text.layers[1]))
+    found = decoder_layer.router(weights, hidden[None], decoder_layer.kind_of(text, text.layers[1]))
     np.testing.assert_allclose(found[0], expected, atol=1e-5)
 
 

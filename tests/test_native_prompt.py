@@ -12,7 +12,7 @@ from maxtext_by_hand import maxtext_tree
 from safetensors.numpy import load_file
 from test_tiny import processor_of
 
-from gemma_convert.forward import decoder
+from gemma_convert.forward import decoder_layer
 from gemma_convert.forward.arithmetic import head, visible
 from gemma_convert.forward.prompt import Prompt
 from gemma_convert.layouts.gemma_jax import forward as gemma_jax
@@ -98,14 +98,14 @@ def test_images_are_seen_as_transformers_sees_them(case, family, name):
     assert one.text.bidirectional_images == (family in BOTH_WAYS)
     assert one.text.window < (IMAGES == 2).sum(axis=1).max()
     assert one.kl(name).max() < 1e-8
-    kinds = decoder.layer._cache_size()
+    kinds = decoder_layer.layer._cache_size()
     # What stands where there are no images is not looked at, and neither are the images' ids.
     soft = np.where(IMAGES[..., None] != 0, one.soft, np.nan)
     tokens = np.where(IMAGES != 0, one.text.vocab + 7, one.tokens)
     np.testing.assert_array_equal(
         one.forward(name, Prompt(tokens, soft, IMAGES)), one.forward(name)
     )
-    assert decoder.layer._cache_size() == kinds
+    assert decoder_layer.layer._cache_size() == kinds
 
 
 @pytest.mark.share(4, 2)

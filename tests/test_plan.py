@@ -35,7 +35,8 @@ from gemma_convert.arrays.dtypes import DTypePolicy, TensorSpec
 from gemma_convert.errors import MappingError, SourceError, UsageError
 from gemma_convert.mapping.coverage import check_targets
 from gemma_convert.mapping.inventory import huggingface_tensors
-from gemma_convert.mapping.plan import BLOCK_BYTES, GATHER_BYTES, plan_to_native
+from gemma_convert.mapping.plan import BLOCK_BYTES, GATHER_BYTES
+from gemma_convert.mapping.planning import plan_to_native
 from gemma_convert.mapping.region import Extent, Region, RegionCopy, blocks
 from gemma_convert.mapping.table import load_table
 from gemma_convert.model.config import parse_architecture

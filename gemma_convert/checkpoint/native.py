@@ -16,7 +16,8 @@ from gemma_convert.arrays.values import Array
 from gemma_convert.checkpoint.original import Original
 from gemma_convert.errors import SourceError
 from gemma_convert.mapping.adapted import table_of
-from gemma_convert.mapping.plan import Plan, SourceTensor, plan_to_native
+from gemma_convert.mapping.plan import Plan, SourceTensor
+from gemma_convert.mapping.planning import plan_to_native
 from gemma_convert.mapping.region import Box, Ranges
 from gemma_convert.mapping.table import load_table
 from gemma_convert.model.adapter import StoredAdapter

@@ -21,7 +21,8 @@ from gemma_convert.checkpoint.native import NativeSource, StoredArray, plan_nati
 from gemma_convert.checkpoint.original import Original
 from gemma_convert.engine.restoring import Restorer
 from gemma_convert.mapping.cutting import cut_by_chunks
-from gemma_convert.mapping.plan import Plan, SourceTensor, block_limit, plan_to_native
+from gemma_convert.mapping.plan import Plan, SourceTensor, block_limit
+from gemma_convert.mapping.planning import plan_to_native
 from gemma_convert.mapping.region import Ranges, RegionCopy, blocks, selection
 from gemma_convert.mapping.rows import Table
 

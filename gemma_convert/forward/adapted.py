@@ -12,7 +12,7 @@ from jax.tree_util import DictKey
 
 from gemma_convert.errors import SourceError, some
 from gemma_convert.forward.adapted_kernel import AdaptedKernel
-from gemma_convert.forward.decoder import DecoderWeights, LayerWeights
+from gemma_convert.forward.decoder_weights import DecoderWeights, LayerWeights
 from gemma_convert.forward.sharding import Axes
 
 if TYPE_CHECKING:

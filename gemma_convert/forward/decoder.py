@@ -10,157 +10,24 @@ and logits are float32, and float32 products are float32 on every accelerator.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_convert.forward.arithmetic import attend, gelu, rms_norm, rotary, routing, visible
+from gemma_convert.forward.arithmetic import rms_norm
+from gemma_convert.forward.decoder_layer import KeysAndValues, Kind, kind_of, layer
+from gemma_convert.forward.decoder_weights import DecoderWeights, LayerWeights
 from gemma_convert.forward.native_model import Batched, Dtype
-from gemma_convert.forward.parts import Part, Taps
+from gemma_convert.forward.parts import Part
 from gemma_convert.forward.prompt import Prompt
-from gemma_convert.forward.sharding import Axes, place, place_all, replicated
-from gemma_convert.model.architecture import Layer, Rope, TextArchitecture
+from gemma_convert.forward.sharding import place, place_all, replicated
+from gemma_convert.model.architecture import Layer, TextArchitecture
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
-
-Params: TypeAlias = Mapping[str, Any]
-KeysAndValues: TypeAlias = tuple[jax.Array, jax.Array]
-Norm: TypeAlias = Literal[
-    "pre_attention",
-    "query",
-    "key",
-    "post_attention",
-    "pre_dense",
-    "post_dense",
-    "pre_experts",
-    "post_experts",
-    "post_feed_forward",
-    "post_per_layer",
-]
-"""A layer's norms by their places. `post_dense` and those of the experts are a mixture's alone."""
-
-
-class LayerWeights(Protocol):
-    """One layer's arrays, a pytree, and the products over their axes."""
-
-    def scale(self, norm: Norm) -> Float[Array, " size"]:
-        """The weight of a norm."""
-
-    def query(
-        self, hidden: Float[Array, "batch length embed"]
-    ) -> Float[Array, "batch length heads head_dim"]:
-        """Projected queries."""
-
-    def key_value(
-        self, hidden: Float[Array, "batch length embed"], owns_value: bool
-    ) -> tuple[
-        Float[Array, "batch length kv_heads head_dim"],
-        Float[Array, "batch length kv_heads head_dim"],
-    ]:
-        """Projected keys and values; the keys twice where the layer projects no values."""
-
-    def attended(
-        self, mixed: Float[Array, "batch length heads head_dim"]
-    ) -> Float[Array, "batch length embed"]:
-        """The output projection of attention."""
-
-    def dense(
-        self, hidden: Float[Array, "batch length embed"]
-    ) -> Float[Array, "batch length embed"]:
-        """The gated feed-forward that every token goes through."""
-
-    def router_scale(self) -> Float[Array, " embed"]:
-        """What the router's input is multiplied with, by component."""
-
-    def router_scores(
-        self, hidden: Float[Array, "batch length embed"]
-    ) -> Float[Array, "batch length experts"]:
-        """The router's projection."""
-
-    def per_expert_scale(self) -> Float[Array, " experts"]:
-        """What each expert's weight is multiplied with."""
-
-    def experts(self) -> Any:
-        """All experts' kernels, a pytree of arrays that have the experts first."""
-
-    def expert(
-        self, kernels: Any, hidden: Float[Array, "batch length embed"]
-    ) -> Float[Array, "batch length embed"]:
-        """The gated feed-forward of one expert, whose `kernels` are a slice of `experts()`."""
-
-    def per_layer_gate(
-        self, hidden: Float[Array, "batch length embed"]
-    ) -> Float[Array, "batch length ple"]:
-        """The projection that gates the per-layer embedding."""
-
-    def per_layer_out(
-        self, gated: Float[Array, "batch length ple"]
-    ) -> Float[Array, "batch length embed"]:
-        """The projection of the gated per-layer embedding."""
-
-    def scalar(self) -> Float[Array, " 1"]:
-        """What the layer's output is multiplied with."""
-
-
-class DecoderWeights(Protocol):
-    """A whole tree: what stands beside the layers, and each layer's arrays."""
-
-    def embedding(
-        self, tokens: Int[np.ndarray, "batch length"]
-    ) -> Float[Array, "batch length embed"]:
-        """Rows of the token embedding × √embed, gathered where the table is: it is never moved."""
-
-    def per_layer_rows(
-        self, tokens: Int[np.ndarray, "batch length"]
-    ) -> Float[Array, "batch length layers ple"]:
-        """Rows of the per-layer embedding, unscaled."""
-
-    def per_layer_context(
-        self, embedded: Float[Array, "batch length embed"]
-    ) -> Float[Array, "batch length layers ple"]:
-        """Projection of the embedded prompt into all layers' embeddings, unscaled."""
-
-    def per_layer_scale(self) -> Float[Array, " ple"]:
-        """The weight of the norm behind `per_layer_context`."""
-
-    def layer(self, index: int) -> LayerWeights:
-        """One layer's arrays, where they are stored."""
-
-    def layer_axes(self, index: int) -> Mapping[str, Axes]:
-        """The names of the axes of a layer's arrays, by path below it."""
-
-    def final_scale(self) -> Float[Array, " embed"]:
-        """The weight of the norm behind the layers."""
-
-
-def at(params: Params, *keys: str) -> jax.Array:
-    """The array at `keys` of a nested dict, left where and as it is."""
-    found: Any = params
-    for key in keys:
-        found = found[key]
-    array: jax.Array = found
-    return array
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What a layer is compiled for: its facts without its number, so that few kinds are compiled.
-
-    `window` is None where attention reaches back to the first token, and does not bound what
-    tokens of one image see of it where images are `whole`.
-    """
-
-    window: int | None
-    whole_images: bool
-    rope: Rope
-    owns_value: bool
-    norm_epsilon: float
-    experts_per_token: int
+    from jaxtyping import Array, Float
 
 
 def final_hidden(
@@ -296,18 +163,6 @@ def _run_layer(
     return after, made
 
 
-def kind_of(text: TextArchitecture, facts: Layer) -> Kind:
-    """The static facts that one compiled `layer` serves."""
-    return Kind(
-        window=text.window if facts.sliding else None,
-        whole_images=text.whole_images,
-        rope=text.rope_sliding if facts.sliding else text.rope_full,
-        owns_value=facts.owns_value,
-        norm_epsilon=text.norm_epsilon,
-        experts_per_token=text.experts_per_token,
-    )
-
-
 def embed(
     weights: DecoderWeights, text: TextArchitecture, prompt: Prompt, dtype: Dtype
 ) -> Float[Array, "batch length embed"]:
@@ -335,110 +190,3 @@ def per_layer_inputs(
     context = rms_norm(context, weights.per_layer_scale(), text.norm_epsilon)
     both: jax.Array = (context + token) * np.float32(2**-0.5)
     return both.astype(embedded.dtype)
-
-
-@partial(jax.jit, static_argnames=("kind",))
-def layer(
-    weights: LayerWeights,
-    hidden: Float[Array, "batch length embed"],
-    per_layer: Float[Array, "batch length ple"] | None,
-    shared: KeysAndValues | None,
-    images: Int[Array, "batch length"] | None,
-    given: Mapping[Part, Float[Array, "batch length features"]] | None,
-    instead: bool,
-    kind: Kind,
-) -> tuple[Float[Array, "batch length embed"], KeysAndValues, Mapping[Part, jax.Array]]:
-    """The layer's output [batch length embed], and the keys and values that it attended to.
-
-    `shared` are the keys and values of the layer that this one shares them with; `images` the
-    images whose tokens see each other both ways. Where there are `given` values, what each part
-    made is returned as well, and the next one goes on with the given `instead` of the made. Both
-    ways are one compilation.
-    """
-
-    def chosen(value: jax.Array, made: jax.Array) -> jax.Array:
-        return jnp.where(instead, value.reshape(made.shape).astype(made.dtype), made)
-
-    tap = Taps(given, chosen)
-    norm = partial(_norm, weights, kind)
-    normed = tap("norm before attention", norm("pre_attention", hidden))
-    attended, keys_values = attention(weights, normed, shared, images, kind, tap)
-    hidden = hidden + tap("norm behind attention", norm("post_attention", attended))
-    hidden = tap("sum behind attention", hidden)
-    fed = weights.dense(tap("norm before the MLP", norm("pre_dense", hidden)))
-    fed = tap("dense MLP", fed)
-    if kind.experts_per_token:
-        shares = tap("router", router(weights, hidden, kind))
-        normed = tap("norm before the experts", norm("pre_experts", hidden))
-        sparse = tap("experts", experts(weights, normed, shares))
-        dense = tap("norm behind the dense MLP", norm("post_dense", fed))
-        sparse = tap("norm behind the experts", norm("post_experts", sparse))
-        fed = tap("sum of both branches", dense + sparse)
-    hidden = hidden + tap("norm behind the MLP", norm("post_feed_forward", fed))
-    if per_layer is not None:
-        hidden = tap("sum behind the MLP", hidden)
-        gated = tap("per-layer gate", gelu(weights.per_layer_gate(hidden)) * per_layer)
-        projected = tap("per-layer projection", weights.per_layer_out(gated))
-        projected = norm("post_per_layer", projected)
-        hidden = hidden + tap("norm behind the per-layer input", projected)
-    out = replicated(hidden * weights.scalar().astype(hidden.dtype))
-    tap("output", out)
-    return out, keys_values, {} if given is None else tap.made
-
-
-def attention(
-    weights: LayerWeights,
-    hidden: Float[Array, "batch length embed"],
-    shared: KeysAndValues | None,
-    images: Int[Array, "batch length"] | None,
-    kind: Kind,
-    tap: Taps[jax.Array],
-) -> tuple[Float[Array, "batch length embed"], KeysAndValues]:
-    """Attention's output [batch length embed], and keys, values [batch length kv_heads head_dim].
-
-    Where there is no value kernel, the projected keys before their norm are the values.
-    """
-    query = tap("queries", _norm(weights, kind, "query", weights.query(hidden)))
-    if shared is None:
-        key, value = weights.key_value(hidden, kind.owns_value)
-        key = tap("keys", _norm(weights, kind, "key", key))
-        value = tap("values", rms_norm(value, None, kind.norm_epsilon))
-        shared = rotary(key, kind.rope), value
-    seen = visible(hidden.shape[1], kind.window, images, kind.whole_images)
-    mixed = tap("attention", attend(rotary(query, kind.rope), *shared, seen))
-    return tap("output projection", weights.attended(mixed)), shared
-
-
-def router(
-    weights: LayerWeights, hidden: Float[Array, "batch length embed"], kind: Kind
-) -> Float[Array, "batch length experts"]:
-    """Weight of each expert [batch length experts] in float32, zero for all but the best."""
-    precise = hidden.astype(jnp.float32)
-    normed = rms_norm(precise, weights.router_scale(), kind.norm_epsilon)
-    scores = weights.router_scores(normed * np.float32(hidden.shape[-1] ** -0.5))
-    return routing(scores, weights.per_expert_scale(), kind.experts_per_token)
-
-
-def experts(
-    weights: LayerWeights,
-    hidden: Float[Array, "batch length embed"],
-    shares: Float[Array, "batch length experts"],
-) -> Float[Array, "batch length embed"]:
-    """Sum of the experts' outputs by `shares` [batch length embed], one expert after the other.
-
-    Every expert sees every token: more work than routing, no token dropped, and no more memory than
-    one expert takes.
-    """
-
-    def add(total: Any, expert: Any) -> tuple[Any, None]:
-        kernels, share = expert
-        out = weights.expert(kernels, hidden)
-        return total + out.astype(jnp.float32) * share[..., None], None
-
-    steps = weights.experts(), jnp.moveaxis(shares, -1, 0)
-    total, _ = jax.lax.scan(add, jnp.zeros(hidden.shape, jnp.float32), steps)
-    return total.astype(hidden.dtype)
-
-
-def _norm(weights: LayerWeights, kind: Kind, name: Norm, x: jax.Array) -> jax.Array:
-    return rms_norm(x, weights.scale(name), kind.norm_epsilon)

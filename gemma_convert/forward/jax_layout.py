@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import jax
 
-from gemma_convert.forward.decoder import DecoderWeights
+from gemma_convert.forward.decoder_weights import DecoderWeights
 from gemma_convert.forward.encoder import Encoder
 from gemma_convert.forward.native_model import Dtype
 from gemma_convert.forward.sharding import Axes

@@ -14,7 +14,8 @@ import numpy.typing as npt
 from gemma_convert.engine.joined import in_step
 from gemma_convert.forward.adapted import AdaptedWeights, NativeChanges
 from gemma_convert.forward.arithmetic import head
-from gemma_convert.forward.decoder import DecoderWeights, final_hidden, stages
+from gemma_convert.forward.decoder import final_hidden, stages
+from gemma_convert.forward.decoder_weights import DecoderWeights
 from gemma_convert.forward.encoder import Encoder, encoded
 from gemma_convert.forward.jax_layout import ForwardPass, JaxLayout, Tower
 from gemma_convert.forward.native_model import Batched, Dtype, Given, Logits, LogitSource, Streamed

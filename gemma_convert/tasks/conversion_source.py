@@ -21,7 +21,7 @@ from gemma_convert.layouts.opening import open_checkpoint
 from gemma_convert.layouts.registry import is_native, load_layout
 from gemma_convert.mapping.adapted import refuse_experts, table_of
 from gemma_convert.mapping.config_keys import check_keys
-from gemma_convert.mapping.plan import plan_to_native
+from gemma_convert.mapping.planning import plan_to_native
 from gemma_convert.model.adapter import is_adapter, read_adapter
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import load_config, read_architecture, read_config

@@ -18,7 +18,7 @@ from gemma_convert.checkpoint.native import NativeSource
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.layouts.registry import is_native, open_native, usable_layouts
 from gemma_convert.mapping.inventory import hf_tensors, huggingface_tensors
-from gemma_convert.mapping.plan import plan_to_native
+from gemma_convert.mapping.planning import plan_to_native
 from gemma_convert.mapping.table import HUGGINGFACE, load_table
 from gemma_convert.model.adapter import (
     StoredAdapter,

@@ -11,7 +11,7 @@ from gemma_convert.layouts.registry import usable_layouts
 from gemma_convert.mapping.fact_listing import FactEntry, list_facts
 from gemma_convert.mapping.facts import load_facts
 from gemma_convert.mapping.listing import Entry, TableEntry, list_table, list_tensors
-from gemma_convert.mapping.plan import plan_to_native
+from gemma_convert.mapping.planning import plan_to_native
 from gemma_convert.mapping.table import load_table
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.output import note

@@ -13,6 +13,7 @@ from typing import Any
 MODULES = {
     "arithmetic": "forward.arithmetic",
     "decoder": "forward.decoder",
+    "decoder_layer": "forward.decoder_layer",
     "jax_model": "forward.jax_model",
     "vision": "forward.vision",
     "audio": "layouts.gemma_jax.audio",

@@ -80,32 +80,40 @@ DECODER = {
 }
 PER_LAYER = {
     "per-layer embeddings not scaled": (
-        "per_layer_inputs",
+        "decoder.per_layer_inputs",
         "np.sqrt(text.ple).astype(np.float32)",
         "np.float32(1)",
     ),
-    "per-layer inputs without the context": ("per_layer_inputs", "(context + token)", "token"),
-    "per-layer inputs without the token": ("per_layer_inputs", "(context + token)", "context"),
+    "per-layer inputs without the context": (
+        "decoder.per_layer_inputs",
+        "(context + token)",
+        "token",
+    ),
+    "per-layer inputs without the token": (
+        "decoder.per_layer_inputs",
+        "(context + token)",
+        "context",
+    ),
     "per-layer input of the layer before": (
-        "_run_layer",
+        "decoder._run_layer",
         "ple[:, :, facts.index]",
         "ple[:, :, facts.index - 1]",
     ),
     "per-layer gate without GELU": (
-        "layer",
+        "decoder_layer.layer",
         "gelu(weights.per_layer_gate(hidden))",
         "weights.per_layer_gate(hidden)",
     ),
     "shared keys and values of the first layer": (
-        "_run_layer",
+        "decoder._run_layer",
         "kept[number, facts.kv_source]",
         "kept[number, min(key for _, key in kept)]",
     ),
 }
 MIXTURE = {
-    "router: root lost": ("decoder.router", "hidden.shape[-1] ** -0.5", "1"),
+    "router: root lost": ("decoder_layer.router", "hidden.shape[-1] ** -0.5", "1"),
     "router: sees the normed state": (
-        "decoder.layer",
+        "decoder_layer.layer",
         "router(weights, hidden, kind)",
         'router(weights, norm("pre_experts", hidden), kind)',
     ),
@@ -119,7 +127,7 @@ MIXTURE = {
         "best * per_expert_scale.astype(jnp.float32)[chosen]",
         "best",
     ),
-    "dense branch lost": ("decoder.layer", "dense + sparse", "sparse"),
+    "dense branch lost": ("decoder_layer.layer", "dense + sparse", "sparse"),
 }
 FAST_LLM = {
     "window one too long": ("visible", "back < window", "back <= window"),
@@ -159,12 +167,12 @@ CASES = [
         for number, (name, (place, *text)) in enumerate(ARITHMETIC.items())
     ],
     *[
-        (("gemma-jax", "maxtext")[number % 2], "26b-a4b", name, (f"decoder.{place}", *text))
+        (("gemma-jax", "maxtext")[number % 2], "26b-a4b", name, (f"decoder_layer.{place}", *text))
         for number, (name, (place, *text)) in enumerate(DECODER.items())
     ],
     *[
-        (("maxtext", "gemma-jax")[number % 2], "e2b", name, (f"decoder.{place}", *text))
-        for number, (name, (place, *text)) in enumerate(PER_LAYER.items())
+        (("maxtext", "gemma-jax")[number % 2], "e2b", name, mistake)
+        for number, (name, mistake) in enumerate(PER_LAYER.items())
     ],
     *[
         (("maxtext", "gemma-jax")[number % 2], "26b-a4b", name, mistake)

@@ -1,9 +1,9 @@
 """The gemma library's parameter tree and prompts → logits: the Gemma 4 language model in JAX.
 
 Arrays are used as google/gemma 4.1.0 lays them out, never through a mapping table, so that no
-mistake of a table can cancel itself here. Arithmetic: `forward/decoder.py`. Nothing is folded into
-the arrays: the embedding is stored without its factor √embed. Where there are experts, `mlp` holds
-them and `mlp2` the dense branch, and the norms are numbered accordingly.
+mistake of a table can cancel itself here. Arithmetic: `forward/decoder_layer.py`. Nothing is folded
+into the arrays: the embedding is stored without its factor √embed. Where there are experts, `mlp`
+holds them and `mlp2` the dense branch, and the norms are numbered accordingly.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from gemma_convert.forward import decoder
 from gemma_convert.forward.arithmetic import gelu, head, product
-from gemma_convert.forward.decoder import Norm, Params, at
+from gemma_convert.forward.decoder_weights import Norm, Params, at
 from gemma_convert.forward.native_model import Dtype
 from gemma_convert.forward.prompt import Prompt
 from gemma_convert.forward.sharding import Axes, gather, place

@@ -1,8 +1,8 @@
 """MaxText's parameter tree and prompts → logits: the Gemma 4 language model in JAX.
 
 Kernels are used as MaxText lays them out, never through a mapping table, so that no mistake of a
-table can cancel itself here. Arithmetic: `forward/decoder.py`. Layout of the tree: MaxText (August
-2026).
+table can cancel itself here. Arithmetic: `forward/decoder_layer.py`. Layout of the tree: MaxText
+(August 2026).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from gemma_convert.forward import decoder
 from gemma_convert.forward.arithmetic import gelu, head, product
-from gemma_convert.forward.decoder import Norm, Params, at
+from gemma_convert.forward.decoder_weights import Norm, Params, at
 from gemma_convert.forward.native_model import Dtype
 from gemma_convert.forward.prompt import Prompt
 from gemma_convert.forward.sharding import Axes, gather, place

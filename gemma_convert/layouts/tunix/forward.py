@@ -1,7 +1,7 @@
 """Tunix' parameter tree and prompts → logits: the Gemma 4 language model in JAX.
 
 Arrays are used as google-tunix 0.1.7 lays them out (`tunix/models/gemma4`), never through a mapping
-table, so that no mistake of a table can cancel itself here. Arithmetic: `forward/decoder.py`.
+table, so that no mistake of a table can cancel itself here. Arithmetic: `forward/decoder_layer.py`.
 Nothing is folded into the arrays: the embedding is stored without its factor √embed.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from gemma_convert.forward import decoder
 from gemma_convert.forward.arithmetic import gelu, head, product
-from gemma_convert.forward.decoder import Norm, Params, at
+from gemma_convert.forward.decoder_weights import Norm, Params, at
 from gemma_convert.forward.native_model import Dtype
 from gemma_convert.forward.prompt import Prompt
 from gemma_convert.forward.sharding import Axes, gather, place
