@@ -22,6 +22,7 @@ from gemma_convert.files.unfinished import JOURNAL
 from gemma_convert.model.huggingface_files import SINGLE
 from gemma_convert.stores.orbax.writer import OrbaxWriter
 from gemma_convert.stores.remote import mirror as remote
+from gemma_convert.stores.remote import source as remote_source
 from gemma_convert.stores.remote import target as remote_target
 from gemma_convert.stores.remote.locations import local, local_target
 from gemma_convert.stores.remote.object_store import file_system, parse_url
@@ -178,7 +179,7 @@ def test_only_what_is_small_is_copied_into_a_mirror(s3, hf, stored):
 @pytest.mark.large
 def test_a_large_file_that_is_no_weights_is_read_where_it_is(s3, hf, place, tmp_path, monkeypatch):
     s3.put_folder(hf, place)
-    monkeypatch.setattr(remote, "SMALL_BYTES", 10_000)
+    monkeypatch.setattr(remote_source, "SMALL_BYTES", 10_000)
     assert (hf / "tokenizer.json").stat().st_size > 10_000
     with ExitStack() as stack:
         assert (local(f"{URL}/{place}", stack) / "tokenizer.json").stat().st_size == 0

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from gemma_convert.errors import SourceError
-from gemma_convert.stores.remote.mirror import SMALL_BYTES
+from gemma_convert.stores.remote.source import SMALL_BYTES
 
 _SHA256, _GIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 

@@ -16,8 +16,9 @@ from gemma_convert.files.confined import NEVER_READ, check_confined
 from gemma_convert.files.library_path import without_parents
 from gemma_convert.model.huggingface_files import CONFIG
 from gemma_convert.stores.remote.hub import headers_alone, repository, snapshot
-from gemma_convert.stores.remote.mirror import find_mirror, mirror_source, mirroring
+from gemma_convert.stores.remote.mirror import find_mirror, mirroring
 from gemma_convert.stores.remote.object_store import is_url, parse_url
+from gemma_convert.stores.remote.source import mirror_source
 
 _URL_AS_PATH = re.compile(r"^(s3|gs):/(?=[^/])")
 
