@@ -151,7 +151,7 @@ def refuse_foreign_tensors(dtypes: Mapping[str, str], where: str) -> None:
             raise SourceError(
                 "This is a quantized export, which holds packed integers instead of the weights.",
                 where=where,
-                found=f"{name} in {dtype}" if packed else name,
+                found=name if parts[-1] in _QUANTIZED else f"{name} in {dtype}",
                 do=_ORIGINAL,
             )
 
