@@ -78,7 +78,7 @@ class Side:
 
 @dataclass(frozen=True)
 class ReportComparison:
-    """What two reports say beside each other; it passes where nothing is worse."""
+    """Two reports side by side; the comparison passes where nothing is worse."""
 
     before: Side
     after: Side
@@ -86,9 +86,9 @@ class ReportComparison:
     parts: tuple[PartChange, ...]
     sequences: tuple[Change, ...]
     worse: tuple[str, ...]
-    """Sentences; empty where nothing is worse beyond a limit."""
+    """What is worse and beyond its limit, a sentence each."""
     unlike: tuple[str, ...]
-    """In what the two checks differ, so that figures may differ for that reason."""
+    """Differences between the checks themselves, for which figures may differ."""
 
     @property
     def passed(self) -> bool:
@@ -102,15 +102,15 @@ class ReportComparison:
         return "better than before" if self.after.passed > self.before.passed else "not worse"
 
     def as_json(self) -> dict[str, Any]:
-        """Strict JSON: a figure that is no number is null, as one that is missing is."""
+        """The comparison as strict JSON: a figure that is missing or not finite is null."""
         values = _finite(asdict(self))
         return {"schema": SCHEMA, "passed": self.passed, "verdict": self.verdict, **values}
 
 
 def compare_reports(before: str | Path, after: str | Path) -> ReportComparison:
-    """The comparison of two files that `logit-check --json` has printed.
+    """Returns the comparison of two reports, files that `logit-check --json` has printed.
 
-    Raises SourceError where one is no such report, or is of another version of the schema.
+    Raises SourceError where one is not such a report, or has another version of the schema.
     """
     old, new = (_read(Path(path)) for path in (before, after))
     try:

@@ -27,7 +27,7 @@ def parts_line(report: LogitReport) -> str:
 
 def local_line(local: LocalCheck) -> str:
     """What the parts are by themselves: within their rounding, or which is not."""
-    rounding = f"rounding error in {local.noise} (limit {FACTOR:g} ×)"
+    rounding = f"rounding error in {local.noise} (limit {FACTOR:g})"
     worst = local.worst
     if local.passed:
         return f"all {len(local.parts)} parts are within {worst.times:.1f} × their own {rounding}"

@@ -89,7 +89,7 @@ def compare(case: Case) -> None:
     )
     if case.model in CONVERTERS.get(case.framework.name, ()):
         case.compare(
-            "tensors of MaxText's to_huggingface that differ in any bit from to-hf, trained adapter",
+            "tensors of MaxText's to_huggingface that differ in any bit from to-hf, adapter",
             0,
             lambda: different(
                 tensors(case.folder / "theirs-adapter"), tensors(case.folder / "adapter-exported")

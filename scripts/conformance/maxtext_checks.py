@@ -63,7 +63,7 @@ def compare(case: Case) -> None:
             lambda: _furthest(tensors(case.folder / "theirs"), tensors(case.exported)),
         )
         case.compare(
-            "largest relative difference of a parameters-only checkpoint from the training checkpoint",
+            "largest relative difference of a parameters-only checkpoint from the training one",
             ROUNDED,
             lambda: _furthest(_parameters_only(case), tensors(case.exported)),
         )
