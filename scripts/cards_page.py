@@ -26,6 +26,10 @@ def page(data: Mapping[str, Any]) -> str:
         "against conversion, in nats, for text, an image and a sound. *Framework*: the same for a",
         "checkpoint that the framework itself wrote or loaded.",
         "",
+        "*Refused*: the layout has no place for the model.",
+        "",
+        *(f"* {card['name']}: {card['refused']}" for card in data["cards"] if card["refused"]),
+        "",
         f"Versions: {versions}.",
         "",
         *(line for card in done for line in _section(card)),
@@ -38,7 +42,7 @@ def _overview(cards: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|"
     for card in cards:
         if card["refused"] is not None:
-            yield f"| {card['name']} | refused: {card['refused']} | | | | | |"
+            yield f"| {card['name']} | refused | | | | | |"
             continue
         published, tiny, framework = card["published"], card["tiny"], card["framework"]
         figures = [_figure(tiny["kl"].get(one)) for one in ("text", "image", "sound")]
