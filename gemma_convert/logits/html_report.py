@@ -128,7 +128,7 @@ def _drift(report: LogitReport) -> str:
         '<section aria-labelledby="drift"><h2 id="drift">Drift by layer</h2>'
         f"<p>{verdict} Drift is the distance between the hidden states of the two models behind a "
         "layer, relative to their length, for the token where that is largest. Before the output "
-        f"head it is {figure(drift.final_norm)}.</p>"
+        f"head it is <b>{figure(drift.final_norm)}</b>.</p>"
         f"{scrolling(drift_plot(drift), 'Plot of the drift by layer')}</section>"
     )
 
