@@ -26,10 +26,11 @@ Unit = Literal["bytes", "stages", "slices", "sequences"]
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """One task has begun, has come further, or has ended: by an error where `done` is not `total`.
+    """A task has begun, has made progress, or has ended.
 
-    `name` is that of the tensor, layer or file that was done last, empty at the start and the end;
-    `seconds` are those since the task began. Tasks follow one another.
+    It has ended with an error if `done` is not `total`. `name` is that of the tensor, layer or file
+    that was done last, empty at the start and the end; `seconds` are those since the task began.
+    One task runs after the other.
     """
 
     event: Kind

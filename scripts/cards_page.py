@@ -13,17 +13,22 @@ def page(data: Mapping[str, Any]) -> str:
     lines = [
         "# Verification cards",
         "",
-        "What was verified of each model in each layout, by which command, when, with which",
-        "figure. Written by `scripts/cards.py`, which runs the commands; no figure is typed. All",
-        "of it is in [cards.json](cards.json).",
+        "This page has the results of the checks for each model in each layout, with the commands",
+        "and the dates. `scripts/cards.py` runs the commands and writes this page; all results are",
+        "also in [cards.json](cards.json).",
         "",
         *_overview(data["cards"]),
         "",
-        "*Published*: tensors of the published checkpoint → arrays, from the list of its tensors:",
-        "each has one fate, each element of each array is covered once. *Back*: files of a tiny",
-        "checkpoint that came back with their old bytes. *KL*: the worst token, converted against",
-        "original, in nats. *Framework*: our forward pass on a checkpoint that the framework wrote",
-        "or loaded, against transformers.",
+        "*Published*: the numbers of tensors of the published checkpoint and of arrays, planned",
+        "from the list of its tensors: each tensor is converted or carried exactly once, and each",
+        "element of each array is covered exactly once. *Back*: the files of a tiny checkpoint",
+        "that `to-hf` wrote again with the same bytes. *KL*: the KL of the worst token, original",
+        "against conversion, in nats, for text, an image and a sound. *Framework*: the same for a",
+        "checkpoint that the framework itself wrote or loaded.",
+        "",
+        "*Refused*: the layout has no place for the model.",
+        "",
+        *(f"* {card['name']}: {card['refused']}" for card in data["cards"] if card["refused"]),
         "",
         f"Versions: {versions}.",
         "",
@@ -37,7 +42,7 @@ def _overview(cards: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|"
     for card in cards:
         if card["refused"] is not None:
-            yield f"| {card['name']} | refused: {card['refused']} | | | | | |"
+            yield f"| {card['name']} | refused | | | | | |"
             continue
         published, tiny, framework = card["published"], card["tiny"], card["framework"]
         figures = [_figure(tiny["kl"].get(one)) for one in ("text", "image", "sound")]
@@ -49,24 +54,33 @@ def _overview(cards: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def _section(card: Mapping[str, Any]) -> Iterator[str]:
     published, tiny, framework = card["published"], card["tiny"], card["framework"]
-    yield from (f"## {card['name']}", "", "| what | figure |", "|---|---|")
+    yield from (f"## {card['name']}", "", "| check | result |", "|---|---|")
     parts = [f"{published['converted']} converted", f"{published['carried']} carried"]
     parts += [f"{published[one]} {one}" for one in ("shared", "filled") if published[one]]
     yield (
         f"| published {published['model']} | {published['tensors']} tensors: {', '.join(parts)}; "
         f"{published['arrays']} arrays |"
     )
-    yield f"| tiny, `verify` | {tiny['arrays']} tensors, none different |"
+    yield f"| tiny, `verify` | {tiny['arrays']} tensors, no differences |"
     back = f"{tiny['identical']} of {tiny['files']}"
-    yield f"| tiny, there and back | {back} files have their sha256 |"
+    yield f"| tiny, `to-hf` | {back} files have the same sha256 as before |"
     for sense, value in tiny["kl"].items():
-        yield f"| tiny, `logit-check`, {sense} | {_figure(value)} |"
+        yield f"| tiny, `logit-check`, {sense} | KL {_figure(value)} |"
     if framework is not None:
         yield f"| the framework's checkpoint, `verify` | {framework['arrays']} tensors |"
-        yield f"| the framework's checkpoint, `logit-check` | {_figure(framework['kl'])} |"
-        yield f"| the framework's own logits | {_figure(framework['own_kl'])} |"
-        yield f"| our pass against its logits | `{framework['test']}` |"
-    yield from ("", f"Measured on {card['date']} by:", "", "```text", *card["commands"], "```", "")
+        yield f"| the framework's checkpoint, `logit-check` | KL {_figure(framework['kl'])} |"
+        own = _figure(framework["own_kl"])
+        yield f"| the framework's own logits, against transformers | KL {own} |"
+        yield f"| the framework's own logits, against `logit-check` | `{framework['test']}` |"
+    yield from (
+        "",
+        f"Measured on {card['date']} with:",
+        "",
+        "```text",
+        *card["commands"],
+        "```",
+        "",
+    )
 
 
 def _figure(value: float | None) -> str:

@@ -144,10 +144,10 @@ def _section(command: Command) -> str:
     lines = [f"## {command.name}", "", *_paragraphs(command.help), "```text"]
     lines += [f"gemma-convert {command.name} {usage} [OPTIONS]".replace("  ", " "), "```", ""]
     if arguments:
-        lines += ["| argument | |", "|---|---|"]
+        lines += ["| argument | meaning |", "|---|---|"]
         lines += [f"| `{one.names[0]}` | {_cell(one.help)} |" for one in arguments]
         lines.append("")
-    lines += ["| option | | default |", "|---|---|---|", *map(_row, options), ""]
+    lines += ["| option | meaning | default |", "|---|---|---|", *map(_row, options), ""]
     return "\n".join(lines)
 
 
@@ -167,10 +167,16 @@ def _bracketed(one: Parameter) -> str:
 
 def _row(one: Parameter) -> str:
     names = ", ".join(f"`{name}`" for name in one.names)
-    value = f" `{_cell(one.value)}`" if one.value else ""
+    value = f" {_values(one.value.split(' | '))}" if one.value else ""
     several = "; several times for more" if one.repeated and "several" not in one.help else ""
     default = f"`{one.default}`" if one.default else "required" if one.required else ""
     return f"| {names}{value} | {_cell(one.help.rstrip('.'))}{several}. | {default} |"
+
+
+def _values(values: list[str]) -> str:
+    """What an option takes: one word, or the choices."""
+    *others, last = (f"`{one}`" for one in values)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _cell(text: str) -> str:

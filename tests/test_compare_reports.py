@@ -51,10 +51,10 @@ def test_alike(compared):
 def test_worse_within_the_limit_is_shown_and_passes(compared):
     found = compared(quiet(1e-11), quiet(1e-6))
     figures = {one.name: (one.before, one.after) for one in found.figures}
-    assert figures["KL, largest"] == (3e-11, 3e-6)
-    assert figures["KL, 99th percentile"] == pytest.approx((2.7e-11, 2.7e-6))
-    assert figures["top-1 the same"] == (0.9876, 0.9876)
-    assert figures["drift before the head"] == (9e-7, 9e-7)
+    assert figures["largest KL"] == (3e-11, 3e-6)
+    assert figures["99th percentile of the KL"] == pytest.approx((2.7e-11, 2.7e-6))
+    assert figures["top-1 agreement"] == (0.9876, 0.9876)
+    assert figures["drift before the output head"] == (9e-7, 9e-7)
     assert found.passed
 
 
@@ -62,9 +62,9 @@ def test_beyond_the_limit_is_worse_with_what_is_beyond(compared):
     found = compared(sample_reports.report(), sample_reports.failed())
     assert not found.passed and found.verdict == "worse than before"
     assert found.worse == (
-        "KL, largest: 3.00e-03 after 3.00e-11, the limit is 1e-05",
-        "KL, 99th percentile: 2.70e-03 after 2.70e-11, the limit is 1e-05",
-        "layer 1, dense MLP fails by itself, and did not",
+        "the largest KL was 3.00e-11 and is 3.00e-03; the limit is 1e-05",
+        "the 99th percentile of the KL was 2.70e-11 and is 2.70e-03; the limit is 1e-05",
+        "layer 1, dense MLP fails now and did not fail before",
     )
     (part,) = (one for one in found.parts if one.name == "dense MLP")
     assert part.before == pytest.approx(2e-7 / 1.5e-7)
@@ -80,7 +80,7 @@ def test_what_failed_before_may_fail_no_worse(compared):
     assert compared(failing, sample_reports.report()).verdict == "better than before"
     further = replace(failing, divergence=replace(failing.divergence, kl_max=4e-3))
     assert compared(failing, further).worse == (
-        "KL, largest: 4.00e-03 after 3.00e-03, the limit is 1e-05",
+        "the largest KL was 3.00e-03 and is 4.00e-03; the limit is 1e-05",
     )
     assert compared(further, failing).passed
 
@@ -92,18 +92,18 @@ def test_a_part_that_fails_anew_is_worse_beside_one_that_failed(compared):
     parts[5] = replace(parts[5], error=1.0)  # layer 1, keys
     other = replace(failing, local=replace(failing.local, parts=tuple(parts)))
     assert compared(failing, other).worse == (
-        "layer 0, keys and 1 more of its kind fails by itself, and did not",
+        "layer 0, keys and 1 more of this kind fail now and did not fail before",
     )
 
 
 def test_no_number_is_worse_than_any(compared):
     found = compared(sample_reports.failed(), sample_reports.not_a_number())
-    assert "KL, largest: NaN after 3.00e-03, the limit is 1e-05" in found.worse
+    assert "the largest KL was 3.00e-03 and is NaN; the limit is 1e-05" in found.worse
     figures = {one.name: one.after for one in found.figures}
-    assert math.isnan(figures["KL, largest"])
+    assert math.isnan(figures["largest KL"])
     values = json.dumps(found.as_json(), allow_nan=False)
     assert json.loads(values)["figures"][0] == {
-        "name": "KL, largest",
+        "name": "largest KL",
         "before": 3e-3,
         "after": None,
     }
@@ -128,40 +128,40 @@ def test_what_is_not_alike_is_said(compared):
         "limit: 1e-05 before, 0.0312 after",
         "tokens: 86 before, 40 after",
         "sequences: 3 before, 1 after",
-        "the original: its files are not those of the report before",
-        "the parts by themselves: one of the reports has none",
+        "the original: its files have changed",
+        "the parts of layers: only one of the reports has them",
     )
     figures = {one.name: one.after for one in found.figures}
-    assert figures["noise floor"] is figures["drift before the head"] is None
+    assert figures["noise floor"] is figures["drift before the output head"] is None
     assert all(one.after is None for one in found.parts)
     assert [one.after for one in found.sequences][1:] == [None, None]
 
 
 TABLE = """\
 worse than before
-✗ KL, largest: 3.00e-03 after 3.00e-11, the limit is 1e-05
-✗ KL, 99th percentile: 2.70e-03 after 2.70e-11, the limit is 1e-05
+✗ the largest KL was 3.00e-11 and is 3.00e-03; the limit is 1e-05
+✗ the 99th percentile of the KL was 2.70e-11 and is 2.70e-03; the limit is 1e-05
 before  {old}: same model
 after   {new}: not the same model
 
                                   before       after     change
-KL, largest                     3.00e-11    3.00e-03    × 1e+08
-KL, 99th percentile             2.70e-11    2.70e-03    × 1e+08
-KL, mean                        1.16e-11    1.16e-03    × 1e+08
-top-1 the same                    98.76%      98.76%
-top-10 the same                   94.32%      94.32%
-largest difference of logits    1.25e-03    1.25e-03
+largest KL                      3.00e-11    3.00e-03    × 1e+08
+99th percentile of the KL       2.70e-11    2.70e-03    × 1e+08
+mean KL                         1.16e-11    1.16e-03    × 1e+08
+top-1 agreement                   98.76%      98.76%
+top-10 agreement                  94.32%      94.32%
+largest logit difference        1.25e-03    1.25e-03
 noise floor                     3.00e-09    3.00e-09
-drift before the head           9.00e-07    1.80e-06        × 2
+drift before the output head    9.00e-07    1.80e-06        × 2
 
-each part, times its own rounding    before    after    change
-vision, patch embedding               0.7 ×    0.7 ×
-vision, keys                          0.7 ×    0.7 ×
-embedding                             0.0 ×    0.0 ×
-keys                                  1.3 ×    1.3 ×
-dense MLP                             1.3 ×    1.3 ×
-final norm                            1.3 ×    1.3 ×
-head                                  0.7 ×    0.7 ×
+each part, error / rounding    before    after    change
+vision, patch embedding         0.7 ×    0.7 ×
+vision, keys                    0.7 ×    0.7 ×
+embedding                       0.0 ×    0.0 ×
+keys                            1.3 ×    1.3 ×
+dense MLP                       1.3 ×    1.3 ×
+final norm                      1.3 ×    1.3 ×
+head                            0.7 ×    0.7 ×
 
 largest KL of      before       after     change
 english          3.00e-11    3.00e-03    × 1e+08

@@ -454,3 +454,12 @@ def test_the_site_has_the_tests_below_the_answers():
     assert below.endswith("\n    ```\n\nBehind.")
     with pytest.raises(KeyError):
         docs_hook.source("test_docs.py", "test_that_there_is_none")
+
+
+def test_headings_and_options_in_the_site():
+    page = '<h5 id="a">as_json</h5><code>--a-b 1</code><pre><span></span><code>--a-b</code></pre>'
+    assert docs_hook.on_page_content(page) == (
+        '<h4 id="a">as_json</h4><code><span class="word">--a-b</span> '
+        '<span class="word">1</span></code>'
+        "<pre><span></span><code>--a-b</code></pre>"
+    )

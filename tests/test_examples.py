@@ -74,7 +74,8 @@ def test_the_page_says_what_the_action_takes():
     (step,) = yaml.safe_load(block.text)
     assert step["uses"] in OURS
     assert step["with"].keys() <= ACTION["inputs"].keys()
-    section = page.read_text(encoding="utf-8").split("| input | | default |")[1].split("\n\n")[0]
+    below = page.read_text(encoding="utf-8").split("| input | meaning | default |")[1]
+    section = below.split("\n\n")[0]
     rows = re.findall(r"^\| `([\w-]+)` \| .* \| (.*?) ?\|$", section, re.MULTILINE)
     expected = {
         name: "required" if one.get("required") else f"`{one['default']}`".replace("``", "")

@@ -129,7 +129,7 @@ def test_page_is_well_formed_and_accessible(make):
         (sample_reports.report, "✓ Passed"),
         (sample_reports.failed, "✗ Failed"),
         (sample_reports.not_a_number, "✗ Failed"),
-        (sample_reports.indication, "≈ Passed, an indication"),
+        (sample_reports.indication, "≈ Passed: an indication, not proof"),
     ],
 )
 def test_verdict_limit_and_worst_token_come_first(make, badge):
@@ -167,7 +167,7 @@ def test_figures_settings_versions_and_checksums_are_the_reports():
         "ab" * 32,
     ]
     whole = sections(parsed(replace(report, whole_model=True)))["run"]
-    assert "both models whole" in whole.text
+    assert "both models loaded completely" in whole.text
 
 
 def tokens_of(strip):
@@ -233,8 +233,8 @@ def test_levels_of_kl_and_their_legend(kl, level):
     assert [item.all("bdi")[0].attributes["class"] for item in items] == [
         f"k{number}" for number in range(11)
     ]
-    ends = ["≤ 1e-11", "to 1e-09", "to 1e-07", "to 1e-06", "to 1e-05", "to 1e-04", "to 1e-03"]
-    ends += ["to 1e-02", "to 1e-01", "> 1e-01", "NaN: a logit was no finite number"]
+    ends = [f"up to 1e-0{power}" for power in (9, 7, 6, 5, 4, 3, 2, 1)]
+    ends = ["≤ 1e-11", *ends, "> 1e-01", "NaN: a logit was not finite"]
     assert [item.text.removeprefix("token ") for item in items] == ends
 
 
@@ -447,7 +447,7 @@ def test_junit_fails_the_sequences_that_failed():
         found["each part by itself"].get("message").startswith("layer 1, dense MLP: error 5.0e-02")
     )
     assert found["english"].get("message") == (
-        "KL 3.00e-03 is beyond the limit 1e-05 at position 7: id 107 '    '"
+        "A KL of 3.00e-03 is beyond the limit of 1e-05 at position 7 (token id 107, '    ')"
     )
     assert "not the same model" in found["english"].text
     assert suite.get("failures") == "3" and suite.find("system-err").text.startswith("No sequence")
@@ -460,7 +460,7 @@ def test_junit_of_hostile_texts_is_xml():
     suite = ElementTree.fromstring(junit(sample_reports.not_a_number(), WHEN))
     case = suite.find("testcase")
     assert case.get("name") == "hostile </title><script>"
-    assert "KL NaN" in case.find("failure").get("message")
+    assert "KL of NaN" in case.find("failure").get("message")
     for text in HOSTILE:
         one = replace(sequence(text or "-", 1, scale=1), pieces=(text,))
         suite = ElementTree.fromstring(junit(sample_reports.report(one, original=text), WHEN))

@@ -26,8 +26,8 @@ def command(
 ) -> None:
     """Compare two reports of logit-check, such as before and after a change of the model's code.
 
-    Exits 1 where a figure is beyond its limit and larger than before, or a part fails that did
-    not. What stays within its limit is shown and is no fault.
+    The exit code is 1 if a figure is beyond its limit and larger than before, or if a part fails
+    that did not fail before. Figures within their limits are shown, but do not count.
 
     \b
     Example:

@@ -68,13 +68,13 @@ def command(
     seq_len: Annotated[
         int | None,
         typer.Option(
-            min=1, max=LONGEST, help="Tokens of a sequence; in decoding, of its KV cache."
+            min=1, max=LONGEST, help="Tokens of a sequence; with --mode decode, of its KV cache."
         ),
     ] = None,
     sweep: Annotated[
         str | None,
         typer.Option(
-            metavar="N,N,...", help="Several such lengths instead: a CSV, one line a length."
+            metavar="N,N,...", help="Several sequence lengths: prints a CSV, a line for each."
         ),
     ] = None,
     batch: Annotated[
@@ -85,7 +85,7 @@ def command(
     ] = Mode.TRAIN,
     attention: Annotated[
         Attention,
-        typer.Option(help="Pairs that the mask lets through, MaxText's formulas, or all pairs."),
+        typer.Option(help="Pairs that the mask allows, MaxText's formulas, or all pairs."),
     ] = Attention.EXACT,
     images: Annotated[
         int,
@@ -95,7 +95,7 @@ def command(
         int | None,
         typer.Option(
             min=1,
-            help="Soft tokens of an image; config.json's by default.",
+            help="Soft tokens of an image; by default as in config.json.",
             rich_help_panel="Images and sounds",
         ),
     ] = None,
@@ -103,7 +103,7 @@ def command(
         bool | None,
         typer.Option(
             "--bidirectional-images/--causal-images",
-            help="Whether tokens of an image see each other; as config.json says by default.",
+            help="Whether tokens of an image attend to each other; by default as in config.json.",
             rich_help_panel="Images and sounds",
         ),
     ] = None,
@@ -115,14 +115,15 @@ def command(
         int | None,
         typer.Option(
             min=1,
-            help="Soft tokens of a sound, 25 a second; 750 by default.",
+            help="Soft tokens of a sound, 25 for each second; 750 by default.",
             rich_help_panel="Images and sounds",
         ),
     ] = None,
     freeze: Annotated[
         list[Part] | None,
         typer.Option(
-            help="A part that is not trained; several times for more.", rich_help_panel="Training"
+            help="A part that is not trained; may be given several times.",
+            rich_help_panel="Training",
         ),
     ] = None,
     recompute: Annotated[
@@ -140,18 +141,22 @@ def command(
         ),
     ] = WeightDType.BF16,
     last_logits: Annotated[
-        bool, typer.Option("--last-logits", help="Prefill: logits of the last position alone.")
+        bool,
+        typer.Option(
+            "--last-logits", help="With --mode prefill: logits of the last position only."
+        ),
     ] = False,
     step_time: Annotated[
         float | None,
         typer.Option(
-            help="Measured seconds of a step, for achieved TFLOP/s.", rich_help_panel="Measured"
+            help="Measured time of a step in seconds, for the achieved TFLOP/s.",
+            rich_help_panel="Measured",
         ),
     ] = None,
     hardware: Annotated[
         str | None,
         typer.Option(
-            help="What it ran on, such as H100 or TPU-v5p, for MFU and HFU.",
+            help="The hardware of the step, such as H100 or TPU-v5p, for MFU and HFU.",
             rich_help_panel="Measured",
         ),
     ] = None,
@@ -159,15 +164,13 @@ def command(
         float | None,
         typer.Option(
             metavar="TFLOPS",
-            help="Peak rate of one device, where --hardware does not know it.",
+            help="Peak rate of one device, for hardware that is not in the list.",
             rich_help_panel="Measured",
         ),
     ] = None,
     devices: Annotated[
         int,
-        typer.Option(
-            min=1, max=LONGEST, help="GPUs or TPU chips that the step is spread over, evenly."
-        ),
+        typer.Option(min=1, max=LONGEST, help="GPUs or TPU chips that share the step evenly."),
     ] = 1,
     dtype: Annotated[
         DType | None,
@@ -187,7 +190,7 @@ def command(
 ) -> None:
     """Count the FLOPs of a step by component, exactly, and estimate its bytes, from config.json.
 
-    A multiply-add is two FLOPs. With --step-time and --hardware or --peak it also says MFU and HFU.
+    A multiply-add is two FLOPs. MFU and HFU need --step-time and --hardware or --peak.
 
     \b
     Examples:

@@ -50,21 +50,21 @@ def command(
     base: Annotated[
         str | None,
         typer.Option(
-            help="Of an adapter of PEFT in HF's place: its model, if not where it says.",
+            help="If HF is an adapter of PEFT: its base model, if not where its config says.",
             rich_help_panel=ADAPTERS,
         ),
     ] = None,
     native_base: Annotated[
         str | None,
         typer.Option(
-            help="Of a native adapter in NATIVE's place: the conversion of its model.",
+            help="If NATIVE is a native adapter: the conversion of its base model.",
             rich_help_panel=ADAPTERS,
         ),
     ] = None,
     alpha: Annotated[
         float | None,
         typer.Option(
-            help="The alpha of such an adapter, if its metadata do not say it.",
+            help="If NATIVE is a native adapter: its alpha, if its metadata does not have it.",
             rich_help_panel=ADAPTERS,
         ),
     ] = None,

@@ -102,7 +102,7 @@ LogLevel = Annotated[
     Level,
     typer.Option(
         "--log-level",
-        help="Least important message on stderr; progress is info.",
+        help="Level of the messages on stderr; progress has the level info.",
         rich_help_panel=STDERR,
     ),
 ]
@@ -110,7 +110,7 @@ JsonLines = Annotated[
     bool,
     typer.Option(
         "--json-lines",
-        help="Progress and messages on stderr as JSON, one object a line.",
+        help="Print progress and messages on stderr as JSON, one object in each line.",
         rich_help_panel=STDERR,
     ),
 ]

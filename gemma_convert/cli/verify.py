@@ -40,7 +40,7 @@ def command(
 ) -> None:
     """Read a converted checkpoint again and compare every value with the source.
 
-    Where something differs, the arrays, tensors and files are named and the exit code is 1.
+    If something differs, the arrays, tensors and files are listed, and the exit code is 1.
 
     \b
     Examples:

@@ -67,15 +67,17 @@ def logit_check(
     `native` may be a Hugging Face checkpoint too, such as the export of another converter: then
     transformers runs both, in float32, and the parts of layers are not compared one by one. With
     `images` or `audio` (WAV files) the vision or audio tower is run too, and the logits of the text
-    around them are compared. With `golden`, `hf` need only have config.json, and the tokens are
-    those of the golden file. `lossy_rows` names what the conversion rounded; by default it is found
-    out. `max_kl` is in nats per token. Both models run layer by layer, unless `whole_model` loads
-    them completely; then single layers are not compared. The native model runs with the config of
-    its framework: `settings` (files, or KEY=VALUE), by default the file in the checkpoint, or else
-    the framework's own config of that model. `progress` hears of each layer and of each slice of
-    the logits (`gemma_convert.progress`). `cache` keeps what JAX compiles for the next run
-    (`gemma_convert.forward.kept_programs`). With several processes (`gemma_convert.engine.joined`)
-    all get the report of process 0, which alone runs the reference, without single tokens.
+    around them are compared. With `golden`, `hf` needs only config.json, and the tokens are those
+    of the golden file. `lossy_rows` names what the conversion rounded; by default it is read from
+    the checkpoint. `max_kl` is in nats per token. Both models run layer by layer, unless
+    `whole_model` loads them completely; then single layers are not compared. The native model runs
+    with the config of its framework: `settings` (files, or KEY=VALUE), by default the file in the
+    checkpoint, or else the framework's own config of that model. `progress` is called with a
+    `ProgressEvent` for each layer and each slice of the logits. `cache` keeps what JAX compiles for
+    the next run (`gemma_convert.forward.kept_programs`). Of several processes
+    (`gemma_convert.engine.joined`) only process 0 runs the reference; the others return its report
+    without single tokens.
+
     `hf` may be an adapter of PEFT, whose base model is `base`, by default the one in its config.
     `native` is then the same adapter in a native layout, which runs on the native checkpoint
     `native_base` with its own `alpha` unless one is given, or a model that it was merged into.

@@ -21,14 +21,14 @@ SCHEMA = "gemma-convert/compare-reports/1"
 MAX_REPORT_BYTES = 1 << 30
 
 _FIGURES = {
-    "KL, largest": "kl_max",
-    "KL, 99th percentile": "kl_p99",
-    "KL, mean": "kl_mean",
-    "top-1 the same": "top1_agreement",
-    "top-10 the same": "topk_overlap",
-    "largest difference of logits": "max_logit_difference",
+    "largest KL": "kl_max",
+    "99th percentile of the KL": "kl_p99",
+    "mean KL": "kl_mean",
+    "top-1 agreement": "top1_agreement",
+    "top-10 agreement": "topk_overlap",
+    "largest logit difference": "max_logit_difference",
     "noise floor": "noise_floor",
-    "drift before the head": "final_norm_drift",
+    "drift before the output head": "final_norm_drift",
 }
 _LIMITS = {"kl_max": "limit", "kl_p99": "limit_p99"}
 _CIRCUMSTANCES = (
@@ -78,7 +78,7 @@ class Side:
 
 @dataclass(frozen=True)
 class ReportComparison:
-    """What two reports say beside each other; it passes where nothing is worse."""
+    """Two reports side by side; the comparison passes where nothing is worse."""
 
     before: Side
     after: Side
@@ -86,9 +86,9 @@ class ReportComparison:
     parts: tuple[PartChange, ...]
     sequences: tuple[Change, ...]
     worse: tuple[str, ...]
-    """Sentences; empty where nothing is worse beyond a limit."""
+    """What is worse and beyond its limit, a sentence each."""
     unlike: tuple[str, ...]
-    """In what the two checks differ, so that figures may differ for that reason."""
+    """Differences between the checks themselves, for which figures may differ."""
 
     @property
     def passed(self) -> bool:
@@ -102,15 +102,15 @@ class ReportComparison:
         return "better than before" if self.after.passed > self.before.passed else "not worse"
 
     def as_json(self) -> dict[str, Any]:
-        """Strict JSON: a figure that is no number is null, as one that is missing is."""
+        """The comparison as strict JSON: a figure that is missing or not finite is null."""
         values = _finite(asdict(self))
         return {"schema": SCHEMA, "passed": self.passed, "verdict": self.verdict, **values}
 
 
 def compare_reports(before: str | Path, after: str | Path) -> ReportComparison:
-    """The comparison of two files that `logit-check --json` has printed.
+    """Returns the comparison of two reports, files that `logit-check --json` has printed.
 
-    Raises SourceError where one is no such report, or is of another version of the schema.
+    Raises SourceError where one is not such a report, or has another version of the schema.
     """
     old, new = (_read(Path(path)) for path in (before, after))
     try:
@@ -179,7 +179,9 @@ def _worse_figures(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         within = limit is None or (value is not None and value <= limit)
         same = value is not None and was is not None and (value <= was or math.isnan(was))
         if not within and not same:
-            found.append(f"{name}: {shown(value)} after {shown(was)}, the limit is {limit:.0e}")
+            found.append(
+                f"the {name} was {shown(was)} and is {shown(value)}; the limit is {limit:.0e}"
+            )
     return found
 
 
@@ -193,8 +195,8 @@ def _worse_parts(parts: tuple[PartChange, ...]) -> list[str]:
     for one in parts:
         fresh = [name for name in one.failed_after if name not in one.failed_before]
         if fresh:
-            more = f" and {len(fresh) - 1} more of its kind" if len(fresh) > 1 else ""
-            found.append(f"{fresh[0]}{more} fails by itself, and did not")
+            more = f" and {len(fresh) - 1} more of this kind fail" if len(fresh) > 1 else " fails"
+            found.append(f"{fresh[0]}{more} now and did not fail before")
     return found
 
 
@@ -252,9 +254,9 @@ def _unlike(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, ...]:
         for report in (old, new)
     ]
     if originals[0] != originals[1]:
-        found.append("the original: its files are not those of the report before")
+        found.append("the original: its files have changed")
     if (old["local"] is None) != (new["local"] is None):
-        found.append("the parts by themselves: one of the reports has none")
+        found.append("the parts of layers: only one of the reports has them")
     return tuple(found)
 
 

@@ -13,7 +13,7 @@ from gemma_convert.logits.comparison_table import (
     part_rows,
     sequence_rows,
 )
-from gemma_convert.logits.html_page import page, plain, scrolling
+from gemma_convert.logits.html_page import page, plain, scrolling, sentence
 from gemma_convert.version import __version__
 
 
@@ -24,7 +24,11 @@ def comparison_page(found: ReportComparison, written: datetime) -> str:
             _head(found),
             "<main>",
             _section("figures", "Figures", figure_rows(found)),
-            _section("parts", "Each part by itself, times its own rounding", part_rows(found)),
+            _section(
+                "parts",
+                "Error of each part / its rounding error",
+                part_rows(found),
+            ),
             _section("sequences", "Largest KL of each sequence", sequence_rows(found)),
             _sides(found),
             f"</main><footer><p>Written {written:%Y-%m-%d %H:%M} UTC by gemma-convert "
@@ -36,10 +40,11 @@ def comparison_page(found: ReportComparison, written: datetime) -> str:
 
 def _head(found: ReportComparison) -> str:
     kind, sign = ("pass", "✓") if found.passed else ("fail", "✗")
-    lead = "".join(f'<p class="lead">{plain(one)}.</p>' for one in found.worse)
+    lead = "".join(f'<p class="lead">{plain(sentence(one))}.</p>' for one in found.worse)
     if found.passed:
-        lead = '<p class="lead">Nothing is worse than before beyond a limit.</p>'
-    unlike = "".join(f"<li>The checks are not alike: {plain(one)}.</li>" for one in found.unlike)
+        said = "No figure beyond its limit has grown, and no part fails that did not fail before."
+        lead = f'<p class="lead">{said}</p>'
+    unlike = "".join(f"<li>The two checks differ: {plain(one)}.</li>" for one in found.unlike)
     return (
         f'<header class="{kind}"><p class="kicker">gemma-convert compare-reports</p>'
         f'<p class="badge"><span aria-hidden="true">{sign}</span> '

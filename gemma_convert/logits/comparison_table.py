@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 HEAD = ("", "before", "after", "change")
-_SHARES = frozenset({"top-1 the same", "top-10 the same"})
+_SHARES = frozenset({"top-1 agreement", "top-10 agreement"})
 _ALIKE = 0.005
 """Ratios nearer to one are no change in three digits."""
 
@@ -53,8 +53,8 @@ def _row(one: Change) -> Row:
 def _times(value: float | None, failing: int) -> str:
     if value is None:
         return ""
-    times = f"{value:,.1f} ×" if math.isfinite(value) else "no number"
-    return f"{times}, {failing} fail" if failing else times
+    times = f"{value:,.1f} ×" if math.isfinite(value) else "NaN"
+    return f"{failing} failed, {times}" if failing else times
 
 
 def _ratio(before: float | None, after: float | None) -> str:
@@ -72,7 +72,7 @@ def render(found: ReportComparison) -> RenderableType:
     colour = "green" if found.passed else "red"
     named = {
         "": figure_rows(found),
-        "each part, times its own rounding": part_rows(found),
+        "each part, error / rounding": part_rows(found),
         "largest KL of": sequence_rows(found),
     }
     tables = [_table(name, rows) for name, rows in named.items() if rows]
@@ -82,7 +82,7 @@ def render(found: ReportComparison) -> RenderableType:
         Text(f"before  {found.before.path}: {found.before.verdict}", style="dim"),
         Text(f"after   {found.after.path}: {found.after.verdict}", style="dim"),
         *(one for table in tables for one in ("", table)),
-        *(Text(f"! not alike, {one}", style="yellow") for one in found.unlike),
+        *(Text(f"! the two checks differ: {one}", style="yellow") for one in found.unlike),
     )
 
 

@@ -55,9 +55,9 @@ def save_golden(
 ) -> Golden:
     """Saves the float32 logits of transformers for the checkpoint `hf` in the golden file `path`.
 
-    The file appears under its name only when it is complete. `progress` hears of each layer and
-    of each slice of the logits (`gemma_convert.progress`). Raises TargetError where `path` exists
-    already or cannot be written, and SourceError where the checkpoint cannot be run.
+    The file appears under its name only when it is complete. `progress` is called with a
+    `ProgressEvent` for each layer and each slice of the logits. Raises TargetError where `path`
+    exists already or cannot be written, and SourceError where the checkpoint cannot be run.
     """
     path = Path(path)
     _check_target(path, overwrite)

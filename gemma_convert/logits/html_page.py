@@ -32,15 +32,20 @@ def plain(text: str) -> str:
     return escape(printable(text))
 
 
+def sentence(text: str) -> str:
+    """Text that begins with a capital letter, and is otherwise as it was."""
+    return text[:1].upper() + text[1:]
+
+
 def scrolling(content: str, name: str) -> str:
     """A box of its own for what may be wider than the page."""
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{name}">{content}</div>'
 
 
-def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    """A table of texts."""
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]], kind: str = "plain") -> str:
+    """A table of texts, of the class `kind`."""
     columns = "".join(f'<th scope="col">{name}</th>' for name in head)
     lines = "".join(
         "<tr>" + "".join(f"<td>{plain(value)}</td>" for value in row) + "</tr>" for row in rows
     )
-    return f'<table class="plain"><thead><tr>{columns}</tr></thead><tbody>{lines}</tbody></table>'
+    return f'<table class="{kind}"><thead><tr>{columns}</tr></thead><tbody>{lines}</tbody></table>'

@@ -45,7 +45,7 @@ def _picture(parts: Sequence[PartCheck], kind: str) -> str:
         for number in range(0, layers, step)
     )
     cells = "".join(_cell(one, rows.index(one.part), width) for one in inside)
-    title = f"How many times its own rounding each part of each of {layers} {kind}s is off"
+    title = f"Error of each part of each of {layers} {kind}s in units of its rounding error"
     if failed := [one for one in parts if not one.passed]:
         title += f": {len(failed)} of {len(parts)} parts beyond {FACTOR:g}"
     height = _TOP + len(rows) * _ROW
@@ -55,18 +55,30 @@ def _picture(parts: Sequence[PartCheck], kind: str) -> str:
     )
 
 
+def parts_legend() -> str:
+    """What the colours of the pictures mean."""
+    items = [(level, f"up to {end:,.0f} ×") for end, level in _LEVELS]
+    items += [(_WORST, f"over {_LEVELS[-1][0]:,.0f} ×"), (_NAN, "NaN: not finite")]
+    entries = "".join(f'<li><span class="k{level}"></span> {text}</li>' for level, text in items)
+    return (
+        '<ul class="legend" aria-label="Colour of a part by its error in units of its rounding '
+        f'error">{entries}</ul><p class="note">A part is coloured by its error in units of its '
+        f"rounding error. A cross marks one that fails: it is beyond {FACTOR:g} ×.</p>"
+    )
+
+
 def part_rows(local: LocalCheck) -> list[tuple[str, str, str, str, str]]:
-    """Name, error, rounding, times, and mistake, of what stands beside the layers or failed."""
+    """Name, mistake, error, rounding error and ratio, of what is in no layer or failed."""
     shown = [one for one in local.parts if one.layer is None or not one.passed]
     return [
-        (one.name, figure(one.error), figure(one.noise), _times(one), one.mistake or "")
+        (one.name, one.mistake or "", figure(one.error), figure(one.noise), _times(one))
         for one in shown
     ]
 
 
 def _cell(one: PartCheck, row: int, width: float) -> str:
     x, y = _LEFT + (one.layer or 0) * width, _TOP + row * _ROW
-    text = f"{one.name}: {_times(one)} × its rounding"
+    text = f"{one.name}: {_times(one)} × its rounding error"
     if one.mistake is not None:
         text += f"; {one.mistake}"
     cross = f'<path class="cross" d="M{x + width / 2 - 3:.1f} {y + 4}l6 6m0 -6l-6 6"/>'

@@ -5,8 +5,8 @@ from __future__ import annotations
 from datetime import datetime
 from html import escape
 
-from gemma_convert.logits.html_page import page, plain, scrolling, table
-from gemma_convert.logits.html_parts import part_rows, parts_pictures
+from gemma_convert.logits.html_page import page, plain, scrolling, sentence, table
+from gemma_convert.logits.html_parts import part_rows, parts_legend, parts_pictures
 from gemma_convert.logits.html_plots import drift_plot, kl_plot
 from gemma_convert.logits.html_tokens import legend, prediction, strip
 from gemma_convert.logits.report import LogitReport
@@ -46,7 +46,7 @@ def _outcome(report: LogitReport) -> tuple[str, str]:
     """The class and the words of the badge above the verdict."""
     if not report.passed:
         return "fail", "Failed"
-    return ("pass", "Passed") if report.proof else ("hint", "Passed, an indication")
+    return ("pass", "Passed") if report.proof else ("hint", "Passed: an indication, not proof")
 
 
 def _head(report: LogitReport) -> str:
@@ -72,46 +72,43 @@ def _head(report: LogitReport) -> str:
 def _figures(report: LogitReport) -> str:
     found = report.divergence
     entries = (
-        ("KL, largest", figure(found.kl_max)),
-        ("KL, 99th percentile", figure(found.kl_p99)),
-        ("KL, mean", figure(found.kl_mean)),
-        ("top-1 the same", f"{found.top1_agreement:.2%}"),
-        ("top-10 the same", f"{found.topk_overlap:.2%}"),
-        ("largest difference of logits", figure(found.max_logit_difference)),
+        ("largest KL", figure(found.kl_max)),
+        ("99th percentile of the KL", figure(found.kl_p99)),
+        ("mean KL", figure(found.kl_mean)),
+        ("top-1 agreement", f"{found.top1_agreement:.2%}"),
+        ("top-10 agreement", f"{found.topk_overlap:.2%}"),
+        ("largest logit difference", figure(found.max_logit_difference)),
         ("tokens compared", f"{found.tokens:,}"),
     )
     items = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in entries)
     return (
         f'<section aria-labelledby="figures"><h2 id="figures">Figures</h2><dl class="tiles">{items}'
-        '</dl><p class="note">KL(original ‖ converted) of the next token\'s distribution behind '
-        "each token, in nats.</p></section>"
+        '</dl><p class="note">KL is the divergence KL(original ‖ converted) of the distributions '
+        "of the next token, in nats.</p></section>"
     )
 
 
 def _parts(report: LogitReport) -> str:
     local, title = report.local, '<h2 id="parts">Each part by itself</h2>'
     if local is None:
-        said = plain(_sentence(parts_line(report)))
+        said = plain(sentence(parts_line(report)))
         return f'<section aria-labelledby="parts">{title}<p>{said}.</p></section>'
-    head = ("part", "difference", "its own rounding", "times", "what is wrong")
+    head = ("part", "probable cause", "error", "rounding error", "ratio")
     floor = ""
     if report.noise_floor is not None:
-        floor = f"<p>{plain(noise_line(report).capitalize())}.</p>"
+        floor = f"<p>{plain(sentence(noise_line(report)))}.</p>"
     pictures = "".join(
         scrolling(picture, f"Picture of the parts of each {kind}")
         for kind, picture in parts_pictures(local).items()
     )
     return (
-        f'<section aria-labelledby="parts">{title}<p>{plain(_sentence(parts_line(report)))}. '
-        "Each part is given the original's own states, so that what earlier ones left does not "
-        "count; differences are the largest of a "
-        f"token, relative to its length.</p>{floor}{pictures}"
-        f"{scrolling(table(head, part_rows(local)), 'Table of the parts')}</section>"
+        f'<section aria-labelledby="parts">{title}<p>{plain(sentence(parts_line(report)))}. '
+        "Each part runs on the states that the original computes before it, so that errors of "
+        "earlier parts do not count. An error is the distance from what the original computes, "
+        "relative to its length, for the token where that is largest.</p>"
+        f"{floor}{pictures}{parts_legend() if pictures else ''}"
+        f"{scrolling(table(head, part_rows(local), 'parts'), 'Table of the parts')}</section>"
     )
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _drift(report: LogitReport) -> str:
@@ -119,15 +116,19 @@ def _drift(report: LogitReport) -> str:
     if drift is None:
         return ""
     if drift.tolerance is None:
-        verdict = "Values are rounded, so no layer is held to a tolerance."
+        verdict = "Values are rounded, so there is no tolerance for the layers."
     elif drift.first is None:
-        verdict = f"Every layer is within {drift.tolerance:.0e}; float32 rounding is less."
+        verdict = f"Every layer is within the tolerance of {drift.tolerance:.0e}."
     else:
-        verdict = f"The first beyond {drift.tolerance:.0e} is <b>{escape(drift.first)}</b>."
+        verdict = (
+            f"The first beyond the tolerance of {drift.tolerance:.0e} is "
+            f"<b>{escape(drift.first)}</b>."
+        )
     return (
         '<section aria-labelledby="drift"><h2 id="drift">Drift by layer</h2>'
-        f"<p>{verdict} Drift is the largest distance of a token's hidden states, relative to their "
-        f"length; {figure(drift.final_norm)} before the head.</p>"
+        f"<p>{verdict} Drift is the distance between the hidden states of the two models behind a "
+        "layer, relative to their length, for the token where that is largest. Before the output "
+        f"head it is <b>{figure(drift.final_norm)}</b>.</p>"
         f"{scrolling(drift_plot(drift), 'Plot of the drift by layer')}</section>"
     )
 
@@ -143,7 +144,8 @@ def _worst(report: LogitReport) -> str:
     )
     return (
         '<section aria-labelledby="worst"><h2 id="worst">Worst tokens</h2>'
-        "<p>What each side holds for the likeliest next token behind the marked one.</p>"
+        "<p>The tokens that each model predicts with the highest probabilities after the marked "
+        "one.</p>"
         f'<div class="predictions">{tables}</div></section>'
     )
 
@@ -155,7 +157,7 @@ def _tokens(report: LogitReport) -> str:
     rows = "".join(_sequence_row(number, one) for number, one in enumerate(report.checked))
     table = (
         '<table><thead><tr><th scope="col">sequence</th><th scope="col" class="number">tokens</th>'
-        '<th scope="col" class="number">largest KL</th><th scope="col" class="number">at</th>'
+        '<th scope="col" class="number">largest KL</th><th scope="col" class="number">position</th>'
         f'<th scope="col" class="number">mean KL</th></tr></thead><tbody>{rows}</tbody></table>'
     )
     texts = "".join(
@@ -185,13 +187,18 @@ def _sequence(number: int, one: CheckedSequence, span: LogRange, limit: float) -
 
 
 def _run(report: LogitReport) -> str:
-    how = "both models whole" if report.whole_model else "layer by layer, both sides in step"
+    how = (
+        "both models loaded completely"
+        if report.whole_model
+        else "layer by layer, both models at the same time"
+    )
     entries = (
         ("original", report.original),
         ("converted", report.checkpoint),
         ("reference", f"{report.reference}, float32, {report.reference_device}"),
         ("native", native_line(report)),
-        ("devices, processes", f"{report.native_devices}, {report.processes}"),
+        ("native devices", str(report.native_devices)),
+        ("processes", str(report.processes)),
         ("run", how),
         ("limit", f"{report.limit:.0e} nats for the worst token: {report.limit_reason}"),
         ("compared", compared_line(report)),
@@ -205,12 +212,13 @@ def _run(report: LogitReport) -> str:
     )
     versions = table(("package", "version"), report.versions.items())
     prints = table(
-        ("side", "file", "of it", "sha256"),
+        ("model", "file", "what is hashed", "sha256"),
         ((one.side, one.file, one.what, one.sha256) for one in report.fingerprints),
     )
     return (
         '<section aria-labelledby="run"><h2 id="run">How it was run</h2>'
         f'<dl class="settings">{settings}</dl><h3>Versions</h3>{scrolling(versions, "Versions")}'
-        f'<h3>Files</h3>{scrolling(prints, "Checksums of files")}<p class="note">Samples are 64 '
-        "pieces spread evenly over a file of weights.</p></section>"
+        f'<h3>Files</h3>{scrolling(prints, "Checksums of files")}<p class="note">Of a file of '
+        "weights its header is hashed, and samples: 64 pieces spread evenly over the file.</p>"
+        "</section>"
     )

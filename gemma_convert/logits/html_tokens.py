@@ -57,12 +57,11 @@ def legend(limit: float) -> str:
         for number, end in enumerate(ends)
     ]
     items = "".join(
-        f'<li><bdi class="k{number}">{"limit" if text.endswith("limit") else "token"}</bdi> '
-        f"{text}</li>"
+        f'<li><bdi class="k{number}">token</bdi> {text}</li>'
         for number, text in entries
         if limit or number in {0, *range(5, NOT_A_NUMBER)}
     )
-    nan = f'<li><bdi class="k{NOT_A_NUMBER}">token</bdi> NaN: a logit was no finite number</li>'
+    nan = f'<li><bdi class="k{NOT_A_NUMBER}">token</bdi> NaN: a logit was not finite</li>'
     return (
         '<ul class="legend" aria-label="Background of a token by its KL in nats">'
         f'{items}{nan}</ul><p class="note">Underlined: beyond the limit of {limit:.0e} nats.</p>'
@@ -70,7 +69,7 @@ def legend(limit: float) -> str:
 
 
 def _between(low: float, high: float) -> str:
-    return f"&gt; {low:.0e}" if math.isinf(high) else f"to {high:.0e}"
+    return f"&gt; {low:.0e}" if math.isinf(high) else f"up to {high:.0e}"
 
 
 def prediction(one: Prediction, number: int, sequence: CheckedSequence | None, names: str) -> str:
@@ -85,7 +84,8 @@ def prediction(one: Prediction, number: int, sequence: CheckedSequence | None, n
     return (
         f'<article class="prediction"><h3 id="worst-{number}">{number}. '
         f"{escape(printable(behind.sequence))}, position {behind.position}</h3>"
-        f'<p class="figures">KL <b>{figure(behind.kl)}</b> behind id {behind.token}</p>{context}'
+        f'<p class="figures">KL <b>{figure(behind.kl)}</b> after the token with id '
+        f"{behind.token}</p>{context}"
         '<div class="scroll" tabindex="0" role="region" '
         f'aria-label="Likeliest next tokens, number {number}"><table><thead><tr>'
         '<th scope="col" rowspan="2"><span class="hidden">rank</span></th>'

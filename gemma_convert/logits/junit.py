@@ -67,8 +67,8 @@ def _part_case(suite: ElementTree.Element, local: LocalCheck, layout: str) -> No
         message = local_line(local)
         failure = ElementTree.SubElement(case, "failure", type="part", message=message)
         failure.text = "\n".join(
-            f"{part.name}: {part.error:.1e} off, rounding {part.noise:.1e}"
-            + ("" if part.mistake is None else f": {part.mistake}")
+            f"{part.name}: error {part.error:.1e}, rounding error {part.noise:.1e}"
+            + ("" if part.mistake is None else f"; probable cause: {part.mistake}")
             for part in local.failed
         )
 
@@ -79,10 +79,10 @@ def _passed(sequence: CheckedSequence, limit: float) -> bool:
 
 def _message(sequence: CheckedSequence, limit: float) -> str:
     place = sequence.worst or 0
-    text = "" if sequence.pieces is None else f" {printable(repr(sequence.pieces[place]))}"
+    text = "" if sequence.pieces is None else f", {printable(repr(sequence.pieces[place]))}"
     return (
-        f"KL {figure(sequence.kl_max)} is beyond the limit {limit:.0e} at position {place}: "
-        f"id {sequence.ids[place]}{text}"
+        f"A KL of {figure(sequence.kl_max)} is beyond the limit of {limit:.0e} at position "
+        f"{place} (token id {sequence.ids[place]}{text})"
     )
 
 

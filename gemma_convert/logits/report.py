@@ -22,9 +22,9 @@ SCHEMA = "gemma-convert/logit-check/3"
 
 @dataclass(frozen=True)
 class LogitReport:
-    """Result of one check. `limit` is the largest KL (nats) that any token may have.
+    """The result of one check. `limit` is the largest KL, in nats, that a token may have.
 
-    `proof` is False where rounding alone could hide or cause a difference: then even a pass is an
+    `proof` is False where rounding alone could hide or cause a difference: then a pass is only an
     indication.
     """
 
@@ -34,7 +34,7 @@ class LogitReport:
     limit_reason: str
     divergence: Divergence
     drift: Drift | None
-    """None where layers were not compared: of the whole model at once, or with golden logits."""
+    """None where layers were not compared: with `whole_model`, or with golden logits."""
     sequences: int
     longest_sequence: int
     sliding_window: int
@@ -50,35 +50,35 @@ class LogitReport:
     versions: dict[str, str]
     seconds: float
     local: LocalCheck | None = None
-    """Each part on the reference's own states; None where `drift` is, and of several processes."""
+    """Each part on the states of the reference; None where `drift` is None, or with processes."""
     limit_p99: float | None = None
-    """The largest KL that all but one token in a hundred may have, None where that is `limit`."""
+    """The largest KL that all but one token in a hundred may have; None where it is `limit`."""
     noise_floor: float | None = None
-    """KL in nats that noise of the size of the local errors gives the reference.
+    """The KL, in nats, that noise as large as the errors of the parts causes in the reference.
 
-    None where `local` is, and where a part of it failed.
+    None where `local` is None, and where a part failed.
     """
     lossy_rows: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     native_devices: int = 1
-    """Devices, of all processes, that the native side ran on."""
+    """The number of devices, of all processes, that the native model ran on."""
     processes: int = 1
     flops: int = 0
-    """Model FLOPs of the forward passes: of both sides, or of the native one with golden logits."""
+    """Model FLOPs of the forward passes of both models; with golden logits, of the native one."""
     running_seconds: float = 0.0
-    """Time of those passes and of the comparison, weights read in it."""
+    """Time of those passes and of the comparison, in which weights are read too."""
     original: str = ""
     checkpoint: str = ""
-    """The two folders, as they were named."""
+    """The two checkpoints, as they were given."""
     checked: tuple[CheckedSequence, ...] = ()
-    """Every token; process 0 alone has them, of several."""
+    """Every token; of several processes only process 0 has them."""
     worst: tuple[Prediction, ...] = ()
-    """What was predicted behind the worst tokens, the worst first; as `checked`."""
+    """What was predicted after the worst tokens, the worst first; only process 0 has them."""
     fingerprints: tuple[Fingerprint, ...] = ()
 
     @property
     def flops_per_second(self) -> float:
-        """What was achieved, on all devices together."""
+        """The achieved rate, on all devices together."""
         return self.flops / self.running_seconds if self.running_seconds else 0.0
 
     @property
@@ -91,7 +91,7 @@ class LogitReport:
         return "same model" if self.proof else "no difference found: an indication, not proof"
 
     def without_tokens(self) -> LogitReport:
-        """The report without what it has of single tokens, which may be millions."""
+        """The report without the single tokens, of which there may be millions."""
         return replace(self, checked=(), worst=())
 
     def as_text(self) -> str:

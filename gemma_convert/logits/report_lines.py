@@ -27,21 +27,18 @@ def parts_line(report: LogitReport) -> str:
 
 def local_line(local: LocalCheck) -> str:
     """What the parts are by themselves: within their rounding, or which is not."""
-    rounding = f"rounding in {local.noise}"
+    rounding = f"rounding error in {local.noise} (limit {FACTOR:g})"
     worst = local.worst
     if local.passed:
-        return (
-            f"all {len(local.parts)} are within {worst.times:.1f} × their own {rounding} "
-            f"(limit {FACTOR:g})"
-        )
+        return f"all {len(local.parts)} parts are within {worst.times:.1f} × their own {rounding}"
     first = local.failed[0]
     if first.error <= FACTOR * first.noise:
         off = f"{first.name}: one feature is wrong when given the original's inputs,"
     else:
         off = f"{first.name}: error {first.error:.1e} when given the original's inputs,"
     return (
-        f"{off} {first.times:,.0f} × its {rounding} (limit {FACTOR:g}); "
-        f"{len(local.failed)} of {len(local.parts)} parts fail"
+        f"{off} {first.times:,.0f} × its own {rounding}; "
+        f"{_fail(len(local.failed), f'of {len(local.parts)} parts')}"
     )
 
 
@@ -51,14 +48,21 @@ def mistake_lines(local: LocalCheck) -> list[str]:
     if not known:
         return ["unknown: none of the usual mistakes explains what these parts compute"]
     left = len(local.failed) - min(len(known), _MOST_MISTAKES)
-    more = [f"{left} more parts fail; the cause is looked for in the first two layers only"]
+    more = [
+        f"{_fail(left, 'more part' if left == 1 else 'more parts')}; the cause is looked for "
+        "only in the first two layers that fail"
+    ]
     return known[:_MOST_MISTAKES] + (more if left else [])
 
 
+def _fail(count: int, what: str) -> str:
+    return f"{count} {what} {'fails' if count == 1 else 'fail'}"
+
+
 def noise_line(report: LogitReport) -> str:
-    """What rounding alone amounts to in this network, as KL."""
+    """The KL that rounding alone causes in this network."""
     floor = report.noise_floor or 0.0
-    text = f"rounding errors of that size change the original itself by KL {floor:.1e}"
+    text = f"rounding errors of this size alone change the original's logits by a KL of {floor:.1e}"
     amplified = floor > PROOF_LIMIT
     return text + (": this network amplifies rounding" if amplified else "")
 

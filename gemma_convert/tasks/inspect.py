@@ -72,7 +72,7 @@ class InspectReport:
     converted_by: str | None
     lossy_rows: tuple[str, ...]
     adapter: StoredAdapter | None = None
-    """Of an adapter: its rank, and alpha if it says that."""
+    """For an adapter: its rank, and its alpha if that is stored."""
 
     def as_json(self) -> dict[str, object]:
         """The report for `--json`."""

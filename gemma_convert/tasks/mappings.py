@@ -44,7 +44,7 @@ class FormatSummary:
 
 @dataclass(frozen=True)
 class MappingsReport:
-    """A listing: of all layouts, of the rows or config keys of one, or of a model's tensors."""
+    """A list of all layouts, of the rows or config keys of one layout, or of a model's tensors."""
 
     format: str | None
     model: str | None
@@ -70,11 +70,11 @@ def list_mappings(
 ) -> MappingsReport:
     """Returns the mapping of the layout `layout` for `model`, a published name or a path.
 
-    Without `layout` all layouts are summed up; without `model` the table is listed as it is
-    written. With `facts` the keys of config.json are listed instead of tensors. `framework_version`
-    is one that the layout supports, by default its first. Raises UsageError for an unknown layout,
-    for a model that it has no place for and for scanned layers that it does not have; SourceError
-    if there is no such model.
+    Without `layout` there is one entry for each layout; without `model` the table is listed as it
+    is written. With `facts` the keys of config.json are listed instead of tensors.
+    `framework_version` is one that the layout supports, by default its first. Raises UsageError for
+    an unknown layout, for a model that it has no place for and for scanned layers that it does not
+    have; SourceError if there is no such model.
     """
     if scan_layers and (layout is None or model is None):
         raise UsageError(

@@ -22,7 +22,7 @@ class LossyRow:
 
 @dataclass(frozen=True)
 class ToNativeReport:
-    """What a conversion did, or with `dry_run` what it would do."""
+    """What a conversion did; with `dry_run`, what it would do."""
 
     source: str
     target: str
@@ -50,17 +50,17 @@ class ToNativeReport:
     bytes_per_second: float
     peak_memory_bytes: int
     sealed: bool = False
-    """Whether the source is a native checkpoint whose arrays were compared with its seal."""
+    """Whether the source is a native checkpoint with a manifest, whose checksums were compared."""
     changed_arrays: tuple[str, ...] = ()
-    """Arrays of such a source that are not what was sealed: trained since, or damaged."""
+    """Arrays of such a source that differ from their checksums: trained since, or damaged."""
     adapter: dict[str, object] | None = None
-    """Of an adapter: `rank`, `alpha`, whether it was `merged`, how many `weights`, `base`."""
+    """For an adapter: its `rank`, `alpha` and `base`, how many `weights`, and whether `merged`."""
     already_complete: bool = False
-    """With `resume`: the target was there, and is what this run would have written."""
+    """With `resume`: the target existed already, and equals what this run would have written."""
     plan: Plan | None = None
 
     def as_json(self) -> dict[str, object]:
-        """The report for `--json`; the plan's arrays are listed on a dry run."""
+        """The report as `--json` prints it; on a dry run it lists the arrays."""
         values = asdict(replace(self, plan=None))
         del values["plan"]
         if self.plan is not None and self.dry_run:

@@ -39,9 +39,10 @@ class ToHFReport:
 
     `sealed` says whether the checkpoint has a manifest with checksums, `changed_arrays` which
     arrays differ from them (trained since, or damaged), `added_files` which files were added since
-    the conversion and not copied. `changed_facts`: key of config.json → how the framework's
-    settings differ from the original; the value of the settings is written. `made_from_settings`:
-    there was no original, and config.json was made from the settings.
+    the conversion and were not copied. `changed_facts` has each key of config.json in which the
+    framework's settings differ from the original, and how; the value of the settings is written.
+    `made_from_settings` says that there was no original, and config.json was made from the
+    settings.
     """
 
     source: str
@@ -69,7 +70,7 @@ class ToHFReport:
     bytes_per_second: float
     peak_memory_bytes: int
     already_complete: bool = False
-    """With `resume`: the target was there, and is what this run would have written."""
+    """With `resume`: the target existed already, and equals what this run would have written."""
 
     @property
     def bit_for_bit(self) -> bool:
@@ -108,7 +109,7 @@ def to_hf(
     manifest are refused, unless `accept_damage` names them. Where the framework's `settings`
     (files, or KEY=VALUE; by default the file in the checkpoint) differ from config.json, their
     values are written. An adapter without a sidecar becomes a PEFT adapter of the model `base`,
-    scaled by `alpha` / rank. `progress` hears how far it has come (`gemma_convert.progress`).
+    scaled by `alpha` / rank. `progress` is called with each `ProgressEvent`.
     Raises SourceError, TargetError or UsageError with one clear message; then nothing is left
     behind.
     """

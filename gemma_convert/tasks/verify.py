@@ -25,10 +25,10 @@ THE_SEAL = "the manifest's checksums"
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was compared: the numbers of tensors (`checked`), other files, and bytes of both.
+    """What was compared: the numbers of tensors (`checked`) and other files, and their bytes.
 
-    `different` names what differs, and how; `notes` say, in whole sentences, what could not be
-    compared.
+    `different` has the name of everything that differs, and how it differs; `notes` are sentences
+    about what could not be compared.
     """
 
     path: str
@@ -61,11 +61,11 @@ def verify(
 
     A native checkpoint is compared with the checksums in its manifest: every array, tensor and
     file. With a Hugging Face folder as `against`, arrays and sidecar are also compared with that,
-    bit for bit. An exported Hugging Face folder is compared, tensors and files, with what the
-    native checkpoint `against` gives, with `settings` as in `to_hf`; with another Hugging Face
-    folder it is compared tensor by tensor. Both may be folders, on the hub or in an object store
-    (`gemma_convert.stores.remote.locations`). `progress` hears how far it has come
-    (`gemma_convert.progress`). Raises SourceError where one of them cannot be read
+    bit for bit. An exported Hugging Face folder is compared, tensors and files, with what `to_hf`
+    would write from the native checkpoint `against` with these `settings`; with another Hugging
+    Face folder it is compared tensor by tensor. Both may be folders, on the hub or in an object
+    store (`gemma_convert.stores.remote.locations`). `progress` is called with each
+    `ProgressEvent`. Raises SourceError where one of them cannot be read
     or the two do not belong together.
     """
     started = time.monotonic()

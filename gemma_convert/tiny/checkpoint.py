@@ -59,12 +59,13 @@ def make_tiny(
 ) -> TinyReport:
     """Writes a tiny checkpoint with the structure of `family` into `out` and returns a report.
 
-    The same arguments give the same bytes. `layers` counts decoder layers; with `kv_shared` "keep"
-    KV-shared layers have keys and values, as in published files; `save_pretrained` omits them. An
-    `untied` one has an `lm_head.weight` of its own, which no published model has. `weights` are
-    "random" (so that every mistake shows), have statistics like a "trained" model's, or are so
-    "wild" that they amplify rounding (`gemma_convert.tiny.kinds`). Raises UsageError for arguments
-    that no checkpoint can have, TargetError where `out` exists or cannot be written.
+    The same arguments always give the same bytes. `layers` counts decoder layers; with `kv_shared`
+    "keep" KV-shared layers have keys and values, as in published files; `save_pretrained` omits
+    them. An `untied` one has an `lm_head.weight` of its own, which no published model has.
+    `weights` may be "random" (so that every mistake shows), "trained" (with the statistics of a
+    trained model) or "wild" (they amplify rounding), see `gemma_convert.tiny.kinds`. Raises
+    UsageError for arguments that no checkpoint can have, TargetError where `out` exists or cannot
+    be written.
     """
     out = Path(out)
     _check_choice("family", family, get_args(Family))

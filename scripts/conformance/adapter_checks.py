@@ -52,44 +52,44 @@ def compare(case: Case) -> None:
     """The rows of what `commands` gave."""
     adapter, limit = case.folder / "adapter", case.framework.limit
     case.compare(
-        "its logits with an adapter, against those of PEFT",
+        "KL of the framework's logits with an adapter, against PEFT",
         limit,
         lambda: reference.worst_kl(_logits(case, adapter), case.array("adapted.npz")),
     )
     case.compare(
-        "those, the largest difference of a log-probability",
+        "largest difference of a log-probability between those two",
         1e-4,
         lambda: reference.worst_log(_logits(case, adapter), case.array("adapted.npz")),
     )
     case.compare(
-        "three steps of the adapter alone moved a logit by",
+        "largest change of a logit by three training steps of the adapter alone",
         MOVED,
         lambda: float(abs(case.array("tuned.npz") - case.array("adapted.npz")).max()),
         least=True,
     )
     case.compare(
-        "its logits with the trained adapter, against those of the export in PEFT",
+        "KL of the framework's logits with the trained adapter, against the export in PEFT",
         limit,
         lambda: reference.worst_kl(_logits(case, _exported(case)), case.array("tuned.npz")),
     )
     case.compare(
-        "arrays of the trained adapter whose bits a conversion of that export does not give again",
+        "arrays of the trained adapter that differ in any bit when that export is converted again",
         0,
         lambda: different(tree(_items(case.folder / case.framework.tuned)), _again(case)),
     )
     case.compare(
-        "tensors of that export that PEFT misses or does not know",
+        "tensors of that export that PEFT reports as missing or unexpected",
         0,
         lambda: _unlike(case.original, case.folder / "adapter-exported"),
     )
     case.compare(
-        "the adapter merged by us, against PEFT's merge, as a share of the largest value",
+        "largest difference of to-native --merge from PEFT's merge, relative to the largest value",
         MERGED,
         lambda: _apart(_merged_by_peft(_wide(case), adapter), _merged(case), tensors(adapter)),
     )
     if case.model in CONVERTERS.get(case.framework.name, ()):
         case.compare(
-            "tensors of its to_huggingface, of the trained adapter, whose bits are not ours",
+            "tensors of MaxText's to_huggingface that differ in any bit from to-hf, adapter",
             0,
             lambda: different(
                 tensors(case.folder / "theirs-adapter"), tensors(case.folder / "adapter-exported")

@@ -43,7 +43,7 @@ class Framework:
     release computes otherwise than transformers (`reference.DEVIATIONS`); what was mended later
     stands in `mended` with the first release that is right. `adapters` are the models of which
     adapters are tried, unscanned, of the modules `adapted`; `tuned` is where `train_adapter` saves
-    one, and `one_a` says that keys and values have one matrix A. `note` is told on the page.
+    one, and `one_a` says that keys and values have one matrix A. `note` stands on the page.
     """
 
     name: str
@@ -83,34 +83,38 @@ def _numbers(version: str) -> tuple[int, ...]:
 ALL = ("e2b", "e4b", "12b", "26b-a4b", "31b")
 
 MAXTEXT = """\
-26B-A4B and 31B are converted unscanned without and scanned with their vision tower; for 12B it has
-no name of its own yet, so 31B's is printed. It casts the output table to bfloat16 whatever `dtype`
-says, so transformers is compared with that done to it too, and as it is. Its vision tower has heads
-of hidden / heads, and fixed images of 2,520 patches of 16: the tiny models' towers are made so. Its
-two converters take a model's sizes from a table of published ones; they are told the tiny ones
-here, and read safetensors files with numpy instead of torch. Adapters are trained by its
-`train_sft`; it is given the config of pre-training, since with that of its own command, which
-cannot be hashed, it finds no synthetic data. Its converter of adapters ends in errors of its own:
-it hands JAX arrays to safetensors, which takes numpy's, and takes the several names of 26B-A4B's
-experts for one. Here the arrays are made numpy's, and experts, which no adapter has, left out."""
+Unscanned checkpoints of 26B-A4B and 31B are converted without the vision tower, scanned ones with
+it. MaxText has no name for 12B yet, so `to-native` prints the name of 31B with the sizes of 12B.
+MaxText casts the output table to bfloat16, whatever `dtype` is: its logits are compared with
+transformers as it is, and with a transformers model whose output table is cast likewise. In its
+vision tower the dimension of a head is hidden / heads, and an image always has 2,520 patches of
+16 × 16 pixels, so the towers of the tiny models have these sizes. Its two converters take the sizes
+of a model from a table of the published ones; here they are given the tiny sizes, and they read
+safetensors files with numpy instead of torch. Adapters are trained by its `train_sft` with the
+config of pre-training: with the config of `train_sft` itself, which cannot be hashed, MaxText finds
+no synthetic data. Its converter of adapters fails with two errors of its own: it passes JAX arrays
+to safetensors, which needs numpy arrays, and it takes the list of names of 26B-A4B's experts for
+one name. Here it is given numpy arrays, and the experts, which are in no adapter, are left out."""
 
 GEMMA = """\
-The language model runs; towers are converted and loaded with it. Version 4.0.1, the newest on the
-package index, gives the router of 26B-A4B an input that is normalised already, which 4.1.0 mends:
-transformers is compared with that done to it too, and as it is. `gm.ckpts.save_params` returns
-before the checkpoint is complete unless it is told `wait_until_finished=True`."""
+Only the language model is run; the towers are converted and loaded with it. In version 4.0.1, the
+newest on the package index, the router of 26B-A4B normalises an input that is already normalised,
+which 4.1.0 corrects: its logits are compared with transformers as it is, and with a transformers
+model whose router does the same. `gm.ckpts.save_params` returns before the checkpoint is complete,
+unless it is called with `wait_until_finished=True`."""
 
 TUNIX = """\
-The language model, which is all that 0.1.7 has; for 12B it has no config yet, so 31B's is printed
-with 12B's sizes. Its trainer is `PeftTrainer`, with all parameters trained, or an adapter alone,
-which qwix puts in: keys and values are one array, so an adapter has one matrix A for both. 0.1.7
-gives the router of 26B-A4B an input that is normalised already, which its repository has mended
-since: transformers is compared with that done to it too, and as it is."""
+Version 0.1.7 has the language model only. It has no config for 12B yet, so `to-native` prints the
+config of 31B with the sizes of 12B. `PeftTrainer` trains all parameters, or an adapter alone, which
+qwix adds to the model: keys and values are one array in Tunix, so an adapter has one matrix A for
+both. In 0.1.7 the router of 26B-A4B normalises an input that is already normalised, which has been
+corrected in the repository since: its logits are compared with transformers as it is, and with a
+transformers model whose router does the same."""
 
 FAST_LLM = """\
-It is on no package index, so a commit of its repository is installed. Its own `fast-llm train gpt`
-trains, on random tokens on the CPU; what it exports needs `optimizer_state: false`, since with the
-optimizer's state it ends in an error of its own at Gemma 4's layer scalars."""
+Fast-LLM is on no package index, so a commit of its repository is installed. Its own
+`fast-llm train gpt` trains on random tokens on the CPU. Its export needs `optimizer_state: false`:
+with the state of the optimizer, Fast-LLM fails at the layer scalars of Gemma 4."""
 
 FRAMEWORKS = {
     one.name: one

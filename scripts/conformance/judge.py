@@ -60,9 +60,9 @@ def run(case: Case) -> None:
 
 
 def _forward(case: Case) -> None:
-    deviation, name = case.deviation, "its logits, against transformers'"
+    deviation, name = case.deviation, "KL of the framework's logits, against transformers"
     case.compare(
-        name if deviation is None else f"{name} with the {deviation}, as this release has it",
+        name if deviation is None else f"{name} with the {deviation}, as in this release",
         case.framework.limit,
         lambda: reference.worst_kl(
             reference.logits(case.original, deviation), case.array("before.npz")
@@ -70,7 +70,7 @@ def _forward(case: Case) -> None:
     )
     if deviation is not None:
         case.compare(
-            f"{name} as they are",
+            f"{name} as it is",
             None,
             lambda: reference.worst_kl(reference.logits(case.original), case.array("before.npz")),
         )
@@ -78,13 +78,13 @@ def _forward(case: Case) -> None:
 
 def _training(case: Case) -> None:
     case.compare(
-        "three steps moved a logit by",
+        "largest change of a logit by three training steps",
         MOVED,
         lambda: float(abs(case.array("after.npz") - case.array("before.npz")).max()),
         least=True,
     )
     case.compare(
-        "its logits of the trained weights, against those of the export in transformers",
+        "KL of the framework's logits after training, against the export in transformers",
         case.framework.limit,
         lambda: reference.worst_kl(
             reference.logits(_exported(case), case.deviation), case.array("after.npz")
@@ -131,7 +131,7 @@ def measure(case: Case) -> dict[str, Any]:
         run(case)
     except Exception as error:
         traceback.print_exc()
-        case.rows.append(Row("it is run", None, 0, note=str(error)))
+        case.rows.append(Row("the run itself", None, 0, note=str(error)))
     ours = ("gemma-convert", "transformers", *(["peft"] if adapter_checks.tried(case) else []))
     return {
         "framework": case.framework.name,

@@ -40,30 +40,30 @@ def compare(case: Case) -> None:
     """The rows of what `commands` gave."""
     if case.sees:
         case.compare(
-            "its features of an image, against transformers', as a share of the largest",
+            "largest difference of an image's features from transformers, relative to the largest",
             1e-5,
             lambda: _share(reference.features(case.original), case.array("seen.npz", "features")),
         )
     if (case.model, case.scanned) in TRIED:
         case.compare(
-            "arrays of its to_maxtext whose bits are not ours",
+            "arrays of MaxText's to_maxtext that differ in any bit from to-native",
             0,
             lambda: different(
                 tree(case.folder / "made/0/items"), tree(case.folder / "converted/0/items")
             ),
         )
         case.compare(
-            "tensors of its to_huggingface, of the trained weights, whose bits are not ours",
+            "tensors of MaxText's to_huggingface that differ in any bit from to-hf, after training",
             1,
             lambda: different(tensors(case.folder / "theirs"), tensors(case.exported)),
         )
         case.compare(
-            "those, the embedding, as a share of a value",
+            "largest relative difference of that one, the embedding",
             UNIT,
             lambda: _furthest(tensors(case.folder / "theirs"), tensors(case.exported)),
         )
         case.compare(
-            "its parameters-only checkpoint, exported, against the trained one, as a share",
+            "largest relative difference of a parameters-only checkpoint from the training one",
             ROUNDED,
             lambda: _furthest(_parameters_only(case), tensors(case.exported)),
         )

@@ -14,9 +14,9 @@ Records = Sequence[Mapping[str, Any]]
 HEAD = """\
 # Tried with the real frameworks
 
-What the released frameworks themselves make of conversions. Written by `scripts/conformance.sh`,
-which installs them and runs everything here; no figure is typed. All of it is in
-[conformance.json](conformance.json).
+The released frameworks load, run, train and save checkpoints that gemma-convert converted for
+them. `scripts/conformance.sh` installs them, runs everything that is described here, and writes
+this page; all results are also in [conformance.json](conformance.json).
 
 <!-- not run: needs the frameworks, gigabytes of packages -->
 ```bash
@@ -25,22 +25,24 @@ scripts/conformance.sh --latest maxtext         # the newest releases, of one fr
 scripts/conformance.sh --models "e2b 31b" --out build/report gemma
 ```
 
-Of each model that a framework knows a tiny random checkpoint is converted, with `--dtype float32`,
-and the framework
+For each model that a framework supports, a tiny checkpoint with random weights is converted, with
+`--dtype float32`. Then
 
-1. loads it with the settings that `to-native` printed, and computes logits of 80 made-up tokens;
-2. trains three steps from it on made-up data, by its own trainer where it has one, and saves;
-3. loads what it saved, and computes the logits again. `to-hf` exports the same to Hugging Face,
-   `verify` compares the two, and transformers computes the logits of the export;
-4. where it has adapters: loads one that PEFT made and `to-native` converted, beside the
-   converted model, trains three steps of that alone and saves it. `to-hf` makes an adapter of PEFT
-   of what was saved. PEFT, beside transformers, computes the logits of both, and its merge is
-   compared with that of `to-native --merge`.
+1. the framework loads it with the settings that `to-native` printed, and computes the logits of 80
+   random tokens;
+2. it trains three steps on random data, with its own trainer where it has one, and saves a
+   checkpoint;
+3. it loads that checkpoint and computes the logits again. `to-hf` exports the same checkpoint to
+   Hugging Face, `verify` compares the two, and transformers computes the logits of the export;
+4. if it supports adapters, it loads an adapter that PEFT made and `to-native` converted, together
+   with the converted model, trains three steps of the adapter alone and saves it. `to-hf` makes a
+   PEFT adapter of what was saved. PEFT and transformers compute the logits with both adapters, and
+   PEFT's merge of the adapter into the model is compared with that of `to-native --merge`.
 
-All in float32 on the CPU, compiled by XLA without optimising, with the fewest layers that have
-every kind of them. Limits of logits bound the largest Kullback-Leibler divergence of a token, in
-nats; a mistake in the mapping costs 2e-3 to 15. `.github/workflows/conformance.yml` runs `--latest`
-every week.
+Everything is computed in float32 on the CPU, compiled by XLA without optimisations, with the
+smallest number of layers that has every kind of layer. The limits of logits are for the largest
+Kullback–Leibler divergence (KL) of a token, in nats; a mistake in the mapping causes 2e-3 to 15.
+`.github/workflows/conformance.yml` runs `--latest` every week.
 """
 
 
@@ -81,7 +83,7 @@ def _section(framework: Framework, own: Records) -> Iterator[str]:
         yield from (f"Not measured yet: {', '.join(missing)}.", "")
     if not own:
         return
-    yield "| | limit | " + " | ".join(map(_column, own)) + " |"
+    yield "| comparison | limit | " + " | ".join(map(_column, own)) + " |"
     yield "|---|---|" + "---|" * len(own)
     checks = list(dict.fromkeys(row["check"] for one in own for row in one["rows"]))
     for check in checks:
@@ -89,13 +91,12 @@ def _section(framework: Framework, own: Records) -> Iterator[str]:
         limit = next(_limit(row) for row in rows if row is not None)
         yield f"| {check} | {limit} | " + " | ".join(map(_cell, rows)) + " |"
     yield ""
-    installed = {
-        name: number
-        for one in own
-        for name, number in one["versions"].items()
-        if name != framework.package
-    }
-    yield "Beside it: " + ", ".join(f"{name} {number}" for name, number in installed.items()) + "."
+    installed: dict[str, list[str]] = {}
+    for name, number in (each for one in own for each in one["versions"].items()):
+        if name != framework.package and number not in installed.setdefault(name, []):
+            installed[name].append(number)
+    named = (f"{name} {' and '.join(sorted(all))}" for name, all in installed.items())
+    yield f"Measured with {', '.join(named)}."
     yield ""
     for row in (row for one in own for row in one["rows"] if row["note"]):
         yield f"* {row['check']}: {row['note']}"
@@ -107,7 +108,7 @@ def _column(record: Mapping[str, Any]) -> str:
 
 def _limit(row: Mapping[str, Any]) -> str:
     if row["limit"] is None:
-        return "told only"
+        return "no limit"
     return f"{'≥' if row['least'] else '≤'} {_number(row['limit'])}"
 
 
