@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import sys
 import urllib.request
@@ -131,6 +132,20 @@ def test_an_item_of_a_checkpoint_is_read_with_all_that_its_seal_lists(hf, stored
     exported = gemma_convert.to_hf(f"{URL}/{stored}/0/items", tmp_path / "back")
     assert exported.bit_for_bit
     assert sums(tmp_path / "back") == sums(hf)
+
+
+def test_settings_above_a_step_are_read(s3, hf, place, stored, tmp_path):
+    """Of a run without a sidecar too, as beside a step that lies here."""
+    for key in s3.keys(stored):
+        name = key.removeprefix(f"{stored}/")
+        if not name.startswith("hf/"):
+            data = s3.get(key)
+            other = data.replace(b"sliding_window_size: 12", b"sliding_window_size: 9")
+            s3.put(f"{place}/{name}", other if name.startswith("models/") else data)
+    for below in ("0", "0/items"):
+        back = tmp_path / below.replace("/", "-")
+        gemma_convert.to_hf(f"{URL}/{place}/{below}", back, like=hf)
+        assert json.loads((back / "config.json").read_text())["sliding_window"] == 9
 
 
 @pytest.mark.large

@@ -9,6 +9,7 @@ file of a checkpoint can make us use the network.
 from __future__ import annotations
 
 import hashlib
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,8 @@ from typing import Any
 from gemma_convert.errors import SourceError
 from gemma_convert.files.library_path import library_path
 from gemma_convert.files.unfinished import JOURNAL
+from gemma_convert.mapping.declared import layout_names
+from gemma_convert.mapping.table import load_table
 from gemma_convert.output import named
 from gemma_convert.stores.remote.object_store import (
     ObjectURL,
@@ -257,7 +260,7 @@ def _levels(place: ObjectURL, found: Mapping[str, Entry]) -> int:
 def _around(store: Any, place: ObjectURL, levels: int) -> dict[str, Entry]:
     """What the places above have of the checkpoint: all of one with a sidecar, which seals it.
 
-    Of others the mark of an unfinished conversion.
+    Of others the mark of an unfinished conversion, and the settings.
     """
     root = place.up(levels)
     around: dict[str, Entry] = {}
@@ -268,8 +271,32 @@ def _around(store: Any, place: ObjectURL, levels: int) -> dict[str, Entry]:
         found = {name: Entry(0, "") for name in names}
         if _MANIFEST in names:
             found |= list_objects(store, above)
+        else:
+            found |= _settings(store, above)
         around |= {"/".join(part for part in (below, n) if part): e for n, e in found.items()}
     return around
+
+
+def _settings(store: Any, place: ObjectURL) -> dict[str, Entry]:
+    """The files of a place that the tables name as a framework's settings: name → entry."""
+    tables = (load_table(layout).files for layout in layout_names())
+    allowed = [pattern for files in tables if files is not None for pattern in files.allowed]
+
+    def matching(below: str) -> Iterator[tuple[str, Entry]]:
+        try:
+            listed = store.ls(place.joined(below).path, detail=True)
+        except (FileNotFoundError, PermissionError):
+            return
+        for info in listed:
+            name = str(info["name"]).removeprefix(place.path).strip("/")
+            if name == below or not any(re.fullmatch(pattern, name) for pattern in allowed):
+                continue
+            if info["type"] == "file":
+                yield name, _entry(info)
+            elif not below:
+                yield from matching(name)
+
+    return dict(matching(""))
 
 
 def _exists(store: Any, place: ObjectURL) -> bool:
