@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -253,6 +254,26 @@ def test_parts_that_lie_apart_cost_few_requests(s3, place, tmp_path, monkeypatch
         assert asked == [1, 1]
         folder.read_box(folder.tensors["a"], ((0, 1000), (0, 2)), values)
         assert asked == [1, 1, 1]
+
+
+def test_no_room_for_temporary_files_is_one_message(s3, place, tmp_path, monkeypatch):
+    """A process that writes through a map of a full disk would be ended by the system."""
+    (tmp_path / "f").mkdir()
+    save_file({"a": np.zeros((1000, 6), np.float32)}, tmp_path / "f/model.safetensors")
+    url = f"s3://{s3.put_folder(tmp_path / 'f', place)}"
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with ExitStack() as stack:
+        folder = stack.enter_context(SafetensorsFolder(local(url, stack)))
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(TargetError, match=r"(?s)no room for temporary files.*TMPDIR"):
+            folder.read_box(folder.tensors["a"], ((0, 1000), (2, 1)), np.empty((1000, 1), "f4"))
+    s3.put(f"{place}/config.json", b"{}")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(TargetError, match="no room for temporary files"), ExitStack() as stack:
+        local(url, stack)
 
 
 def test_a_key_that_climbs_out_is_refused(s3, place, monkeypatch):

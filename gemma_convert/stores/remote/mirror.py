@@ -31,6 +31,7 @@ from gemma_convert.stores.remote.object_store import (
     plain_key,
     reached,
 )
+from gemma_convert.stores.remote.temporary import with_room
 
 WEIGHT_SUFFIXES = {
     ".bin", ".ckpt", ".distcp", ".gguf", ".h5", ".msgpack", ".npz", ".onnx", ".pt", ".pth",
@@ -312,9 +313,10 @@ def _fill(mirror: Mirror, wanted: Callable[[str], bool]) -> None:
     names = [PurePosixPath(name) for name in mirror.entries]
     items = sorted({name.parent for name in names if name.name == _TREE}, reverse=True)
     try:
-        for name in mirror.entries:
-            (mirror.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (mirror.folder / name).touch()
+        with with_room():
+            for name in mirror.entries:
+                (mirror.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (mirror.folder / name).touch()
     except OSError as error:
         raise SourceError(
             "The names of these objects are no tree of files.",
@@ -341,7 +343,8 @@ def _download(mirror: Mirror, name: str) -> None:
             where=place,
             do="leave the source alone until the conversion ends, then start again",
         )
-    (mirror.folder / name).write_bytes(data)
+    with with_room():
+        (mirror.folder / name).write_bytes(data)
 
 
 def _is_weight(name: PurePosixPath, items: Sequence[PurePosixPath]) -> bool:
