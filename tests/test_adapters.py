@@ -748,6 +748,14 @@ def test_options_that_are_for_adapters(model, converted, tmp_path):
     )
 
 
+def test_an_adapter_is_not_cut_into_shards(adapter, tmp_path):
+    """PEFT looks for adapter_model.safetensors, and for no index."""
+    to_native(adapter, tmp_path / "out")
+    with pytest.raises(UsageError, match="(?s)one file.*--max-shard-size"):
+        to_hf(tmp_path / "out", tmp_path / "back", max_shard_size=10_000)
+    assert not (tmp_path / "back").exists()
+
+
 def test_told_by_inspect_and_refused_by_commands_for_models(adapter, tmp_path):
     for layout in LAYOUTS:
         to_native(adapter, tmp_path / layout, layout=layout)

@@ -72,6 +72,10 @@ def plan_export(
         raise UsageError("An adapter has no towers to leave out.", do="drop --text-only")
     if options.max_shard_size is not None and options.max_shard_size < 1:
         raise UsageError("--max-shard-size is a size.", found=options.max_shard_size)
+    if plan.architecture.adapter is not None and options.max_shard_size is not None:
+        raise UsageError(
+            "An adapter is one file: PEFT reads no shards of it.", do="drop --max-shard-size"
+        )
     cut = options.text_only and not plan.architecture.text_only
     names = dict(_names(plan, original, options.kv_shared, cut))
     stored = {name: origin for origin, name in names.items() if origin in plan.carried}
