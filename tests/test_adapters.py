@@ -748,11 +748,18 @@ def test_options_that_are_for_adapters(model, converted, tmp_path):
     )
 
 
-def test_an_adapter_is_not_cut_into_shards(adapter, tmp_path):
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"max_shard_size": 10_000}, "An adapter is one file"),
+        ({"kv_shared": "omit"}, "All matrices"),
+    ],
+)
+def test_an_adapter_is_exported_whole(adapter, tmp_path, option, message):
     """PEFT looks for adapter_model.safetensors, and for no index."""
     to_native(adapter, tmp_path / "out")
-    with pytest.raises(UsageError, match="(?s)one file.*--max-shard-size"):
-        to_hf(tmp_path / "out", tmp_path / "back", max_shard_size=10_000)
+    with pytest.raises(UsageError, match=message):
+        to_hf(tmp_path / "out", tmp_path / "back", **option)
     assert not (tmp_path / "back").exists()
 
 
