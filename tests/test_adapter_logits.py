@@ -361,6 +361,7 @@ def test_which_sides_there_are(adapter, model, native, converted, tmp_path):
         ((adapter, out, {}), "on the native checkpoint of its base model"),
         ((adapter, native, {"native_base": native}), "are for a native adapter"),
         ((adapter, out, {"native_base": fast}), "checkpoint of its own layout"),
+        ((adapter, out, {"native_base": model}), "put on a native checkpoint"),
         ((adapter, bare, {"native_base": native}), "no alpha"),
         ((adapter, out, {"native_base": native, "alpha": -1.0}), "positive number"),
         (

@@ -326,6 +326,18 @@ def test_merged_values_do_not_depend_on_blocks(adapter, model, monkeypatch):
             assert data.tobytes() == whole
 
 
+@pytest.mark.parametrize("value", [1e30, np.inf, np.nan])
+def test_a_merge_makes_no_value_that_is_not_finite(model, tmp_path, value):
+    found = matrices(model)
+    name = next(name for name in found if name.endswith("lora_B.weight"))
+    for half in (name, name.replace("lora_B", "lora_A")):
+        found[half][0, 0] = value
+    adapter, out = save(tmp_path / "adapter", model, found), tmp_path / "out"
+    with pytest.raises(SourceError, match=f"(?s)not finite.*{name.split('.lora')[0]}"):
+        to_native(adapter, out, layout="maxtext", merge=True)
+    assert not out.exists()
+
+
 def test_rslora_is_scaled_by_the_root_of_its_rank(model, tmp_path):
     source = save(tmp_path / "adapter", model, matrices(model), use_rslora=True)
     assert read_adapter(source).scaling == pytest.approx(ALPHA / RANK**0.5)
@@ -734,6 +746,21 @@ def test_options_that_are_for_adapters(model, converted, tmp_path):
     assert "--base is for an adapter" in fails(
         2, "to-hf", converted(model, "maxtext"), tmp_path / "o", "--base", model
     )
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"max_shard_size": 10_000}, "An adapter is one file"),
+        ({"kv_shared": "omit"}, "All matrices"),
+    ],
+)
+def test_an_adapter_is_exported_whole(adapter, tmp_path, option, message):
+    """PEFT looks for adapter_model.safetensors, and for no index."""
+    to_native(adapter, tmp_path / "out")
+    with pytest.raises(UsageError, match=message):
+        to_hf(tmp_path / "out", tmp_path / "back", **option)
+    assert not (tmp_path / "back").exists()
 
 
 def test_told_by_inspect_and_refused_by_commands_for_models(adapter, tmp_path):

@@ -332,6 +332,8 @@ def test_interrupt_exits_130_and_may_be_resumed(source, out):
 
 def test_inspect_of_what_is_no_checkpoint(tmp_path):
     assert "no such folder" in fails(3, "inspect", tmp_path / "absent", run=run_apart)
+    (tmp_path / "file").touch()
+    assert "a file, not a folder" in fails(3, "inspect", tmp_path / "file")
     assert "not a checkpoint in a supported layout" in fails(3, "inspect", tmp_path)
 
 

@@ -266,6 +266,7 @@ def test_a_report_that_was_changed_is_refused(key, tmp_path):
         ("each_sequence", [{"sequence": "a", "kl_max": "b"}]),
         ("versions", []),
         ("kl_max", []),
+        ("kl_max", 10**400),
         ("limit", "1e-5"),
         ("fingerprints", {"a": 1}),
     ],

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from cases import FAMILIES
+from commands import said
 from fast_llm_by_hand import fast_llm_metadata, fast_llm_tensors, write_fast_llm
 from native_checkpoints import (
     CARRIED,
@@ -412,6 +413,29 @@ def test_a_tensor_of_another_shape_is_not_read_beyond_its_end(shallow, out, tmp_
         to_hf(out, tmp_path / "back")
     for against in (None, shallow("31b")):
         assert WEIGHTS in verify(out, against=against).different
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bool", "int32", "float64"])
+def test_numbers_that_are_no_weights_are_not_exported(shallow, out, tmp_path, dtype):
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(out / WEIGHTS)
+    tensors[QUERY] = (tensors[QUERY].astype(np.float32) * 100).astype(dtype)
+    save_file(tensors, out / WEIGHTS)
+    shutil.rmtree(out / "hf")
+    with pytest.raises(SourceError, match=f"(?s)dtype that weights do not have.*{QUERY}.*{dtype}"):
+        to_hf(out, tmp_path / "back", like=shallow("31b"))
+    assert not (tmp_path / "back").exists()
+
+
+def test_the_same_values_in_a_wider_dtype_are_told(out, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(out / WEIGHTS)
+    tensors[QUERY] = tensors[QUERY].astype(np.float32)
+    save_file(tensors, out / WEIGHTS)
+    code, printed, _ = said("to-hf", out, tmp_path / "back")
+    assert code == 0 and "tensors match its checksums" in printed and "no checksum" not in printed
 
 
 def test_a_checkpoint_that_is_not_finished_is_refused(out, tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import json
 import os
 import sys
 import urllib.request
@@ -134,6 +136,20 @@ def test_an_item_of_a_checkpoint_is_read_with_all_that_its_seal_lists(hf, stored
     assert sums(tmp_path / "back") == sums(hf)
 
 
+def test_settings_above_a_step_are_read(s3, hf, place, stored, tmp_path):
+    """Of a run without a sidecar too, as beside a step that lies here."""
+    for key in s3.keys(stored):
+        name = key.removeprefix(f"{stored}/")
+        if not name.startswith("hf/"):
+            data = s3.get(key)
+            other = data.replace(b"sliding_window_size: 12", b"sliding_window_size: 9")
+            s3.put(f"{place}/{name}", other if name.startswith("models/") else data)
+    for below in ("0", "0/items"):
+        back = tmp_path / below.replace("/", "-")
+        gemma_convert.to_hf(f"{URL}/{place}/{below}", back, like=hf)
+        assert json.loads((back / "config.json").read_text())["sliding_window"] == 9
+
+
 @pytest.mark.large
 def test_from_store_to_store(s3, hf, stored, place, tmp_path):
     exported = gemma_convert.to_hf(f"{URL}/{stored}/0/items", f"{URL}/{place}")
@@ -239,6 +255,26 @@ def test_parts_that_lie_apart_cost_few_requests(s3, place, tmp_path, monkeypatch
         assert asked == [1, 1]
         folder.read_box(folder.tensors["a"], ((0, 1000), (0, 2)), values)
         assert asked == [1, 1, 1]
+
+
+def test_no_room_for_temporary_files_is_one_message(s3, place, tmp_path, monkeypatch):
+    """A process that writes through a map of a full disk would be ended by the system."""
+    (tmp_path / "f").mkdir()
+    save_file({"a": np.zeros((1000, 6), np.float32)}, tmp_path / "f/model.safetensors")
+    url = f"s3://{s3.put_folder(tmp_path / 'f', place)}"
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with ExitStack() as stack:
+        folder = stack.enter_context(SafetensorsFolder(local(url, stack)))
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(TargetError, match=r"(?s)no room for temporary files.*TMPDIR"):
+            folder.read_box(folder.tensors["a"], ((0, 1000), (2, 1)), np.empty((1000, 1), "f4"))
+    s3.put(f"{place}/config.json", b"{}")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(TargetError, match="no room for temporary files"), ExitStack() as stack:
+        local(url, stack)
 
 
 def test_a_key_that_climbs_out_is_refused(s3, place, monkeypatch):

@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Protocol
 
-from gemma_convert.arrays.dtypes import DTypePolicy, TensorSpec, numpy_dtype
+from gemma_convert.arrays.dtypes import CONVERTED, DTypePolicy, TensorSpec, numpy_dtype
 from gemma_convert.arrays.values import Array
 from gemma_convert.checkpoint.original import Original
 from gemma_convert.errors import SourceError
@@ -131,6 +131,14 @@ def plan_native(native: NativeSource, original: Original) -> Plan:
                 expected=list(planned.spec.shape),
                 found=list(native.specs[name].shape),
                 do="name the Hugging Face checkpoint of the same model with --like",
+            )
+        if native.specs[name].dtype not in CONVERTED:
+            raise SourceError(
+                "An array of the native checkpoint has a dtype that weights do not have.",
+                where=f"{native.folder}, array {name}",
+                expected=", ".join(CONVERTED),
+                found=native.specs[name].dtype,
+                do="give the checkpoint from before it was quantized or widened",
             )
     return plan
 

@@ -197,4 +197,6 @@ def _against_original(report: ToHFReport) -> str:
     if report.different:
         names, count = some(report.different, SHOWN), len(report.different)
         return f"{report.identical} tensors match its checksums, {count} differ: {names}"
+    if not report.unchecked:
+        return f"all {report.identical} tensors match its checksums, arrays in other dtypes too"
     return f"not compared: there is no checksum of {report.unchecked} tensors"

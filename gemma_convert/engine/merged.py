@@ -15,6 +15,7 @@ from gemma_convert.arrays.dtypes import TensorSpec, numpy_dtype
 from gemma_convert.arrays.values import Array
 from gemma_convert.engine.adapter_pairs import AdapterPairs
 from gemma_convert.engine.transfer import HuggingFaceTensors
+from gemma_convert.errors import SourceError
 from gemma_convert.mapping.plan import SourceTensor
 from gemma_convert.mapping.region import Ranges
 from gemma_convert.model.adapter import Adapter
@@ -67,19 +68,37 @@ class MergedTensors:
         self._pairs.check_unchanged()
 
     def _add(self, name: str, offset: int, data: Array) -> None:
-        """Adds to the bytes `data`, which begin at byte `offset` of a tensor [experts out in]."""
+        """Adds to the bytes `data`, which begin at byte `offset` of a tensor [experts out in].
+
+        Raises SourceError where a value becomes one that is no number, or is beyond its dtype.
+        """
         if name not in self._merged:
             return
         spec = self.specs[name]
         values, first = data.view(numpy_dtype(spec.dtype)), offset // spec.itemsize
         for expert, rows, begin in _pieces(spec.shape, first, first + values.size):
             a, b = self._pairs.factors(name, expert)
-            delta = (b[rows] @ a).reshape(-1)
-            low, high = max(first, begin), min(first + values.size, begin + delta.size)
-            part = values[low - first : high - first]
-            changed = part.astype(np.float64)
-            changed += self.adapter.scaling * delta[low - begin : high - begin]
-            part[...] = changed.astype(part.dtype)
+            with np.errstate(over="ignore", invalid="ignore"):
+                delta = (b[rows] @ a).reshape(-1)
+                low, high = max(first, begin), min(first + values.size, begin + delta.size)
+                part = values[low - first : high - first]
+                changed = part.astype(np.float64)
+                changed += self.adapter.scaling * delta[low - begin : high - begin]
+                merged = changed.astype(part.dtype)
+            lost = ~np.isfinite(merged)
+            if lost.any() and np.isfinite(part[lost]).any():
+                raise _not_finite(name, spec.dtype)
+            part[...] = merged
+
+
+def _not_finite(name: str, dtype: str) -> SourceError:
+    return SourceError(
+        "A merged value is not finite, and that of the base model is.",
+        where=f"tensor {name}",
+        expected=f"finite values of {dtype}",
+        do="look for NaN and for matrices that are too large in the adapter; where they are right, "
+        "merge into a base model of bfloat16 or float32",
+    )
 
 
 def _pieces(shape: tuple[int, ...], first: int, last: int) -> Iterator[tuple[int, slice, int]]:

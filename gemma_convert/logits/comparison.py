@@ -115,7 +115,7 @@ def compare_reports(before: str | Path, after: str | Path) -> ReportComparison:
     old, new = (_read(Path(path)) for path in (before, after))
     try:
         return _compared(Path(before), old, Path(after), new)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise SourceError(
             "A report of logit-check has been changed, so it cannot be compared.",
             where=f"{before} or {after}",

@@ -92,6 +92,12 @@ def sides_of(hf: Path, native: Path, options: AdapterOptions, stack: ExitStack) 
             do="convert the base model to the same layout, and name that with --native-base",
         )
     model = local(options.native_base, stack, whole=True)
+    if is_huggingface(model):
+        raise UsageError(
+            "A native adapter is put on a native checkpoint, and this one is Hugging Face's.",
+            where=model,
+            do="convert it to the layout of the adapter, and name that with --native-base",
+        )
     check_seal(model)
     names = original, f"{shown(native)} on {shown(model)}"
     return Sides(base, model, names, hf, changes, adapted, options.alpha)

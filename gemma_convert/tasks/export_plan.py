@@ -68,10 +68,10 @@ def plan_export(
     Raises SourceError where a tensor is neither on the native side nor at hand in the original, and
     UsageError for options that leave nothing to do.
     """
-    if plan.architecture.adapter is not None and options.text_only:
-        raise UsageError("An adapter has no towers to leave out.", do="drop --text-only")
     if options.max_shard_size is not None and options.max_shard_size < 1:
         raise UsageError("--max-shard-size is a size.", found=options.max_shard_size)
+    if plan.architecture.adapter is not None:
+        _check_of_adapter(options)
     cut = options.text_only and not plan.architecture.text_only
     names = dict(_names(plan, original, options.kv_shared, cut))
     stored = {name: origin for origin, name in names.items() if origin in plan.carried}
@@ -95,6 +95,18 @@ def plan_export(
         edited[CONFIG] = config
     equal = {names[name]: names[other] for name, other in plan.equal.items() if name in names}
     return Export(shards, names, stored, equal, tuple(files), edited)
+
+
+def _check_of_adapter(options: ExportOptions) -> None:
+    """Raises UsageError for options that an adapter cannot be exported with."""
+    if options.text_only:
+        raise UsageError("An adapter has no towers to leave out.", do="drop --text-only")
+    if options.kv_shared != "keep":
+        raise UsageError("All matrices of an adapter are exported.", do="drop --kv-shared")
+    if options.max_shard_size is not None:
+        raise UsageError(
+            "An adapter is one file: PEFT reads no shards of it.", do="drop --max-shard-size"
+        )
 
 
 def reversed_plan(

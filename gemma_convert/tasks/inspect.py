@@ -95,7 +95,8 @@ def _inspect(path: Path) -> InspectReport:
         return _adapter(path)
     refuse_foreign_folder(path)
     if not path.is_dir():
-        raise SourceError("There is no such folder.", where=path)
+        what = "This is a file, not a folder." if path.exists() else "There is no such folder."
+        raise SourceError(what, where=path, do="give the folder of a checkpoint")
     if is_huggingface(path):
         return _huggingface(path)
     if not is_native(path):

@@ -111,7 +111,7 @@ class RemoteFile:
     def now(self) -> Entry:
         """The object as it is now; SourceError where it is not there any more."""
         with reached(self.url, SourceError):
-            return _entry(self.mirror.store.info(self.url.path))
+            return entry_of(self.mirror.store.info(self.url.path))
 
 
 _MIRRORS: dict[Path, Mirror] = {}
@@ -203,10 +203,11 @@ def list_objects(store: Any, place: ObjectURL) -> dict[str, Entry]:
         name = path.removeprefix(place.path).removeprefix("/")
         if name and not plain_key(name):
             raise SourceError("The name of an object is no path.", where=place, found=repr(path))
-        names[name] = _entry(info)
+        names[name] = entry_of(info)
     return names
 
 
-def _entry(info: Mapping[str, Any]) -> Entry:
+def entry_of(info: Mapping[str, Any]) -> Entry:
+    """An entry from what a store says of an object."""
     tag = next((str(info[key]) for key in _TAGS if info.get(key)), "")
     return Entry(int(info["size"]), tag)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
@@ -10,14 +11,18 @@ from typing import Any
 
 from gemma_convert.errors import SourceError
 from gemma_convert.files.unfinished import JOURNAL
+from gemma_convert.mapping.declared import layout_names
+from gemma_convert.mapping.table import load_table
 from gemma_convert.stores.remote.mirror import (
     WEIGHT_SUFFIXES,
     Entry,
     Mirror,
+    entry_of,
     list_objects,
     mirroring,
 )
 from gemma_convert.stores.remote.object_store import ObjectURL, file_system, reached
+from gemma_convert.stores.remote.temporary import with_room
 
 SMALL_BYTES = 64 << 20
 """What is larger is never copied into a mirror."""
@@ -65,7 +70,7 @@ def _levels(place: ObjectURL, found: Mapping[str, Entry]) -> int:
 def _around(store: Any, place: ObjectURL, levels: int) -> dict[str, Entry]:
     """What the places above have of the checkpoint: all of one with a sidecar, which seals it.
 
-    Of others the mark of an unfinished conversion.
+    Of others the mark of an unfinished conversion, and the settings.
     """
     root = place.up(levels)
     around: dict[str, Entry] = {}
@@ -76,8 +81,32 @@ def _around(store: Any, place: ObjectURL, levels: int) -> dict[str, Entry]:
         found = {name: Entry(0, "") for name in names}
         if _MANIFEST in names:
             found |= list_objects(store, above)
+        else:
+            found |= _settings(store, above)
         around |= {"/".join(part for part in (below, n) if part): e for n, e in found.items()}
     return around
+
+
+def _settings(store: Any, place: ObjectURL) -> dict[str, Entry]:
+    """The files of a place that the tables name as a framework's settings: name → entry."""
+    tables = (load_table(layout).files for layout in layout_names())
+    allowed = [pattern for files in tables if files is not None for pattern in files.allowed]
+
+    def matching(below: str) -> Iterator[tuple[str, Entry]]:
+        try:
+            listed = store.ls(place.joined(below).path, detail=True)
+        except (FileNotFoundError, PermissionError):
+            return
+        for info in listed:
+            name = str(info["name"]).removeprefix(place.path).strip("/")
+            if name == below or not any(re.fullmatch(pattern, name) for pattern in allowed):
+                continue
+            if info["type"] == "file":
+                yield name, entry_of(info)
+            elif not below:
+                yield from matching(name)
+
+    return dict(matching(""))
 
 
 def _exists(store: Any, place: ObjectURL) -> bool:
@@ -93,9 +122,10 @@ def _fill(mirror: Mirror, wanted: Callable[[str], bool]) -> None:
     names = [PurePosixPath(name) for name in mirror.entries]
     items = sorted({name.parent for name in names if name.name == _TREE}, reverse=True)
     try:
-        for name in mirror.entries:
-            (mirror.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (mirror.folder / name).touch()
+        with with_room():
+            for name in mirror.entries:
+                (mirror.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (mirror.folder / name).touch()
     except OSError as error:
         raise SourceError(
             "The names of these objects are no tree of files.",
@@ -122,7 +152,8 @@ def _download(mirror: Mirror, name: str) -> None:
             where=place,
             do="leave the source alone until the conversion ends, then start again",
         )
-    (mirror.folder / name).write_bytes(data)
+    with with_room():
+        (mirror.folder / name).write_bytes(data)
 
 
 def _is_weight(name: PurePosixPath, items: Sequence[PurePosixPath]) -> bool:

@@ -5,7 +5,6 @@ Files here are read with pread, those in object stores by ranges of bytes.
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +23,7 @@ from gemma_convert.files.unfinished import refuse_unfinished
 from gemma_convert.mapping.region import Box, contiguous, runs, slices
 from gemma_convert.model.huggingface_files import ADAPTER, INDEX, SINGLE
 from gemma_convert.stores.open_files import SHORT_RUN_BYTES, OpenFiles
+from gemma_convert.stores.remote.temporary import temporary_bytes
 from gemma_convert.stores.safetensors.header import StoredTensor, parse_header, read_header
 from gemma_convert.stores.safetensors.naming import Naming, find_naming, renamed
 from gemma_convert.stores.tensor_folder import PIECE_BYTES, Shard, TensorFolder
@@ -122,9 +122,7 @@ class SafetensorsFolder(TensorFolder):
         with self._lock:
             data = self._fetched.pop(tensor.name, None)
             if data is None:
-                with tempfile.TemporaryFile(dir=folder) as file:
-                    file.truncate(tensor.spec.nbytes)
-                    data = np.asarray(np.memmap(file, np.uint8, "r+", 0, tensor.spec.nbytes))
+                data = temporary_bytes(tensor.spec.nbytes, folder)
                 for start in range(0, data.size, PIECE_BYTES):
                     self.read_into(tensor, start, data[start : start + PIECE_BYTES].data)
             self._fetched[tensor.name] = data
