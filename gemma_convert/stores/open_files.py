@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import stat
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
 
 from gemma_convert.errors import SourceError
 from gemma_convert.stores.remote.mirror import RemoteFile, remote_file
 
 MOST_OPEN = 256
 """Descriptors that are kept; a checkpoint may have a file for every tensor."""
-
-SHORT_RUN_BYTES = 4 << 10
-"""Shorter pieces are read and written through a map: a call of the system for each costs more."""
 
 _Identity = tuple[int, int, int, int]
 
@@ -78,49 +71,45 @@ class OpenFiles:
         if file in self.remote:
             self.remote[file].read_into(start, buffer)
             return
-        done = 0
         with self._descriptor(file) as descriptor:
-            while done < len(buffer):
-                try:
-                    count = os.preadv(descriptor, [buffer[done:]], start + done)
-                except OSError as error:
-                    raise self._unreadable(file, what, error) from None
-                if not count:
-                    raise self._shorter(file, what)
-                done += count
+            self._fill(descriptor, start, buffer, file, what)
 
-    def mapped(self, file: str, start: int, count: int, what: str) -> NDArray[np.uint8]:
-        """`count` bytes of a file here from `start` on, as a view that cannot be written.
+    def read_pieces(
+        self, file: str, starts: Iterable[int], size: int, buffer: memoryview, what: str
+    ) -> None:
+        """Fills `buffer` with pieces of `size` bytes of a file here, which begin at `starts`.
 
         Raises SourceError where the file has become shorter or cannot be read.
         """
-        before = start % mmap.ALLOCATIONGRANULARITY
         with self._descriptor(file) as descriptor:
+            for number, start in enumerate(starts):
+                piece = buffer[number * size : (number + 1) * size]
+                self._fill(descriptor, start, piece, file, what)
+
+    def _fill(self, descriptor: int, start: int, buffer: memoryview, file: str, what: str) -> None:
+        done = 0
+        while done < len(buffer):
             try:
-                size, place = before + count, start - before
-                data = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ, offset=place)
-            except ValueError:
-                raise self._shorter(file, what) from None
+                count = os.preadv(descriptor, [buffer[done:]], start + done)
             except OSError as error:
-                raise self._unreadable(file, what, error) from None
-        return np.frombuffer(data, np.uint8, count, before)
+                raise SourceError(
+                    "The source cannot be read.",
+                    where=f"{self.folder / file}, {what}",
+                    found=error.strerror,
+                ) from None
+            if not count:
+                raise SourceError(
+                    "The source became shorter while it was read.",
+                    where=f"{self.folder / file}, {what}",
+                    do="leave the source alone until the conversion ends, then start again",
+                )
+            done += count
 
     def close(self) -> None:
         """Lets go of all files."""
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
-
-    def _unreadable(self, file: str, what: str, error: OSError) -> SourceError:
-        where = f"{self.folder / file}, {what}"
-        return SourceError("The source cannot be read.", where=where, found=error.strerror)
-
-    def _shorter(self, file: str, what: str) -> SourceError:
-        return SourceError(
-            "The source became shorter while it was read.",
-            where=f"{self.folder / file}, {what}",
-            do="leave the source alone until the conversion ends, then start again",
-        )
 
     @contextmanager
     def _descriptor(self, file: str) -> Iterator[int]:

@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from gemma_convert.arrays.dtypes import CONVERTED, Choice
+import numpy as np
+
+from gemma_convert.arrays.dtypes import CONVERTED, Choice, numpy_dtype
 from gemma_convert.arrays.values import Array
 from gemma_convert.checkpoint import sidecar
 from gemma_convert.checkpoint.native import NativeReader, plan_native
@@ -21,7 +23,7 @@ from gemma_convert.engine.transfer import Transfer
 from gemma_convert.files.confined import NEVER_READ
 from gemma_convert.layouts.opening import Checkpoint, open_checkpoint
 from gemma_convert.mapping.plan import Plan
-from gemma_convert.mapping.region import Box, slices
+from gemma_convert.mapping.region import Box
 from gemma_convert.model.adapter import is_adapter
 from gemma_convert.model.config import read_architecture
 from gemma_convert.progress import Listener, working
@@ -121,7 +123,9 @@ def _compare_tensors(
     values = Restoring(original, origins)
 
     def read(name: str, box: Box) -> Array:
-        values: Array = reader.mapped(reader.tensors[name])[slices(box)]
+        tensor = reader.tensors[name]
+        values = np.empty([length for _, length in box], numpy_dtype(tensor.spec.dtype))
+        reader.read_box(tensor, box, values)
         return values
 
     with working(progress, "verify", back.source_bytes) as shown_bar:

@@ -52,7 +52,6 @@ def read(folder: Path) -> dict[str, tuple[str, list[int], bytes]]:
                 list(tensor.spec.shape),
                 b"".join(reader.pieces(name)),
             )
-            reader.mapped(tensor)
         return found
 
 

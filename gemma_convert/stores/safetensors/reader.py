@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma_convert.arrays.buffers import ThreadBuffer
 from gemma_convert.arrays.dtypes import numpy_dtype
 from gemma_convert.arrays.values import bits
 from gemma_convert.errors import SourceError, short
@@ -22,7 +23,7 @@ from gemma_convert.files.json_file import parse_json, read_object
 from gemma_convert.files.unfinished import refuse_unfinished
 from gemma_convert.mapping.region import Box, contiguous, runs, slices
 from gemma_convert.model.huggingface_files import ADAPTER, INDEX, SINGLE
-from gemma_convert.stores.open_files import SHORT_RUN_BYTES, OpenFiles
+from gemma_convert.stores.open_files import OpenFiles
 from gemma_convert.stores.remote.temporary import temporary_bytes
 from gemma_convert.stores.safetensors.header import StoredTensor, parse_header, read_header
 from gemma_convert.stores.safetensors.naming import Naming, find_naming, renamed
@@ -30,8 +31,11 @@ from gemma_convert.stores.tensor_folder import PIECE_BYTES, Shard, TensorFolder
 
 MAX_INDEX_BYTES = 16 << 20
 
-WINDOW_BYTES = 32 << 20
-"""Of a file that is mapped for reading parts that lie apart: no more of it is resident at once."""
+SHORT_ROW_BYTES = 8 << 10
+"""Of shorter rows whole ones are read: a call of the system for a part of each costs more."""
+
+WINDOW_BYTES = 4 << 20
+"""Of whole rows that are read at once."""
 
 FETCHED_BYTES = 2 << 30
 """Of tensors in object stores that are kept in temporary files."""
@@ -56,7 +60,8 @@ class SafetensorsFolder(TensorFolder):
         self.folder = folder
         self._files = OpenFiles(folder)
         self._lock = threading.Lock()
-        self._fetched: dict[str, NDArray[Any]] = {}
+        self._fetched: dict[str, NDArray[np.uint8]] = {}
+        self._buffer = ThreadBuffer()
         try:
             weight_map, whole = None, files is None
             if files is None:
@@ -84,40 +89,41 @@ class SafetensorsFolder(TensorFolder):
     def read_box(self, tensor: StoredTensor, box: Box, values: NDArray[Any]) -> None:
         """Fills `values` [lengths of `box`], which are contiguous, with a part of the tensor.
 
-        Raises SourceError where the file has become shorter or cannot be read.
+        Nothing is read through a map, which would end the process where a file becomes shorter.
+        Raises SourceError there, and where the file cannot be read.
         """
         shape, itemsize = tensor.spec.shape, values.itemsize
+        flat = values.reshape(-1).view(np.uint8)
         run, places = runs(box, shape)
-        remote = tensor.file in self._files.remote
-        if contiguous(box, shape) or (not remote and run * itemsize >= SHORT_RUN_BYTES):
-            flat = values.reshape(-1).view(np.uint8)
-            size = run * itemsize
-            for number, place in enumerate(places):
-                part = flat[number * size : (number + 1) * size]
-                self.read_into(tensor, place * itemsize, part.data)
-            return
-        (first, count), *inner = box
-        step = max(1, WINDOW_BYTES // (prod(shape[1:]) * itemsize))
-        for start in range(0, count, step):
-            window = (first + start, min(step, count - start)), *inner
-            np.copyto(bits(values[start : start + step]), bits(self.mapped(tensor)[slices(window)]))
-
-    def mapped(self, tensor: StoredTensor) -> NDArray[Any]:
-        """The tensor as a read-only view of its file, for files that nobody else changes.
-
-        One in an object store is fetched into a temporary file, which is kept until others that
-        were fetched since fill `FETCHED_BYTES`.
-        """
-        if not tensor.spec.size:
-            return np.empty(tensor.spec.shape, numpy_dtype(tensor.spec.dtype))
-        if tensor.file in self._files.remote:
-            data = self._fetch(tensor)
+        if contiguous(box, shape):
+            self.read_into(tensor, next(places) * itemsize, flat.data)
+        elif tensor.file in self._files.remote:
+            np.copyto(bits(values), bits(self._fetch(tensor)[slices(box)]))
+        elif prod(shape[1:]) * itemsize < SHORT_ROW_BYTES:
+            self._read_rows(tensor, box, values)
         else:
+            starts = (tensor.start + place * itemsize for place in places)
             what = f"tensor {tensor.name}"
-            data = self._files.mapped(tensor.file, tensor.start, tensor.spec.nbytes, what)
-        return data.view(numpy_dtype(tensor.spec.dtype)).reshape(tensor.spec.shape)
+            self._files.read_pieces(tensor.file, starts, run * itemsize, flat.data, what)
+
+    def _read_rows(self, tensor: StoredTensor, box: Box, values: NDArray[Any]) -> None:
+        """Reads whole rows, and takes what lies in `box`."""
+        (first, count), *inner = box
+        row = prod(tensor.spec.shape[1:]) * values.itemsize
+        step = max(1, WINDOW_BYTES // row)
+        within = slices(tuple(inner))
+        for start in range(0, count, step):
+            number = min(step, count - start)
+            rows = self._buffer.array((number, *tensor.spec.shape[1:]), values.dtype)
+            data = rows.reshape(-1).view(np.uint8).data
+            self.read_into(tensor, (first + start) * row, data)
+            np.copyto(bits(values[start : start + number]), bits(rows[(slice(None), *within)]))
 
     def _fetch(self, tensor: StoredTensor) -> NDArray[Any]:
+        """A tensor of an object store, in a temporary file.
+
+        It is kept until others that were fetched since fill `FETCHED_BYTES`.
+        """
         folder = self._files.remote[tensor.file].mirror.folder
         with self._lock:
             data = self._fetched.pop(tensor.name, None)
@@ -128,7 +134,7 @@ class SafetensorsFolder(TensorFolder):
             self._fetched[tensor.name] = data
             while len(self._fetched) > 1 and self._fetched_bytes > FETCHED_BYTES:
                 self._fetched.pop(next(iter(self._fetched)))
-            return data
+        return data.view(numpy_dtype(tensor.spec.dtype)).reshape(tensor.spec.shape)
 
     @property
     def _fetched_bytes(self) -> int:

@@ -24,7 +24,6 @@ from gemma_convert.files.new_file import MODE
 from gemma_convert.files.value_file import ValuesFrom
 from gemma_convert.files.write_out import start_write_out
 from gemma_convert.mapping.region import Box, runs, slices
-from gemma_convert.stores.open_files import SHORT_RUN_BYTES
 from gemma_convert.stores.safetensors.header import (
     StoredTensor,
     library_order,
@@ -33,6 +32,9 @@ from gemma_convert.stores.safetensors.header import (
 )
 
 LET_GO_BYTES = 32 << 20
+
+SHORT_RUN_BYTES = 4 << 10
+"""Shorter pieces are written through the map: a call of the system for each would cost more."""
 
 
 @dataclass(frozen=True)
