@@ -52,8 +52,8 @@ class Bench:
         command("to-native", self.folder, out, "--format", "maxtext", "--dry-run", codes=(0, 2, 3))
         one = ("--tokens", 5)
         golden = self.work / "golden"
-        command("golden", self.folder, golden, *one, "--overwrite", codes=(0, 2, 3), seconds=60)
-        command("logit-check", self.folder, self.native, *one, codes=(0, 1, 2, 3), seconds=60)
+        command("golden", self.folder, golden, *one, "--overwrite", codes=(0, 2, 3), seconds=180)
+        command("logit-check", self.folder, self.native, *one, codes=(0, 1, 2, 3), seconds=180)
 
 
 @pytest.fixture(scope="module", params=["31b", "e2b", "26b-a4b"])
@@ -106,6 +106,6 @@ def test_odd_files_beside_the_weights(
         (bench.folder / name).unlink(missing_ok=True)
         (bench.folder / name).write_text(text)
         short, golden = ("--prompt", "short"), (tmp_path / "golden", "--overwrite")
-        command("golden", bench.folder, *golden, *short, codes=(0, 2, 3), seconds=60)
-        command("logit-check", bench.folder, bench.native, *short, codes=(0, 1, 2, 3), seconds=60)
+        command("golden", bench.folder, *golden, *short, codes=(0, 2, 3), seconds=180)
+        command("logit-check", bench.folder, bench.native, *short, codes=(0, 1, 2, 3), seconds=180)
         command("inspect", bench.folder)
