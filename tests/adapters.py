@@ -44,13 +44,14 @@ def save(folder: Path, model: Path, found: dict[str, np.ndarray], **config) -> P
 
     folder.mkdir(parents=True)
     named = {f"base_model.model.{name}": matrix for name, matrix in found.items()}
+    modules = {name.partition(".lora_")[0].rpartition(".")[2] for name in found}
     save_file(named, folder / "adapter_model.safetensors", {"format": "pt"})
     facts = {
         "base_model_name_or_path": str(model),
         "peft_type": "LORA",
         "r": RANK,
         "lora_alpha": ALPHA,
-        "target_modules": list(TARGETS),
+        "target_modules": sorted(modules),
     }
     (folder / "adapter_config.json").write_text(json.dumps(facts | config))
     (folder / "README.md").write_text("An adapter.\n")

@@ -25,6 +25,7 @@ from gemma_convert.checkpoint.qwix import rank_of
 from gemma_convert.engine import merged as merged_module
 from gemma_convert.engine.adapter_pairs import AdapterPairs
 from gemma_convert.engine.merged import MergedTensors
+from gemma_convert.files import patterns
 from gemma_convert.model.adapter import read_adapter
 from gemma_convert.model.config import read_architecture
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
@@ -595,6 +596,52 @@ def test_a_config_of_another_kind(model, tmp_path, key):
     assert not (tmp_path / "out").exists()
 
 
+NAMED = [
+    {"target_modules": "all-linear"},
+    {"target_modules": r".*\.layers\.\d+\..*_proj"},
+    {"target_modules": None},
+    {"layers_to_transform": list(range(6)), "exclude_modules": ["lm_head"]},
+    {"layers_to_transform": list(range(6)), "layers_pattern": "layers"},
+]
+NOT_NAMED = [
+    ({"target_modules": ["q_proj", "k_proj"]}, "layers.0.self_attn.v_proj"),
+    ({"target_modules": ["proj"]}, "layers.0.self_attn.q_proj"),
+    ({"target_modules": r".*\.q_proj"}, "layers.0.self_attn.k_proj"),
+    ({"target_modules": r"q_proj|k_proj"}, "layers.0.self_attn.q_proj"),
+    ({"target_modules": None, "target_parameters": ["experts.down_proj"]}, "layers.0."),
+    ({"exclude_modules": ["mlp.down_proj"]}, "layers.0.mlp.down_proj"),
+    ({"exclude_modules": r".*\.layers\.5\..*"}, "layers.5.self_attn.q_proj"),
+    ({"layers_to_transform": 1}, "layers.0.self_attn.q_proj"),
+    ({"layers_to_transform": [0, 1], "layers_pattern": ["layers"]}, "layers.2.self_attn.q_proj"),
+    ({"layers_to_transform": list(range(6)), "layers_pattern": "blocks"}, "layers.0."),
+]
+
+
+@pytest.mark.parametrize("config", NAMED)
+def test_modules_that_the_config_names(model, tmp_path, config):
+    source = save(tmp_path / "adapter", model, matrices(model), **config)
+    assert to_native(source, tmp_path / "out").arrays_written == len(matrices(model))
+
+
+@pytest.mark.parametrize(("config", "module"), NOT_NAMED)
+def test_matrices_that_peft_would_not_load(model, tmp_path, config, module):
+    """It drops them in silence, so what they change is no part of the model that was tried."""
+    source = save(tmp_path / "adapter", model, matrices(model), **config)
+    for command in (("to-native", source, tmp_path / "out"), ("inspect", source)):
+        message = fails(3, *command)
+        assert "matrices of modules that its config does not name" in message
+        assert f"found: model.language_model.{module}" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("pattern", ["(", r"(.*.*.*.*.*.*)*\d\d\d"])
+def test_a_pattern_that_cannot_be_used(model, tmp_path, monkeypatch, pattern):
+    monkeypatch.setattr(patterns, "SECONDS", 0.5)
+    source = save(tmp_path / "adapter", model, matrices(model), target_modules=pattern)
+    with pytest.raises(SourceError, match=r"(?s)regular expression.*adapter_config\.json"):
+        to_native(source, tmp_path / "out")
+
+
 def test_odd_values_are_messages(adapter, model, tmp_path):
     file = adapter / "adapter_config.json"
     config = json.loads(file.read_text())
@@ -743,6 +790,9 @@ def test_a_base_model_that_is_not_here(model, tmp_path):
 def test_options_that_are_for_adapters(model, converted, tmp_path):
     message = fails(2, "to-native", model, tmp_path / "o", "--format", "maxtext", "--merge")
     assert "--merge is for a SRC that is a PEFT adapter" in message
+    source = save(tmp_path / "adapter", model, matrices(model))
+    message = fails(2, "to-native", source, tmp_path / "o", "--format", "maxtext", "--text-only")
+    assert "no towers to leave out" in message
     assert "--base is for an adapter" in fails(
         2, "to-hf", converted(model, "maxtext"), tmp_path / "o", "--base", model
     )

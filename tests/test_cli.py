@@ -210,6 +210,26 @@ def test_depth_that_is_not_whole_blocks_is_refused_for_scanning(source, out):
 def test_no_config(source, out):
     (source / "config.json").unlink()
     assert "There is no config.json" in convert(source, out)
+    assert "There is no such checkpoint" in convert(source.parent / "nowhere", out)
+
+
+def test_tensors_that_are_rounded_for_one_reason_are_told_in_one_sentence(tiny, out):
+    source = tiny("31b", layers=6, text_only=True, dtype="float32")
+    options = ("--format", "gemma-jax", "--dtype", "bfloat16")
+    done = run("to-native", source, out, *options)
+    assert done.returncode == 0
+    (warning,) = (line for line in done.stderr.splitlines() if line.startswith("warning:"))
+    assert "more are rounded from float32 to bfloat16" in warning
+    (told,) = (line for line in done.stdout.splitlines() if line.startswith("rounded"))
+    assert "more: rounded from float32 to bfloat16" in told
+
+
+def test_a_native_checkpoint_is_not_compared_with_another(tiny, converted):
+    source = tiny("31b", layers=6, text_only=True)
+    two = converted(source, "maxtext"), converted(source, "fast-llm")
+    message = fails(2, "verify", two[0], "--against", two[1])
+    assert "compared with a Hugging Face checkpoint" in message
+    assert "to-hf" in message
 
 
 def test_not_gemma_4(source, out):

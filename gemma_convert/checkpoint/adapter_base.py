@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gemma_convert.errors import SourceError
 from gemma_convert.files.confined import NEVER_READ, check_confined
-from gemma_convert.model.adapter import is_adapter, named_base, read_adapter, refuse_beside_matrices
+from gemma_convert.model.adapter import check_matrices, is_adapter, named_base, read_adapter
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import read_architecture
 
@@ -27,7 +27,7 @@ def architecture_of(folder: Path, names: Iterable[str], base: Path | None) -> Ar
     if base is None and not is_adapter(folder):
         return read_architecture(folder)
     adapter, names = read_adapter(folder), list(names)
-    refuse_beside_matrices(names, folder)
+    check_matrices(adapter, names, folder)
     model = read_architecture(base or named_folder(folder))
     text_only = not any(name.startswith(_WHOLE_TEXT) for name in names)
     return replace(model, adapter=adapter, text_only=text_only)

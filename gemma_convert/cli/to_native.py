@@ -31,7 +31,7 @@ from gemma_convert.cli.options import (
     Settings,
     parse_size,
 )
-from gemma_convert.cli.to_native_summary import arrays, summary
+from gemma_convert.cli.to_native_summary import arrays, lossy_warnings, summary
 from gemma_convert.mapping.declared import layout_names
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def command(
     """
     from gemma_convert.cli.allocator import reuse_large_blocks
     from gemma_convert.engine.joined import joined
-    from gemma_convert.output import chatter, note, printable, show, show_json
+    from gemma_convert.output import chatter, note, show, show_json
     from gemma_convert.tasks.to_native import to_native
 
     progress = chatter("error" if quiet else log_level.value, json_lines)
@@ -212,9 +212,8 @@ def command(
         return
     if report.already_complete:
         note(f"{target} is already complete, so there is nothing left to do")
-    for row in report.lossy_rows:
-        named = printable(f"{row.tensor} is {row.reason}")
-        note(f"{named}; {row.values} values cannot be restored exactly", "warning")
+    for told in lossy_warnings(report):
+        note(told, "warning")
     if as_json:
         show_json(report.as_json())
         return

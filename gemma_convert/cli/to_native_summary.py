@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gemma_convert.cli.copied import copied
+from gemma_convert.errors import some
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from gemma_convert.output import Facts
-    from gemma_convert.tasks.reports import ToNativeReport
+    from gemma_convert.tasks.reports import LossyRow, ToNativeReport
 
 
 def summary(report: ToNativeReport) -> Facts:
@@ -44,8 +45,8 @@ def summary(report: ToNativeReport) -> Facts:
         table.add_row("not copied", ", ".join(report.not_carried))
     if report.exceptions:
         table.add_row("exceptions", f"{report.exceptions} values, whose original bits are kept")
-    for row in report.lossy_rows:
-        table.add_row("rounded", f"{row.tensor}: {row.reason}, {row.values} of its values")
+    for names, reason, values in _rounded(report):
+        table.add_row("rounded", f"{some(names, 3)}: {reason}, {values} values")
     done = not report.dry_run and not report.already_complete
     if report.sealed and done:
         count = len(report.changed_arrays)
@@ -59,6 +60,26 @@ def summary(report: ToNativeReport) -> Facts:
             f"peak memory {human_bytes(report.peak_memory_bytes)}",
         )
     return table
+
+
+def lossy_warnings(report: ToNativeReport) -> list[str]:
+    """One sentence for each reason for which values are rounded."""
+    from gemma_convert.output import printable
+
+    return [
+        printable(f"{some(names, 3)} {'is' if len(names) == 1 else 'are'} {reason}")
+        + f"; {values} values cannot be restored exactly"
+        for names, reason, values in _rounded(report)
+    ]
+
+
+def _rounded(report: ToNativeReport) -> Iterator[tuple[list[str], str, int]]:
+    """The tensors that were rounded for each reason, and how many of their values."""
+    rows: dict[str, list[LossyRow]] = {}
+    for row in report.lossy_rows:
+        rows.setdefault(row.reason, []).append(row)
+    for reason, of_reason in rows.items():
+        yield [row.tensor for row in of_reason], reason, sum(row.values for row in of_reason)
 
 
 def _carried(report: ToNativeReport) -> str:

@@ -22,7 +22,8 @@ def command(
     against: Annotated[
         str | None,
         typer.Option(
-            help="The checkpoint that it was made from; by default the checksums in its manifest."
+            help="The Hugging Face checkpoint that it was made from, or of an export the native "
+            "one; by default the checksums in its manifest."
         ),
     ] = None,
     base: Annotated[

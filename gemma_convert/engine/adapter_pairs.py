@@ -16,7 +16,7 @@ import numpy as np
 from gemma_convert.arrays.dtypes import CONVERTED, TensorSpec, numpy_dtype
 from gemma_convert.arrays.values import Array
 from gemma_convert.errors import SourceError, some
-from gemma_convert.model.adapter import Adapter, of_experts, refuse_beside_matrices
+from gemma_convert.model.adapter import Adapter, check_matrices, of_experts
 from gemma_convert.stores.tensor_folder import TensorFolder
 
 _A, _B, _WEIGHT = ".lora_A.weight", ".lora_B.weight", ".weight"
@@ -35,7 +35,7 @@ class AdapterPairs:
     def __init__(
         self, base: Mapping[str, TensorSpec], matrices: TensorFolder, adapter: Adapter
     ) -> None:
-        refuse_beside_matrices(matrices.specs, matrices.folder)
+        check_matrices(adapter, matrices.specs, matrices.folder)
         self.adapter, self._matrices = adapter, matrices
         self._base, self._names = base, _names(base, matrices.specs, adapter, matrices.folder)
         self._by_expert = lru_cache(1)(self._read_by_expert)

@@ -105,8 +105,8 @@ class Plan:
             for copy in source.copies:
                 target = self.targets[copy.target.tensor].spec.dtype
                 if rounds(source.spec.dtype, target, scaled=copy.scale is not None):
-                    root = " × a root" if copy.scale is not None else ""
-                    rounded[name] = f"{source.spec.dtype}{root} rounded to {target}"
+                    scaled = "multiplied by a root and " if copy.scale is not None else ""
+                    rounded[name] = f"{scaled}rounded from {source.spec.dtype} to {target}"
         return rounded
 
     @cached_property

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gemma_convert.errors import SourceError, short
 from gemma_convert.files.json_file import read_object
+from gemma_convert.model.adapter_targets import Targets, read_targets, refuse_untargeted, unlike
 from gemma_convert.model.huggingface_files import ADAPTER, INDEX, SINGLE
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -64,6 +65,8 @@ class Adapter:
     rank: int
     alpha: float
     parameters: tuple[str, ...] = ()
+    targets: Targets | None = field(default=None, compare=False)
+    """None where no config says which modules it changes."""
 
     @property
     def scaling(self) -> float:
@@ -92,28 +95,28 @@ def read_adapter(folder: Path) -> Adapter:
     config, where = _read(folder), folder / ADAPTER_CONFIG
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise _unlike(where, "peft_type", "LORA: two matrices for each weight", kind)
+        raise unlike(where, "peft_type", "LORA: two matrices for each weight", kind)
     for key, why in _OTHERS.items():
         if config.get(key):
-            raise _unlike(where, key, f"no {key}: {why}", config[key])
+            raise unlike(where, key, f"no {key}: {why}", config[key])
     if config.get("bias", "none") != "none":
-        raise _unlike(where, "bias", "none: biases have no place", config["bias"])
+        raise unlike(where, "bias", "none: biases have no place", config["bias"])
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(_MOVING_THE_BASE):
-        raise _unlike(where, "init_lora_weights", "an adapter of unchanged base weights", start)
+        raise unlike(where, "init_lora_weights", "an adapter of unchanged base weights", start)
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= MAX_RANK:
-        raise _unlike(where, "r", f"a rank from 1 to {MAX_RANK}", rank)
+        raise unlike(where, "r", f"a rank from 1 to {MAX_RANK}", rank)
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < MAX_ALPHA:
-        raise _unlike(where, "lora_alpha", f"a number above 0 and below {MAX_ALPHA:g}", alpha)
+        raise unlike(where, "lora_alpha", f"a number above 0 and below {MAX_ALPHA:g}", alpha)
     stabilised = config.get("use_rslora", False)
     if not isinstance(stabilised, bool | None):
-        raise _unlike(where, "use_rslora", "true or false", stabilised)
+        raise unlike(where, "use_rslora", "true or false", stabilised)
     named = config.get("target_parameters") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-        raise _unlike(where, "target_parameters", "a list of names", named)
+        raise unlike(where, "target_parameters", "a list of names", named)
     scale = rank**0.5 if stabilised else 1.0
-    return Adapter(rank, alpha * scale, tuple(named))
+    return Adapter(rank, alpha * scale, tuple(named), read_targets(config, where))
 
 
 def named_base(folder: Path) -> str | None:
@@ -122,15 +125,20 @@ def named_base(folder: Path) -> str | None:
     return base if isinstance(base, str) and base else None
 
 
-def refuse_beside_matrices(names: Iterable[str], where: Path) -> None:
-    """Nothing where there are matrices A and B alone; SourceError names the first other tensor."""
+def check_matrices(adapter: Adapter, names: Iterable[str], where: Path) -> None:
+    """Nothing where there are matrices A and B alone, of modules that the adapter's config names.
+
+    SourceError names the first other tensor.
+    """
     listed = list(names)
     if not listed:
         raise SourceError("The adapter holds no tensor.", where=where)
+    modules: dict[str, None] = {}
     for name in listed:
         matrix = _MATRIX.fullmatch(name)
         if matrix is not None and of_experts(matrix[1]) is not None:
             continue
+        modules |= {} if matrix is None else {matrix[1]: None}
         found = next((why for part, why in _BESIDE_MATRICES.items() if part in name.split(".")), "")
         if found or matrix is None:
             raise SourceError(
@@ -140,6 +148,8 @@ def refuse_beside_matrices(names: Iterable[str], where: Path) -> None:
                 found=f"{short(name)}{', ' if found else ''}{found}",
                 do="merge it into its base model with merge_and_unload() of PEFT, and convert that",
             )
+    if adapter.targets is not None:
+        refuse_untargeted(adapter.targets, list(modules))
 
 
 def of_experts(module: str) -> tuple[str, int] | None:
@@ -178,13 +188,3 @@ def _read(folder: Path) -> dict[str, Any]:
             where=folder / ADAPTER_CONFIG,
             do="give the whole folder that save_pretrained() of PEFT wrote",
         ) from None
-
-
-def _unlike(where: Path, key: str, expected: str, found: object) -> SourceError:
-    return SourceError(
-        "This adapter is not one that is converted.",
-        where=f"{where}, key {key}",
-        expected=expected,
-        found=short(found),
-        do="merge it into its base model with merge_and_unload() of PEFT, and convert that",
-    )

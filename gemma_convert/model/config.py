@@ -116,8 +116,10 @@ def load_config(folder: Path) -> Mapping[str, Any]:
         return read_object(path, "config.json", MAX_CONFIG_BYTES)
     except FileNotFoundError:
         raise SourceError(
-            "There is no config.json, so the model is unknown.",
-            where=path,
+            "There is no config.json, so the model is unknown."
+            if folder.exists()
+            else "There is no such checkpoint.",
+            where=path if folder.exists() else folder,
             do="give the folder of a Hugging Face checkpoint, config.json included",
         ) from None
 

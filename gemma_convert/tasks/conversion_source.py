@@ -115,6 +115,8 @@ def _of_adapter(
     source: Path, target: Path, options: ConversionOptions, stack: ExitStack
 ) -> Conversion:
     """The conversion of an adapter by itself."""
+    if options.text_only:
+        raise UsageError("An adapter has no towers to leave out.", do="drop --text-only")
     base = _base(source, options, stack, config_only=True)
     unchanged = _unchanged(source, source)
     text_only = read_architecture(base).text_only

@@ -22,9 +22,9 @@ from gemma_convert.mapping.planning import plan_to_native
 from gemma_convert.mapping.table import HUGGINGFACE, load_table
 from gemma_convert.model.adapter import (
     StoredAdapter,
+    check_matrices,
     is_adapter,
     read_adapter,
-    refuse_beside_matrices,
 )
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import read_architecture
@@ -133,7 +133,7 @@ def _huggingface(path: Path) -> InspectReport:
 def _adapter(path: Path) -> InspectReport:
     adapter = read_adapter(path)
     with open_weights(path) as reader:
-        refuse_beside_matrices(reader.specs, path)
+        check_matrices(adapter, reader.specs, path)
         report = _report(path, HUGGINGFACE, reader.specs)
     return replace(report, adapter=StoredAdapter(adapter.rank, adapter.alpha))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gemma_convert.engine.comparing import Comparison
 from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.layouts.registry import is_native
 from gemma_convert.model.adapter import is_adapter
 from gemma_convert.output import shown
 from gemma_convert.progress import Listener
@@ -108,6 +109,8 @@ def _compare(
             do="name the export, and its native checkpoint with --against",
         )
     if not is_huggingface(folder):
+        if other is not None and not is_huggingface(other) and is_native(other):
+            raise _native_against(other)
         verify_seal(folder, other, found, progress)
         if other is not None:
             verify_original(folder, other, base, found, progress)
@@ -122,3 +125,14 @@ def _compare(
         verify_tensors(folder, other, found, progress)
     else:
         verify_export(folder, other, settings, found, progress)
+
+
+def _native_against(other: Path) -> UsageError:
+    return UsageError(
+        "A native checkpoint is compared with a Hugging Face checkpoint.",
+        where=other,
+        found="a native checkpoint",
+        do="export it with to-hf and name the export with --against, or name the Hugging Face "
+        "checkpoint that both were made from; without --against the manifest's checksums are "
+        "compared",
+    )
