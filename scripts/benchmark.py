@@ -9,7 +9,9 @@ printed. Times on a busy machine vary up to fivefold, ratios much less. What the
 most is printed first, and with `--phases` what the seconds of one more run of each case went into.
 
 A virtual machine may have given its free memory back to the host, and then the first touch of a
-page costs more than all else that a run does with it. So free memory is touched before every run.
+page costs more than all else that a run does with it. So before every run as much of the page cache
+as it needs is filled and freed: the pages that a run gets were in use a moment before, for all
+alike.
 
     scripts/benchmark.py WORK_FOLDER [--model 31b] [--gigabytes 3.5] [--rounds 3] [--phases]
                          [--peer PYTHON] [--json FILE]
@@ -42,7 +44,7 @@ from gemma_convert.tiny.kinds import Repeated
 
 SCRIPTS = Path(__file__).parent
 OURS = (sys.executable, "-m", "gemma_convert")
-SPARE_BYTES = 1 << 30
+WARM_BYTES = 6 << 30
 LAYER_ORDER = "text_config.layer_types"
 """A slice has fewer layers than the order of MaxText's needs."""
 
@@ -81,8 +83,9 @@ def main() -> None:
         machine = machine_figures(folder)
         print("; ".join(f"{name} {rate:.1f}" for name, rate in machine.items()), "GB/s", flush=True)
         peer = arguments.peer and _peer(folder, arguments.peer.absolute(), arguments.weights)
-        runs = measure(folder, cases, arguments.rounds, 2 * size, peer)
-        phases = phases_of(folder, cases, 2 * size) if arguments.phases else {}
+        warm = min(int(1.2 * size), WARM_BYTES)
+        runs = measure(folder, cases, arguments.rounds, warm, peer)
+        phases = phases_of(folder, cases, warm) if arguments.phases else {}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     report = summary(runs, size)
@@ -166,38 +169,38 @@ def _peer(folder: Path, python: Path, weights: Repeated) -> list[str]:
 
 
 def measure(
-    folder: Path, cases: list[Case], rounds: int, touched: int, peer: list[str] | None
+    folder: Path, cases: list[Case], rounds: int, warm: int, peer: list[str] | None
 ) -> dict[str, list[Run]]:
     """Name → its runs, one a round; every round runs everything once.
 
-    Before each run up to `touched` bytes of free memory are touched.
+    Before each run `warm` bytes of the page cache are filled and freed.
     """
     runs: dict[str, list[Run]] = {"cp -r": [], "floor": []}
     for number in range(rounds):
         print(f"round {number + 1} of {rounds}", flush=True)
-        _touch(touched)
+        _warm(folder, warm)
         runs["cp -r"].append(_watch(["cp", "-r", "hf", "copy"], folder))
         shutil.rmtree(folder / "copy")
         floor = [sys.executable, str(SCRIPTS / "benchmark_floor.py"), "hf", "floor.bin"]
-        _touch(touched)
+        _warm(folder, warm)
         runs["floor"].append(_watch(floor, folder))
         (folder / "floor.bin").unlink()
         if peer is not None:
-            _touch(touched)
+            _warm(folder, warm)
             runs.setdefault("MaxText's to_maxtext", []).append(_watch(peer, folder))
             shutil.rmtree(folder / "peer")
         for case in cases:
-            _touch(touched)
+            _warm(folder, warm)
             runs.setdefault(case.name, []).append(_watch([*OURS, *case.command], folder))
             _clean(folder, case)
     return runs
 
 
-def phases_of(folder: Path, cases: list[Case], touched: int) -> dict[str, dict[str, Any]]:
+def phases_of(folder: Path, cases: list[Case], warm: int) -> dict[str, dict[str, Any]]:
     """Name of a case → what benchmark_phases.py says of one more run."""
     phases = {}
     for case in cases:
-        _touch(touched)
+        _warm(folder, warm)
         report = folder / "phases.json"
         command = [sys.executable, str(SCRIPTS / "benchmark_phases.py"), report, *case.command]
         subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
@@ -211,13 +214,13 @@ def _clean(folder: Path, case: Case) -> None:
         shutil.rmtree(folder / name)
 
 
-def _touch(most: int) -> None:
-    """Touches free memory in a process of its own, so that the host has it ready."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemFree:"))
-    size = min(most, free - SPARE_BYTES)
-    if size > 0:
-        subprocess.run([sys.executable, "-c", f"bytearray(b'1') * {size}"], check=True)
+def _warm(folder: Path, size: int) -> None:
+    """Fills `size` bytes of the page cache and frees them, so that the host has the pages ready."""
+    ballast, piece = folder / "ballast", bytes(4 << 20)
+    with ballast.open("wb") as file:
+        for _ in range(size // len(piece)):
+            file.write(piece)
+    ballast.unlink()
 
 
 def _watch(command: list[str], folder: Path) -> Run:
