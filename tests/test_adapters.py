@@ -604,17 +604,18 @@ NAMED = [
     {"layers_to_transform": list(range(6)), "layers_pattern": "layers"},
 ]
 NOT_NAMED = [
-    ({"target_modules": ["q_proj", "k_proj"]}, "layers.0.self_attn.v_proj"),
-    ({"target_modules": ["proj"]}, "layers.0.self_attn.q_proj"),
-    ({"target_modules": r".*\.q_proj"}, "layers.0.self_attn.k_proj"),
-    ({"target_modules": r"q_proj|k_proj"}, "layers.0.self_attn.q_proj"),
+    ({"target_modules": ["q_proj", "k_proj"]}, "layers.0.mlp.down_proj"),
+    ({"target_modules": ["proj"]}, "layers.0.mlp.down_proj"),
+    ({"target_modules": r".*\.q_proj"}, "layers.0.mlp.down_proj"),
+    ({"target_modules": r"q_proj|k_proj"}, "layers.0.mlp.down_proj"),
     ({"target_modules": None, "target_parameters": ["experts.down_proj"]}, "layers.0."),
     ({"exclude_modules": ["mlp.down_proj"]}, "layers.0.mlp.down_proj"),
-    ({"exclude_modules": r".*\.layers\.5\..*"}, "layers.5.self_attn.q_proj"),
-    ({"layers_to_transform": 1}, "layers.0.self_attn.q_proj"),
-    ({"layers_to_transform": [0, 1], "layers_pattern": ["layers"]}, "layers.2.self_attn.q_proj"),
+    ({"exclude_modules": r".*\.layers\.5\..*"}, "layers.5.mlp.down_proj"),
+    ({"layers_to_transform": 1}, "layers.0.mlp.down_proj"),
+    ({"layers_to_transform": [0, 1], "layers_pattern": ["layers"]}, "layers.2.mlp.down_proj"),
     ({"layers_to_transform": list(range(6)), "layers_pattern": "blocks"}, "layers.0."),
 ]
+"""What a config says, and the first module, in the order of the file, that it leaves out."""
 
 
 @pytest.mark.parametrize("config", NAMED)
@@ -627,7 +628,10 @@ def test_modules_that_the_config_names(model, tmp_path, config):
 def test_matrices_that_peft_would_not_load(model, tmp_path, config, module):
     """It drops them in silence, so what they change is no part of the model that was tried."""
     source = save(tmp_path / "adapter", model, matrices(model), **config)
-    for command in (("to-native", source, tmp_path / "out"), ("inspect", source)):
+    for command in (
+        ("to-native", source, tmp_path / "out", "--format", "tunix"),
+        ("inspect", source),
+    ):
         message = fails(3, *command)
         assert "matrices of modules that its config does not name" in message
         assert f"found: model.language_model.{module}" in message
