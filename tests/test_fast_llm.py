@@ -29,6 +29,7 @@ from gemma_convert import SourceError, UsageError, inspect, to_hf, to_native, ve
 from gemma_convert.layouts.fast_llm import layout as fast_llm
 from gemma_convert.layouts.registry import open_native
 from gemma_convert.model.config import read_architecture
+from gemma_convert.stores.open_files import OpenFiles
 
 LARGE = ("26b-a4b", "31b")
 SMALL = ("e2b", "e4b")
@@ -159,6 +160,28 @@ def test_small_blocks_give_the_same_files(shallow, converted, tmp_path, monkeypa
     passes(tmp_path / "cut", shallow(family))
     to_hf(tmp_path / "cut", tmp_path / "back")
     assert sums(tmp_path / "back") == sums(shallow(family))
+
+
+def test_an_export_reads_every_byte_once(shallow, tmp_path, monkeypatch):
+    """By the tensors that it writes: of transposed arrays piece by piece, and none for the seal."""
+    monkeypatch.setattr("gemma_convert.mapping.plan.BLOCK_BYTES", 2_000)
+    monkeypatch.setattr("gemma_convert.mapping.plan.GATHER_BYTES", 500)
+    monkeypatch.setattr("gemma_convert.stores.safetensors.reader.SHORT_ROW_BYTES", 0)
+    source = shallow("31b", text_only=True)
+    native_of(source, tmp_path / "cut")
+    pieces: list[int] = []
+    fill = OpenFiles._fill
+
+    def counted(self, descriptor, start, buffer, *names):
+        pieces.append(len(buffer))
+        fill(self, descriptor, start, buffer, *names)
+
+    monkeypatch.setattr(OpenFiles, "_fill", counted)
+    assert to_hf(tmp_path / "cut", tmp_path / "back").bit_for_bit
+    written = sum(array.nbytes for array in arrays_of(tmp_path / "cut", "fast-llm").values())
+    assert sum(pieces) == written
+    assert len(pieces) > 1000
+    assert sums(tmp_path / "back") == sums(source)
 
 
 @pytest.mark.share(2)
