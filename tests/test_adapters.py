@@ -577,6 +577,8 @@ REFUSED = {
     "alpha_pattern": {"q_proj": 4},
     "modules_to_save": ["lm_head"],
     "target_parameters": "experts.gate_up_proj",
+    "kasa_config": {"rank": 4},
+    "arrow_config": {"top_k": 3},
     "bias": "all",
     "init_lora_weights": "pissa_niter_4",
     "peft_type": "LOHA",

@@ -34,6 +34,10 @@ _OTHERS: Mapping[str, str] = {
     "rank_pattern": "a native adapter has one rank",
     "alpha_pattern": "a native adapter has one alpha",
     "megatron_config": "the adapter is for Megatron's layers",
+    "use_bdlora": "BD-LoRA stores the blocks of a block-diagonal matrix",
+    "arrow_config": "Arrow chooses among several adapters for each token",
+    "kasa_config": "KaSA changes the base weights, and has singular values between the matrices",
+    "monteclora_config": "MonteCLoRA draws its matrices at random around the stored ones",
     "alora_invocation_tokens": "an activated adapter changes only tokens behind its invocation",
 }
 """Key of adapter_config.json that says an adapter is more than two matrices a weight → why not."""
