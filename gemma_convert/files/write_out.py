@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
+from pathlib import Path
 
 
 def start_write_out(descriptor: int, offset: int, length: int) -> None:
@@ -16,3 +18,26 @@ def start_write_out(descriptor: int, offset: int, length: int) -> None:
     if hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError):
             os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
+
+
+class NewFiles:
+    """The files of a folder that a library writes: each is written out when it is there."""
+
+    def __init__(self, folder: Path, unfinished: str) -> None:
+        """Names that end in `unfinished` are those of files that are still being written."""
+        self._folder, self._unfinished = folder, unfinished
+        self._known: set[str] = set()
+        self._lock = threading.Lock()
+
+    def start_write_out(self) -> None:
+        """Begins with those that were not there before."""
+        with self._lock, contextlib.suppress(OSError):
+            for name in {path.name for path in self._folder.iterdir()} - self._known:
+                if name.endswith(self._unfinished):
+                    continue
+                self._known.add(name)
+                descriptor = os.open(self._folder / name, os.O_RDONLY | os.O_NOFOLLOW)
+                try:
+                    start_write_out(descriptor, 0, 0)
+                finally:
+                    os.close(descriptor)

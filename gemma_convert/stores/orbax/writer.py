@@ -26,6 +26,7 @@ from gemma_convert.arrays.checksums import checksum
 from gemma_convert.arrays.dtypes import TensorSpec
 from gemma_convert.errors import TargetError
 from gemma_convert.files.value_file import ValuesFrom
+from gemma_convert.files.write_out import NewFiles
 from gemma_convert.mapping.notation import split_path
 from gemma_convert.mapping.region import Box, slices
 from gemma_convert.stores.orbax.raw_chunks import RawChunks, raw_chunks
@@ -34,6 +35,8 @@ from gemma_convert.stores.remote.mirror import find_mirror, kvstore
 from gemma_convert.version import CONVERTER, __version__
 
 _CHUNK = re.compile(r"\d+(\.\d+)*", re.ASCII)
+_BEING_WRITTEN = ".__lock"
+"""How tensorstore's files end until they get their names."""
 
 _DICT_KEY = 2
 """orbax.checkpoint KeyType.DICT."""
@@ -68,6 +71,9 @@ class OrbaxWriter:
         self.folder, self.form, self._part = folder, form, part
         folder.mkdir(parents=True, exist_ok=True)
         self._context = ts.Context({"file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}})
+        local = form.ocdbt and find_mirror(folder) is None
+        data = folder / (f"ocdbt.process_{part}/d" if part else "d")
+        self._data = NewFiles(data, _BEING_WRITTEN) if local else None
         self._arrays: dict[str, Any] = {}
         self._raw: dict[str, RawChunks] = {}
         self._layouts: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
@@ -143,6 +149,9 @@ class OrbaxWriter:
         view = self._arrays[name][slices(box)] if box else self._arrays[name]
         future = view.write(values, can_reference_source_data_indefinitely=True).commit
         future.force()
+        if self._data is not None:
+            files = self._data
+            future.add_done_callback(lambda _: files.start_write_out())
         return future
 
     def merge(self, parts: int) -> None:
