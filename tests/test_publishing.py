@@ -19,6 +19,7 @@ from gemma_convert.engine.process_results import TransferResult, leave_part, tak
 from gemma_convert.engine.processes import Processes
 from gemma_convert.engine.staging import StagedFolder
 from gemma_convert.files.unfinished import LOCK
+from gemma_convert.files.write_out import NewFiles
 
 
 def names(folder: Path) -> list[str]:
@@ -161,10 +162,29 @@ def refused(code: int):
     return refuse
 
 
-def test_a_file_system_that_takes_no_advice(shallow, tmp_path, monkeypatch):
+@pytest.mark.parametrize("ocdbt", [False, True])
+def test_a_file_system_that_takes_no_advice(shallow, tmp_path, monkeypatch, ocdbt):
     def refuse(*_):
         raise OSError(errno.EINVAL, "no advice is taken here")
 
     monkeypatch.setattr(os, "posix_fadvise", refuse, raising=False)
-    report = to_native(shallow("31b"), tmp_path / "native", layout="maxtext", ocdbt=False)
+    report = to_native(shallow("31b"), tmp_path / "native", layout="maxtext", ocdbt=ocdbt)
     assert to_hf(report.target, tmp_path / "back").bit_for_bit
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice")
+def test_files_of_a_library_are_written_out_once_they_are_there(tmp_path, monkeypatch):
+    started: list[tuple[str, int, int]] = []
+
+    def note(descriptor, offset, length, _):
+        started.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, offset, length))
+
+    monkeypatch.setattr(os, "posix_fadvise", note)
+    files = NewFiles(tmp_path / "d", ".__lock")
+    files.start_write_out()
+    (tmp_path / "d").mkdir()
+    for names in (["a", "b.__lock"], [], ["b", "c"]):
+        for name in names:
+            (tmp_path / "d" / name).write_bytes(b"values")
+        files.start_write_out()
+    assert sorted(started) == [("a", 0, 0), ("b", 0, 0), ("c", 0, 0)]
