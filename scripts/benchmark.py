@@ -9,9 +9,9 @@ printed. Times on a busy machine vary up to fivefold, ratios much less. What the
 most is printed first, and with `--phases` what the seconds of one more run of each case went into.
 
 A virtual machine may have given its free memory back to the host, and then the first touch of a
-page costs more than all else that a run does with it. So before every run as much of the page cache
-as it needs is filled and freed: the pages that a run gets were in use a moment before, for all
-alike.
+page costs more than all else that a run does with it. So the page cache is filled with a file that
+stays, up to what a run needs, and before every run that rest is filled and freed: the pages that a
+run gets were in use a moment before, for all alike.
 
     scripts/benchmark.py WORK_FOLDER [--model 31b] [--gigabytes 3.5] [--rounds 3] [--phases]
                          [--peer PYTHON] [--json FILE]
@@ -44,6 +44,7 @@ from gemma_convert.tiny.kinds import Repeated
 
 SCRIPTS = Path(__file__).parent
 OURS = (sys.executable, "-m", "gemma_convert")
+SPARE_BYTES = 1 << 30
 WARM_BYTES = 6 << 30
 LAYER_ORDER = "text_config.layer_types"
 """A slice has fewer layers than the order of MaxText's needs."""
@@ -84,6 +85,7 @@ def main() -> None:
         print("; ".join(f"{name} {rate:.1f}" for name, rate in machine.items()), "GB/s", flush=True)
         peer = arguments.peer and _peer(folder, arguments.peer.absolute(), arguments.weights)
         warm = min(int(1.2 * size), WARM_BYTES)
+        _fill_cache(folder, warm)
         runs = measure(folder, cases, arguments.rounds, warm, peer)
         phases = phases_of(folder, cases, warm) if arguments.phases else {}
     finally:
@@ -214,13 +216,25 @@ def _clean(folder: Path, case: Case) -> None:
         shutil.rmtree(folder / name)
 
 
+def _fill_cache(folder: Path, warm: int) -> None:
+    """Leaves `warm` bytes of memory free, and fills the others with the pages of one file."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemFree:"))
+    _write(folder / "filling", max(0, free - warm - SPARE_BYTES))
+    os.sync()
+
+
 def _warm(folder: Path, size: int) -> None:
     """Fills `size` bytes of the page cache and frees them, so that the host has the pages ready."""
-    ballast, piece = folder / "ballast", bytes(4 << 20)
-    with ballast.open("wb") as file:
+    _write(folder / "ballast", size)
+    (folder / "ballast").unlink()
+
+
+def _write(path: Path, size: int) -> None:
+    piece = bytes(4 << 20)
+    with path.open("wb") as file:
         for _ in range(size // len(piece)):
             file.write(piece)
-    ballast.unlink()
 
 
 def _watch(command: list[str], folder: Path) -> Run:
