@@ -35,6 +35,7 @@ from gemma_convert.engine.cluster import connect
 from gemma_convert.engine.processes import Processes
 from gemma_convert.engine.publishing import Publication
 from gemma_convert.mapping import plan as planning
+from gemma_convert.mapping.planning import plan_to_native
 from gemma_convert.mapping.region import blocks
 from gemma_convert.mapping.split import split_sources
 from gemma_convert.mapping.table import load_table
@@ -75,7 +76,7 @@ def small_blocks(monkeypatch):
 
 def planned(source, layout, scanned=False):
     with SafetensorsFolder(source) as reader:
-        return planning.plan_to_native(
+        return plan_to_native(
             read_architecture(source),
             load_table(layout),
             reader.specs,

@@ -29,6 +29,11 @@ GATHER_BYTES = 1 << 20
 """Targets up to this size that take several copies are gathered in memory and written at once."""
 
 
+def is_small(spec: TensorSpec) -> bool:
+    """Whether a target is stored as one chunk, and put together in memory."""
+    return spec.nbytes <= GATHER_BYTES
+
+
 @dataclass(frozen=True)
 class TargetTensor:
     """One array to be written: its shape, its dtype and the chunk it is stored in.
@@ -45,7 +50,7 @@ class TargetTensor:
     @property
     def gathered(self) -> bool:
         """Whether its parts are put together in memory: it is small, and one chunk."""
-        return self.spec.nbytes <= GATHER_BYTES and self.chunk == self.spec.shape
+        return is_small(self.spec) and self.chunk == self.spec.shape
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from gemma_convert.mapping.notation import Index, View
 from gemma_convert.mapping.partners import check_partners
 from gemma_convert.mapping.placement import place, scanned_placement
 from gemma_convert.mapping.plan import (
-    GATHER_BYTES,
     Plan,
     SourceTensor,
     TargetTensor,
     block_limit,
+    is_small,
 )
 from gemma_convert.mapping.region import (
     Extent,
@@ -138,7 +138,7 @@ def _filled(
         if row is not None and row.fill is not None:
             shape = shape_of(row.native, architecture, tensor.index)
             spec = TensorSpec(policy.target(usual, scaled=False, where=name), shape)
-            chunk = (1, *shape[1:]) if spec.nbytes > GATHER_BYTES else shape
+            chunk = shape if is_small(spec) else (1, *shape[1:])
             target = row.native.pattern.render(tensor.index, table.spellings)
             targets[target] = TargetTensor(spec, chunk, None, row.where, row.fill)
     return targets
@@ -288,7 +288,7 @@ def _chunked(
     for source in sources.values():
         for copy in source.copies:
             target = targets[copy.target.tensor]
-            if target.spec.nbytes > GATHER_BYTES:
+            if not is_small(target.spec):
                 chunk = chunk_shape(copy.target, source.steps)
                 chunked[copy.target.tensor] = TargetTensor(
                     target.spec, chunk, target.scale, target.row
