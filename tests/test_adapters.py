@@ -27,6 +27,7 @@ from gemma_convert.engine.adapter_pairs import AdapterPairs
 from gemma_convert.engine.merged import MergedTensors
 from gemma_convert.files import patterns
 from gemma_convert.model.adapter import read_adapter
+from gemma_convert.model.adapter_targets import read_targets
 from gemma_convert.model.config import read_architecture
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 
@@ -638,6 +639,13 @@ def test_matrices_that_peft_would_not_load(model, tmp_path, config, module):
         assert "matrices of modules that its config does not name" in message
         assert f"found: model.language_model.{module}" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_the_number_of_a_layer_may_have_thousands_of_digits():
+    config = {"target_modules": ["q_proj"], "layers_to_transform": [3]}
+    targets = read_targets(config, Path("adapter_config.json"))
+    long, right = f"model.layers.{'9' * 5000}.q_proj", "model.layers.03.q_proj"
+    assert targets.missing([long, right]) == [long]
 
 
 @pytest.mark.parametrize("pattern", ["(", r"(.*.*.*.*.*.*)*\d\d\d"])

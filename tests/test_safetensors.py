@@ -259,6 +259,13 @@ def test_boxes_of_a_tensor_are_written_as_numpy_writes_them(tmp_path, monkeypatc
         assert np.array_equal(again, values)
 
 
+def test_a_part_of_rows_of_nothing(tmp_path):
+    save_file({"t": np.zeros((3, 2, 0), np.float32)}, tmp_path / SINGLE)
+    with SafetensorsFolder(tmp_path) as reader:
+        box = ((0, 3), (0, 1), (0, 0))
+        reader.read_box(reader.tensors["t"], box, np.empty((3, 1, 0), np.float32))
+
+
 @pytest.mark.parametrize("short", [0, 1 << 30])
 def test_a_part_of_a_file_that_became_shorter_is_not_read(tmp_path, monkeypatch, short):
     """By whole rows, or piece by piece."""

@@ -45,7 +45,7 @@ def groups(
         )
         found = json.loads(done.stdout)
     except (subprocess.SubprocessError, ValueError):
-        found = f"it was not matched within {SECONDS} s"
+        found = f"it gave no result within {SECONDS} s"
     if isinstance(found, str):
         raise SourceError(
             "A regular expression cannot be used.",

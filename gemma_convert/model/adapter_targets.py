@@ -65,13 +65,14 @@ class Targets:
     def _of_layers(self, modules: Sequence[str]) -> set[str]:
         """Those in one of `layers`: the first number behind a name, or behind a pattern's."""
         patterns = [rf"(?:^|.*?\.){one}\.(?P<idx>\d+)\." for one in self.layers_pattern]
-        numbers: dict[str, int] = {}
+        numbers: dict[str, str] = {}
         for pattern in patterns or [_ANY_LAYER]:
             found = groups(pattern, "match", modules, self.where)
             for module, match in zip(modules, found, strict=True):
                 if match is not None and match[-1] is not None:
-                    numbers.setdefault(module, int(match[-1]))
-        return {module for module, number in numbers.items() if number in self.layers}
+                    numbers.setdefault(module, match[-1].lstrip("0") or "0")
+        layers = {str(layer) for layer in self.layers}
+        return {module for module, number in numbers.items() if number in layers}
 
 
 def read_targets(config: Mapping[str, Any], where: Path) -> Targets:

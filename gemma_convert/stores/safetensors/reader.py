@@ -92,6 +92,8 @@ class SafetensorsFolder(TensorFolder):
         Nothing is read through a map, which would end the process where a file becomes shorter.
         Raises SourceError there, and where the file cannot be read.
         """
+        if not values.size:
+            return
         shape, itemsize = tensor.spec.shape, values.itemsize
         flat = values.reshape(-1).view(np.uint8)
         run, places = runs(box, shape)
