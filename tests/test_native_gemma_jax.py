@@ -150,7 +150,7 @@ def test_router_weights_are_those_of_transformers(case):
     np.put_along_axis(expected, chosen.numpy(), weights.numpy(), axis=1)
     layer = GemmaJaxLayer(one.tree["layer_1"])
     found = decoder_layer.router(
-        layer, hidden[None], decoder_layer.kind_of(one.text, one.text.layers[1])
+        layer, hidden[None], decoder_layer.kind_of(one.text, one.text.layers[1], type(layer))
     )
     np.testing.assert_allclose(found[0], expected, atol=1e-5)
 

@@ -130,7 +130,9 @@ def test_router_weights_are_those_of_transformers():
     np.put_along_axis(expected, chosen.numpy(), weights.numpy(), axis=1)
     text = parse_architecture(model.config.to_dict(), Path("config.json")).text
     weights = MaxTextLayer(maxtext_tree(model)["decoder"]["layers_1"])
-    found = decoder_layer.router(weights, hidden[None], decoder_layer.kind_of(text, text.layers[1]))
+    found = decoder_layer.router(
+        weights, hidden[None], decoder_layer.kind_of(text, text.layers[1], type(weights))
+    )
     np.testing.assert_allclose(found[0], expected, atol=1e-5)
 
 

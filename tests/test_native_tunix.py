@@ -15,6 +15,7 @@ from tunix_by_hand import tunix_tree
 
 from gemma_convert import SourceError
 from gemma_convert.forward.arithmetic import rms_norm
+from gemma_convert.forward.decoder_layer import kind_of
 from gemma_convert.layouts.tunix import forward as tunix
 from gemma_convert.layouts.tunix.forward import TunixLayer, TunixWeights
 from gemma_convert.layouts.tunix.shapes import TREE
@@ -71,6 +72,16 @@ def test_tunix_own_logits(shallow, converted, monkeypatch, family):
     found = np.asarray(tunix.forward(tree, text, recorded["ids"]))[..., ::EVERY]
     np.testing.assert_allclose(found, recorded["logits"], atol=1e-4, rtol=0)
     assert recorded["logits"].std() > 1  # logits that are all alike would prove nothing
+
+
+def test_layers_of_two_classes_are_compiled_apart(shallow):
+    """JAX holds their pytrees for equal, and would find one's compiled layer for the other's."""
+    text = read_architecture(shallow("26b-a4b")).text
+    ours, theirs = (
+        (jax.tree.structure(made({"a": 0})), kind_of(text, text.layers[0], made))
+        for made in (TunixLayer, RouterOf017)
+    )
+    assert ours != theirs
 
 
 def test_layers_that_share_keys_never_look_at_their_own(shallow):

@@ -69,7 +69,8 @@ def stages(
     yield list(states)
     for facts in text.layers:
         mine = place_all(weights.layer(facts.index), weights.layer_axes(facts.index))
-        run = partial(_run_layer, mine, facts, kind_of(text, facts), images, sources)
+        kind = kind_of(text, facts, type(mine))
+        run = partial(_run_layer, mine, facts, kind, images, sources)
         parts: Sequence[Mapping[Part, jax.Array] | None] = [None] * len(prompts)
         if handed is not None:
             parts = handed.parts

@@ -33,9 +33,12 @@ class Kind:
     """What a layer is compiled for: its facts without its number, so that few kinds are compiled.
 
     `window` is None where attention reaches back to the first token, and does not bound what
-    tokens of one image see of it where images are `whole`.
+    tokens of one image see of it where images are `whole`. `weights` is the class of the layer's
+    weights: JAX, up to 0.12.0 at least, takes registered dataclasses of two classes whose fields
+    are equal for one, and its cache of compiled functions could give one class the other's.
     """
 
+    weights: type[LayerWeights]
     window: int | None
     whole_images: bool
     rope: Rope
@@ -44,9 +47,10 @@ class Kind:
     experts_per_token: int
 
 
-def kind_of(text: TextArchitecture, facts: Layer) -> Kind:
+def kind_of(text: TextArchitecture, facts: Layer, weights: type[LayerWeights]) -> Kind:
     """The static facts that one compiled `layer` serves."""
     return Kind(
+        weights=weights,
         window=text.window if facts.sliding else None,
         whole_images=text.whole_images,
         rope=text.rope_sliding if facts.sliding else text.rope_full,
