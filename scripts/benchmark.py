@@ -72,6 +72,7 @@ class Run:
 
 def main() -> None:
     arguments = _arguments()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each run would compile all that it imports
     work: Path = arguments.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
     folder = work / "benchmark"

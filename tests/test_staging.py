@@ -15,6 +15,7 @@ from gemma_convert.engine import staging
 from gemma_convert.engine.staging import StagedFolder
 from gemma_convert.engine.target import check_apart, check_space
 from gemma_convert.errors import TargetError
+from gemma_convert.files.write_out import sync_folder
 
 
 def build(target: Path, text: str = "new", **options) -> None:
@@ -216,3 +217,26 @@ def test_space(tmp_path):
     free = os.statvfs(tmp_path)
     with pytest.raises(TargetError, match="not enough space"):
         check_space(tmp_path / "new" / "out", free.f_blocks * free.f_frsize * 10)
+
+
+def test_every_file_and_folder_is_synced(tmp_path, monkeypatch):
+    deep = tmp_path / "a" / "b"
+    deep.mkdir(parents=True)
+    for place in (tmp_path, deep):
+        (place / "file").write_bytes(b"values")
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
+    sync_folder(tmp_path)
+    expected = [tmp_path, tmp_path / "file", tmp_path / "a", deep, deep / "file"]
+    assert sorted(synced) == sorted(path.stat().st_ino for path in expected)
+
+
+def test_what_cannot_be_synced_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"values")
+
+    def full(file: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        sync_folder(tmp_path)

@@ -16,8 +16,8 @@ from gemma_convert.engine.processes import CHECK_S, Processes
 from gemma_convert.engine.staging import StagedFolder, staged_folder
 from gemma_convert.errors import TargetError
 from gemma_convert.files.receipt import leave_receipt
+from gemma_convert.files.write_out import sync_folder
 from gemma_convert.progress import Listener, NoProgress, Progress, Task, working
-from gemma_convert.stores.orbax.writer import sync_folder
 from gemma_convert.stores.remote.mirror import Mirror
 from gemma_convert.stores.remote.target import staged_objects, target_mirror, upload, upload_bytes
 

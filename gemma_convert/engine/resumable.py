@@ -18,11 +18,11 @@ from gemma_convert.engine.process_results import Regions, TransferResult, leave_
 from gemma_convert.engine.processes import Processes
 from gemma_convert.engine.transfer import BlockReader, Transfer, Values
 from gemma_convert.files.value_file import ValuesFrom
+from gemma_convert.files.write_out import sync_folder
 from gemma_convert.mapping.plan import Plan, TargetTensor
 from gemma_convert.mapping.region import Box, blocks
 from gemma_convert.mapping.split import split_sources
 from gemma_convert.progress import Progress
-from gemma_convert.stores.orbax.writer import sync_folder
 from gemma_convert.version import __version__
 
 SPARE_BYTES = 16 << 20

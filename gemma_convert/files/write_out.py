@@ -1,11 +1,15 @@
-"""Data on its way to the disk while more of it is made: the sync at the end then has less to do."""
+"""Data on its way to the disk while more of it is made, and the sync at the end: less is left."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+SYNCS = 8
+"""At once: a file system's journal takes what many wait for in one go."""
 
 
 def start_write_out(descriptor: int, offset: int, length: int) -> None:
@@ -18,6 +22,22 @@ def start_write_out(descriptor: int, offset: int, length: int) -> None:
     if hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError):
             os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes everything below `folder` durable: one fsync for each file and each folder."""
+    paths = [Path(root, name) for root, _, files in os.walk(folder) for name in (*files, "")]
+    with ThreadPoolExecutor(SYNCS, thread_name_prefix="sync") as pool:
+        for _ in pool.map(_sync, paths):
+            pass
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class NewFiles:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -299,14 +298,3 @@ def write_checkpoint_metadata(
         (part / "commit_success.txt").write_text(
             "Checkpoint commit was successful.\n", encoding="utf-8"
         )
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes everything below `folder` durable: one fsync for each file and each folder."""
-    for root, _, files in os.walk(folder):
-        for path in [*(Path(root) / file for file in files), Path(root)]:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
