@@ -128,8 +128,9 @@ def _run() -> int:  # noqa: PLR0911
         if (error.name or "").partition(".")[0] == "gemma_convert":
             return _own_fault()
         note(
-            f"{error}\n"
-            "  what to do: this command needs more packages: pip install 'gemma-convert[check]'",
+            "A package that this command needs cannot be imported.\n"
+            f"  found: {error}\n"
+            "  what to do: pip install 'gemma-convert[check]'",
             "error",
         )
         return exit_code(error)
