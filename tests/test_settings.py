@@ -408,3 +408,28 @@ def test_an_untied_head_is_among_what_settings_say(shallow, converted, tmp_path)
     to_hf(out, tmp_path / "back", settings=[str(out / "metadata.yaml")])
     assert not read_architecture(tmp_path / "back").text.tied
     assert logit_check(tmp_path / "back", converted(source, "fast-llm"), tokens=20).passed
+
+
+@pytest.mark.parametrize("layout", ["maxtext", "tunix"])
+def test_a_single_setting_changes_its_own_key_alone(shallow, converted, tmp_path, layout, capsys):
+    """What the framework's own model has otherwise, nobody has set."""
+    source = shallow("26b-a4b")
+    run = tmp_path / "run"
+    shutil.copytree(converted(source, layout) / "0", run / "0")
+    to_hf(run, tmp_path / "back", like=source, settings=["sliding_window_size=5"])
+    expected = json.loads((source / "config.json").read_text())
+    expected["text_config"]["sliding_window"] = 5
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == expected
+    capsys.readouterr()
+    to_hf(run, tmp_path / "same", like=source, settings=["sliding_windw_size=5"])
+    assert (tmp_path / "same" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    assert "Did you mean sliding_window_size?" in capsys.readouterr().err
+
+
+def test_a_named_model_says_the_rest(shallow, converted, tmp_path):
+    source = shallow("26b-a4b")
+    run = tmp_path / "run"
+    shutil.copytree(converted(source, "maxtext") / "0", run / "0")
+    to_hf(run, tmp_path / "back", like=source, settings=["model_name=gemma4-26b"])
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["text_config"]["sliding_window"] == 1024

@@ -55,7 +55,8 @@ class Checkpoint:
         where = self.original.folder / CONFIG
         if self.native.adapter is not None:
             return None
-        facts = read_facts(self.native.folder, load_config(where), where, self.settings)
+        folder, config = self.native.folder, load_config(where)
+        facts = read_facts(folder, config, where, self.settings, usual=False)
         if facts is None or not facts.settings.written:
             return None
         facts.check_single()

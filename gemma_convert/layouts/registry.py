@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -34,6 +35,9 @@ from gemma_convert.stores.orbax.finding import find_trees
 from gemma_convert.stores.weights import is_huggingface
 
 _FACTS = {"name": str, "framework": str, "divisible": bool, "streams": bool}
+_MODEL_KEYS = frozenset({"model_name", "model"})
+"""The settings that name a framework's model."""
+
 _METHODS = ("find", "open", "create", "settings", "settings_files", "check_metadata")
 
 
@@ -154,24 +158,35 @@ def open_adapted_model(
 
 
 def read_facts(
-    path: Path, config: Mapping[str, Any], where: Path, given: GivenSettings
+    path: Path,
+    config: Mapping[str, Any],
+    where: Path,
+    given: GivenSettings,
+    *,
+    usual: bool = True,
 ) -> NativeFacts | None:
     """The model of config.json, parsed from `where`, as the framework of `path` runs it.
 
-    None where the layout declares no facts. Raises SourceError where settings cannot be read or
-    are those of another model, UsageError where `given` ones have no place.
+    Single settings without a config leave the rest to the framework's own model, whose `usual`
+    values count then, or else those of config.json. None where the layout declares no facts. Raises
+    SourceError where settings cannot be read or are those of another model, UsageError where
+    `given` ones have no place.
     """
     told = read_settings(path, given, parse_architecture(config, where))
     if told is None:
         return None
     table, settings = told
-    known = {*settings.rest, *(row.native for row in table.rows), "model_name", "model"}
+    known = {*settings.rest, *filter(None, (row.native for row in table.rows)), *_MODEL_KEYS}
     for key in given.pairs:
         if key not in known:
+            near = "".join(f" Did you mean {one}?" for one in get_close_matches(key, known, 1))
             note(
-                f"the setting {short(key)} matches no key of config.json; it has no effect",
+                f"the setting {short(key)} matches no key of config.json; it has no effect.{near}",
                 "warning",
             )
+    single = settings.own == given.pairs and _MODEL_KEYS.isdisjoint(given.pairs)
+    if single and not usual:
+        settings = replace(settings, rest={})
     return native_facts(table, settings, config, where)
 
 
