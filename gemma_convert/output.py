@@ -45,6 +45,9 @@ LINE_FIELDS = (
 
 _LAYOUT = "\n\t"
 
+_FILE_WIDTH = 10_000
+"""Characters of a line in a file or a pipe, where nothing need be folded."""
+
 
 class _Bar:
     """Shows how much is done, at which rate, the time left and the current name on a terminal."""
@@ -173,13 +176,15 @@ class Facts:
         from rich.table import Table
 
         table = Table.grid(padding=(0, 2))
+        for _ in max(self._rows, key=len, default=()):
+            table.add_column(overflow="fold")  # a name that is cut could be any of several
         for row in self._rows:
             table.add_row(*row)
         return table
 
 
 def show(renderable: RenderableType) -> None:
-    """Prints a rich renderable or a string on stdout."""
+    """Prints a rich renderable or a string on stdout, folded where that is a terminal."""
     if isinstance(renderable, str):
         print(printable(renderable, _LAYOUT))
     else:
@@ -188,11 +193,17 @@ def show(renderable: RenderableType) -> None:
 
         if isinstance(sys.stdout, io.TextIOWrapper):  # the name of a file may be no text
             sys.stdout.reconfigure(errors="backslashreplace")
-        console = Console(highlight=False, markup=False, emoji=False)
+        folds = sys.stdout.isatty() or "COLUMNS" in os.environ
+        width = None if folds else _FILE_WIDTH
+        console = Console(highlight=False, markup=False, emoji=False, width=width)
         parts = (part for part in console.render(renderable) if not part.control)
-        console.print(
-            Segments(Segment(printable(text, _LAYOUT), style) for text, style, _ in parts), end=""
-        )
+        for line in Segment.split_lines(parts):
+            while line and not line[-1].text.strip():
+                line.pop()
+            told = [Segment(printable(text, _LAYOUT), style) for text, style, _ in line]
+            if told:
+                told[-1] = Segment(told[-1].text.rstrip(), told[-1].style)
+            console.print(Segments([*told, Segment.line()]), end="", soft_wrap=True)
 
 
 def show_json(values: Mapping[str, object]) -> None:

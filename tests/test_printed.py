@@ -17,7 +17,7 @@ from native_checkpoints import edit_manifest
 from test_confined import copied
 
 from gemma_convert.errors import SourceError
-from gemma_convert.output import note, show, show_json
+from gemma_convert.output import Facts, note, show, show_json
 
 EVIL = "\x1b[2J\x1b]0;owned\x07\r\x9b31m\x7f\u202e\u2066\u200b\u2028\ud800\n  verified: all\x00"
 CLEAR = "\n\t"
@@ -172,3 +172,22 @@ def test_values_that_speak_to_the_terminal(file, tiny, converted, tmp_path, capf
             _, output, errors = said(*command)
             outside = "".join(capfd.readouterr())
             assert clear(output + errors + outside), (keys, ascii(output + errors + outside))
+
+
+def test_names_are_whole_in_a_pipe_and_on_a_narrow_terminal(monkeypatch, capsys):
+    """A name that is cut could be any of several."""
+    name = "params/decoder/" + "layer/" * 30 + "kernel"
+    table = Facts()
+    table.add_row(name, "differs from the source")
+    table.add_row("time", "1 s")
+    monkeypatch.delenv("COLUMNS", raising=False)
+    show(table)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"{name}  differs from the source"
+    assert second.split() == ["time", "1", "s"]
+    assert not second.endswith(" ")
+    monkeypatch.setenv("COLUMNS", "60")
+    show(table)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 60
+    assert name in "".join(line.split("  ")[0].strip() for line in lines)
