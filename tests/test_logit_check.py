@@ -107,6 +107,7 @@ def test_right_conversion_is_proven(dense, native):
     assert {"jax", "torch", "transformers", "orbax-checkpoint"} <= found["versions"].keys()
     assert found["worst_token"]["kl"] == report.divergence.kl_max
     assert found["layout"] == "maxtext" and found["images"] == found["sounds"] == 0
+    assert found["towers_not_run"] == []
     text = shown(report)
     assert "same model" in text and "limit 1e-05 (float32, nothing rounded)" in text
 

@@ -532,8 +532,10 @@ def test_a_right_conversion_hears_the_same(family, folders, converted, clips):
     assert report.verdict == "same model" and report.divergence.kl_max < LIMIT
     assert report.sounds == 1 and report.images == 0 and report.sequences == 3
     assert report.as_json()["sounds"] == 1
+    assert report.as_json()["towers_not_run"] == ["vision"]
     assert report.divergence.max_logit_difference < 1e-3
-    assert "1 with a sound" in shown(report) and "image" not in shown(report)
+    assert "1 with a sound" in shown(report) and "with an image" not in shown(report)
+    assert "vision tower (add --image)" in shown(report)
 
 
 def shown(report):

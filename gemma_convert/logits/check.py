@@ -25,7 +25,7 @@ from gemma_convert.forward.native_model import ComparedModel, Dtype, NativeModel
 from gemma_convert.logits.achieved import forward_flops
 from gemma_convert.logits.fingerprint import fingerprints
 from gemma_convert.logits.golden import Golden
-from gemma_convert.logits.inputs import Inputs
+from gemma_convert.logits.inputs import Inputs, towers_not_run
 from gemma_convert.logits.limit import Limit, choose_limit, find_lossy_rows, recorded_lossy_rows
 from gemma_convert.logits.opened import Opened, opened
 from gemma_convert.logits.report import LogitReport
@@ -203,6 +203,7 @@ def _report(
         sliding_window=window,
         images=len(check.inputs.images),
         sounds=len(check.inputs.audio),
+        towers_not_run=towers_not_run(side.model, sequences),
         layout=side.model.layout,
         dtype=options.dtype,
         reference="transformers" if golden is None else f"golden logits {golden.path.name}",

@@ -15,6 +15,7 @@ from gemma_convert.logits.report_lines import (
     compared_line,
     native_line,
     noise_line,
+    not_run_line,
     parts_line,
 )
 from gemma_convert.logits.scale import LogRange, figure, log_range
@@ -202,6 +203,7 @@ def _run(report: LogitReport) -> str:
         ("run", how),
         ("limit", f"{report.limit:.0e} nats for the worst token: {report.limit_reason}"),
         ("compared", compared_line(report)),
+        *([("not run", not_run_line(report))] if report.towers_not_run else []),
         ("arithmetic", arithmetic_line(report)),
         ("time", f"{report.seconds:.1f} s"),
         ("memory", f"{report.peak_memory_bytes / 1e9:.1f} GB at most"),

@@ -13,6 +13,7 @@ from gemma_convert.logits.reference import reference_config
 from gemma_convert.logits.sizes import check_sizes
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.prompts.images import image_sequences
+from gemma_convert.prompts.soft import SoftSequence
 from gemma_convert.prompts.sounds import sound_sequences
 from gemma_convert.prompts.text import TokenSequence, check_ids, token_sequences
 
@@ -57,6 +58,12 @@ class Inputs:
         sequences += sound_sequences(hf, architecture, self.audio) if self.audio else []
         check_towers(model, sequences)
         return sequences, None
+
+
+def towers_not_run(model: ComparedModel, sequences: Sequence[TokenSequence]) -> tuple[str, ...]:
+    """The towers of `model` that nothing in `sequences` goes through."""
+    run = {one.medium.tower for one in sequences if isinstance(one, SoftSequence)}
+    return tuple(sorted({*model.towers} - run))
 
 
 def _matching_golden(path: Path, hf: Path, architecture: Architecture) -> Golden:

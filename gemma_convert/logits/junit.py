@@ -11,7 +11,13 @@ from xml.etree import ElementTree
 
 from gemma_convert.logits.part_check import LocalCheck
 from gemma_convert.logits.report import LogitReport
-from gemma_convert.logits.report_lines import compared_line, local_line, native_line, parts_line
+from gemma_convert.logits.report_lines import (
+    compared_line,
+    local_line,
+    native_line,
+    not_run_line,
+    parts_line,
+)
 from gemma_convert.logits.scale import figure
 from gemma_convert.logits.tokens import CheckedSequence
 from gemma_convert.output import printable
@@ -101,6 +107,7 @@ def _properties(report: LogitReport) -> dict[str, str]:
         "native": native_line(report),
         "whole_model": str(report.whole_model).lower(),
         "compared": compared_line(report),
+        **({"not_run": not_run_line(report)} if report.towers_not_run else {}),
         **({} if report.noise_floor is None else {"noise_floor": figure(report.noise_floor)}),
         **({} if drift is None else {"first_drift": drift.first or "none"}),
         **{f"version.{name}": value for name, value in report.versions.items()},

@@ -75,6 +75,8 @@ class LogitReport:
     worst: tuple[Prediction, ...] = ()
     """What was predicted after the worst tokens, the worst first; only process 0 has them."""
     fingerprints: tuple[Fingerprint, ...] = ()
+    towers_not_run: tuple[str, ...] = ()
+    """Towers of the native checkpoint that no image or sound went through."""
 
     @property
     def flops_per_second(self) -> float:
@@ -108,7 +110,7 @@ class LogitReport:
             drift = Drift(**drift | {"layers": tuple(drift["layers"])})
         if (local := values.pop("local")) is not None:
             local = LocalCheck(tuple(PartCheck(**part) for part in local["parts"]), local["noise"])
-        for name in ("lossy_rows", "warnings"):
+        for name in ("lossy_rows", "warnings", "towers_not_run"):
             values[name] = tuple(values[name])
         values["checked"] = tuple(map(CheckedSequence.from_values, values["checked"]))
         values["worst"] = tuple(map(Prediction.from_values, values["worst"]))
@@ -148,6 +150,7 @@ class LogitReport:
             "sliding_window": self.sliding_window,
             "images": self.images,
             "sounds": self.sounds,
+            "towers_not_run": list(self.towers_not_run),
             "layout": self.layout,
             "dtype": self.dtype,
             "reference": self.reference,

@@ -8,8 +8,11 @@ from gemma_convert.logits.drift import Drift
 from gemma_convert.logits.limit import PROOF_LIMIT
 from gemma_convert.logits.part_check import FACTOR, LocalCheck
 from gemma_convert.logits.report import LogitReport
+from gemma_convert.prompts.images import IMAGE
+from gemma_convert.prompts.sounds import SOUND
 
 _MOST_MISTAKES = 6
+_OPTIONS = {medium.tower: medium.option for medium in (IMAGE, SOUND)}
 
 
 def parts_line(report: LogitReport) -> str:
@@ -75,6 +78,11 @@ def compared_line(report: LogitReport) -> str:
         + (f", {report.images} with an image" if report.images else "")
         + (f", {report.sounds} with a sound" if report.sounds else "")
     )
+
+
+def not_run_line(report: LogitReport) -> str:
+    """What the native checkpoint has and no input went through; empty where that is nothing."""
+    return ", ".join(f"{tower} tower (add {_OPTIONS[tower]})" for tower in report.towers_not_run)
 
 
 def native_line(report: LogitReport) -> str:

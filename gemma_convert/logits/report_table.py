@@ -12,6 +12,7 @@ from gemma_convert.logits.report_lines import (
     mistake_lines,
     native_line,
     noise_line,
+    not_run_line,
     parts_line,
 )
 from gemma_convert.logits.scale import figure, log_range
@@ -88,6 +89,7 @@ def _lines(report: LogitReport) -> list[tuple[str, str]]:
         *([("probable cause", "\n".join(mistake_lines(local)))] if local and local.failed else []),
         *([("noise floor", noise_line(report))] if report.noise_floor is not None else []),
         ("compared", compared_line(report)),
+        *([("not run", not_run_line(report))] if report.towers_not_run else []),
         ("reference", f"{report.reference}, float32, {report.reference_device}"),
         ("native", native_line(report)),
         ("arithmetic", arithmetic_line(report)),
