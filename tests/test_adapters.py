@@ -255,11 +255,15 @@ def test_an_adapter_that_tunix_saved(adapter, model, tmp_path):
         shutil.copytree(out / "0" / "model_params", run / "20" / item)
     with pytest.raises(UsageError, match="no alpha"):
         to_hf(run, tmp_path / "back", base=model)
-    to_hf(run, tmp_path / "back", base=model, alpha=float(ALPHA))
+    asked = {"base": model, "alpha": float(ALPHA)}
+    to_hf(run, tmp_path / "back", **asked)
     before, after = (read_safetensors(folder) for folder in (adapter, tmp_path / "back"))
     assert list(before) == list(after)
     assert all(np.array_equal(before[name], after[name]) for name in before)
     assert read_adapter(tmp_path / "back") == read_adapter(adapter)
+    assert to_hf(run, tmp_path / "back", resume=True, **asked).already_complete
+    with pytest.raises(TargetError, match="exists"):
+        to_hf(run, tmp_path / "back", resume=True, base=model, alpha=2.0 * ALPHA)
     assert verify(tmp_path / "back", against=run).passed
     name = next(name for name in after if "v_proj.lora_A" in name)
     edit_tensors(tmp_path / "back", {name: lambda matrix: matrix[::-1]})

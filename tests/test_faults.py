@@ -171,11 +171,17 @@ def test_a_source_that_changes_meanwhile(direction, source, tmp_path, monkeypatc
     files = [path for path in source.rglob("*") if path.is_file() and path.stat().st_size > 10_000]
     weights = max(files, key=lambda path: path.stat().st_size)
 
-    def touch():
+    def change():
+        """Size and time of the last change stay as they were."""
         status = weights.stat()
-        os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000))
+        with weights.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            last = file.read()[0]
+            file.seek(-1, os.SEEK_END)
+            file.write(bytes([last ^ 1]))
+        os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
 
-    calls = after(40, *reader_of(direction), monkeypatch, touch)
+    calls = after(40, *reader_of(direction), monkeypatch, change)
     with pytest.raises(SourceError, match="changed while it was read"):
         run(direction, source, tmp_path / "out")
     assert calls[0] > 40

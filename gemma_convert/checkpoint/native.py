@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,6 +14,7 @@ from gemma_convert.arrays.dtypes import CONVERTED, DTypePolicy, TensorSpec, nump
 from gemma_convert.arrays.values import Array
 from gemma_convert.checkpoint.original import Original
 from gemma_convert.errors import SourceError
+from gemma_convert.files.identity import Unchanged
 from gemma_convert.mapping.adapted import table_of
 from gemma_convert.mapping.plan import Plan, SourceTensor
 from gemma_convert.mapping.planning import plan_to_native
@@ -144,20 +144,15 @@ def plan_native(native: NativeSource, original: Original) -> Plan:
 
 
 def fingerprint(folder: Path, *, now: bool = False) -> str:
-    """A digest of the names, sizes and times of all files below `folder`.
+    """A digest of the names and identities of all files below `folder`.
 
     Of an object store it is as it was listed, or, at some cost, as it is `now`.
     """
     remote = remote_fingerprint(folder, now=now)
     if remote is not None:
         return remote
-    found = []
-    for root, _, files in os.walk(folder):
-        for file in files:
-            path = Path(root, file)
-            status = path.lstat()
-            found.append((str(path.relative_to(folder)), status.st_size, status.st_mtime_ns))
-    return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()
+    files = sorted(Unchanged(folder).files.items())
+    return hashlib.sha256(repr(files).encode()).hexdigest()
 
 
 class NativeReader:

@@ -26,6 +26,13 @@ def command(
             "one; by default the checksums in its manifest."
         ),
     ] = None,
+    like: Annotated[
+        str | None,
+        typer.Option(
+            help="Of an export: the original of a native checkpoint that has no sidecar, so that "
+            "files and carried tensors are compared too."
+        ),
+    ] = None,
     base: Annotated[
         str | None,
         typer.Option(
@@ -47,6 +54,7 @@ def command(
     Examples:
       gemma-convert verify out --against gemma-4-E2B-it
       gemma-convert verify exported --against out
+      gemma-convert verify exported --against run/checkpoints --like gemma-4-E2B-it
       gemma-convert verify exported --against gemma-4-E2B-it
     """
     from gemma_convert.cli.allocator import reuse_large_blocks
@@ -55,7 +63,14 @@ def command(
 
     progress = chatter("error" if quiet else log_level.value, json_lines)
     reuse_large_blocks()
-    report = verify(path, against=against, base=base, settings=settings or (), progress=progress)
+    report = verify(
+        path,
+        against=against,
+        like=like,
+        base=base,
+        settings=settings or (),
+        progress=progress,
+    )
     if as_json:
         show_json(report.as_json())
     else:

@@ -6,18 +6,37 @@ be replaced from somebody's checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Protocol, TypeAlias
 
 from gemma_convert.checkpoint import sidecar
 from gemma_convert.checkpoint.accounted import Strangers, beside_huggingface
 from gemma_convert.checkpoint.manifest import read_manifest
+from gemma_convert.engine.comparing import Comparison
 from gemma_convert.errors import GemmaConvertError, TargetError
 from gemma_convert.files.receipt import contents, has_receipt
+from gemma_convert.layouts.opening import Checkpoint
 from gemma_convert.layouts.registry import is_native, open_native
+from gemma_convert.mapping.plan import Plan
+from gemma_convert.stores.safetensors.reader import SafetensorsFolder
 from gemma_convert.tasks.conversion import Conversion
 from gemma_convert.tasks.export_plan import Export
 from gemma_convert.tasks.verify import verify
+from gemma_convert.tasks.verify_export import compare_files, compare_tensors
+
+
+class PlannedExport(Protocol):
+    """What an export reads, and what it writes."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    export: Export
+
+
+Opened: TypeAlias = Callable[[ExitStack], PlannedExport]
+"""Opens and plans an export once more: an open checkpoint notes which arrays have been read."""
 
 
 def conversion_stands(job: Conversion) -> bool:
@@ -30,25 +49,24 @@ def conversion_stands(job: Conversion) -> bool:
         return False
 
 
-def export_stands(target: Path, native: Path, export: Export, settings: Sequence[str]) -> bool:
-    """Whether `target` is the export of `native` that is asked for."""
+def export_stands(target: Path, opened: Opened) -> bool:
+    """Whether `target` is what an export would write, to the last bit of every file."""
     if not _folder(target):
         return False
+    found = Comparison()
     try:
-        headers = all(
-            (target / shard.file).stat().st_size == shard.size
-            and sidecar.head(target / shard.file, len(shard.header)) == shard.header
-            for shard in export.shards
-        )
-        edited = all(
-            (target / name).read_bytes() == text.encode() for name, text in export.edited.items()
-        )
-        return headers and edited and verify(target, against=native, settings=settings).passed
+        with ExitStack() as stack:
+            ours = opened(stack)
+            reader = stack.enter_context(SafetensorsFolder(target))
+            compare_files(target, ours.checkpoint.original, ours.export, found)
+            if not found.different:
+                compare_tensors(ours.checkpoint, ours.plan, ours.export, reader, found)
+        return not found.different
     except (GemmaConvertError, OSError):
         return False
 
 
-def strangers_of_export(native: Path, export: Export, settings: Sequence[str]) -> Strangers:
+def strangers_of_export(export: Export, opened: Opened) -> Strangers:
     """What an older export in a folder holds beside the files that this one writes.
 
     It raises TargetError where the folder is none: it has no receipt of one, and is not what this
@@ -61,7 +79,7 @@ def strangers_of_export(native: Path, export: Export, settings: Sequence[str]) -
         others = beside_huggingface(folder, names)
         if others or has_receipt(folder) or contents(folder) in proved:
             return others
-        if not export_stands(folder, native, export, settings):
+        if not export_stands(folder, opened):
             raise TargetError(
                 "The target is a Hugging Face checkpoint that is not an unchanged export of "
                 "gemma-convert, so --overwrite does not replace it.",

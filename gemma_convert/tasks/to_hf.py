@@ -119,26 +119,32 @@ def to_hf(
         output = local_target(target, stack)
         check_remote_options(output, resume=resume)
         folder = local(source, stack)
-        checkpoint = open_checkpoint(
-            folder,
-            None if like is None else local(like, stack),
-            stack,
-            block_bytes=block_bytes(memory),
-            accept=accept_damage,
-            settings=settings,
-            base=_adapter_base(base, alpha, stack),
-        )
-        job = _Job(folder, output, checkpoint, options)
+        original = None if like is None else local(like, stack)
+        model = _adapter_base(base, alpha, stack)
+
+        def opened(stack: ExitStack) -> _Job:
+            checkpoint = open_checkpoint(
+                folder,
+                original,
+                stack,
+                block_bytes=block_bytes(memory),
+                accept=accept_damage,
+                settings=settings,
+                base=model,
+            )
+            return _Job(folder, output, checkpoint, options)
+
+        job = opened(stack)
         if dry_run:
             return job.report(started, dry_run=True)
         check_apart(folder, output)
-        check_apart(checkpoint.original.folder, output)
-        if resume and export_stands(output, folder, job.export, settings):
+        check_apart(job.checkpoint.original.folder, output)
+        if resume and export_stands(output, opened):
             report = job.report(started, dry_run=False)
             return replace(report, already_complete=True, bytes_per_second=0.0)
-        strangers = strangers_of_export(folder, job.export, settings)
+        strangers = strangers_of_export(job.export, opened)
         check_target(output, overwrite=overwrite, strangers=strangers)
-        files = job.export.file_bytes(checkpoint.original.folder)
+        files = job.export.file_bytes(job.checkpoint.original.folder)
         check_space(output, job.export.nbytes + files + SPARE_BYTES)
         publication = Publication(output, strangers, overwrite, resume, progress, receipt=True)
         total = job.transfer.share_bytes

@@ -54,6 +54,7 @@ def verify(
     path: str | Path,
     *,
     against: str | Path | None = None,
+    like: str | Path | None = None,
     base: str | Path | None = None,
     settings: Sequence[str] = (),
     progress: Listener | None = None,
@@ -63,8 +64,9 @@ def verify(
     A native checkpoint is compared with the checksums in its manifest: every array, tensor and
     file. With a Hugging Face folder as `against`, arrays and sidecar are also compared with that,
     bit for bit. An exported Hugging Face folder is compared, tensors and files, with what `to_hf`
-    would write from the native checkpoint `against` with these `settings`; with another Hugging
-    Face folder it is compared tensor by tensor. Both may be folders, on the hub or in an object
+    would write from the native checkpoint `against` with these `settings`, and with the original
+    `like` where that has no sidecar; with another Hugging Face folder it is compared tensor by
+    tensor. Both may be folders, on the hub or in an object
     store (`gemma_convert.stores.remote.locations`). `progress` is called with each
     `ProgressEvent`. Raises SourceError where one of them cannot be read
     or the two do not belong together.
@@ -73,10 +75,11 @@ def verify(
     with ExitStack() as stack:
         folder = local(path, stack)
         other = None if against is None else local(against, stack)
+        original = None if like is None else local(like, stack)
         model = None if base is None else local(base, stack)
         found = Comparison()
         try:
-            _compare(folder, other, model, settings, found, progress)
+            _compare(folder, other, original, model, settings, found, progress)
         except SourceError as error:
             if not found.different:
                 raise
@@ -96,11 +99,14 @@ def verify(
 def _compare(
     folder: Path,
     other: Path | None,
+    like: Path | None,
     base: Path | None,
     settings: Sequence[str],
     found: Comparison,
     progress: Listener | None,
 ) -> None:
+    if like is not None:
+        _check_like(folder, other, like)
     if base is not None and (other is None or is_huggingface(folder) or not is_adapter(other)):
         raise UsageError("--base is for an adapter.", do="name the adapter with --against as well")
     if settings and (other is None or not is_huggingface(folder)):
@@ -124,7 +130,22 @@ def _compare(
             raise UsageError("--settings are for a native checkpoint; these have a config.json.")
         verify_tensors(folder, other, found, progress)
     else:
-        verify_export(folder, other, settings, found, progress)
+        verify_export(folder, other, like, settings, found, progress)
+
+
+def _check_like(folder: Path, other: Path | None, like: Path) -> None:
+    """Raises UsageError where nothing would be compared with `like`."""
+    if other is None or is_huggingface(other) or not is_huggingface(folder):
+        raise UsageError(
+            "--like is for verifying an export against a native checkpoint without a sidecar.",
+            do="name the export, with --against its native checkpoint, with --like the original",
+        )
+    if like.exists() and like.samefile(folder):
+        raise UsageError(
+            "--like names the export itself, which would be compared with itself.",
+            where=like,
+            do="name the original that the native checkpoint was converted from",
+        )
 
 
 def _native_against(other: Path) -> UsageError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -35,33 +35,54 @@ from gemma_convert.tasks.export_plan import Export, ExportOptions, plan_export, 
 def verify_export(
     path: Path,
     native: Path,
+    like: Path | None,
     settings: Sequence[str],
     found: Comparison,
     progress: Listener | None,
 ) -> None:
-    """Compares every tensor and every file of the export at `path` with what `native` gives."""
+    """Compares every tensor and every file of the export at `path` with what `native` gives.
+
+    `like` is the original of a checkpoint without a sidecar. Where neither is there, what only an
+    original has is not compared.
+    """
     with ExitStack() as stack:
         reader = stack.enter_context(SafetensorsFolder(path))
-        sealed = sidecar.sidecar_root(native) is not None
-        checkpoint = open_checkpoint(native, None if sealed else path, stack, settings=settings)
-        if not sealed:
-            found.notes.append(
-                "The native checkpoint has no sidecar, so config.json, tokenizer and other files "
-                "were not compared."
-            )
+        known = like is not None or sidecar.sidecar_root(native) is not None
+        checkpoint = open_checkpoint(native, like if known else path, stack, settings=settings)
         text_only = not is_adapter(path) and read_architecture(path).text_only
-        if text_only and not sealed:
+        if text_only and not known:
             checkpoint = replace(checkpoint, native=checkpoint.native.without_towers())
         plan = plan_native(checkpoint.native, checkpoint.original)
         export = _export_of(reader, plan, checkpoint, text_only)
-        _compare_tensors(checkpoint, plan, export, reader, found, progress)
-        if sealed:
-            _compare_files(path, checkpoint.original, export, found)
+        left_out = () if known else tuple(export.stored)
+        compare_tensors(checkpoint, plan, export, reader, found, left_out, progress)
+        if known:
+            compare_files(path, checkpoint.original, export, found)
+        else:
+            found.notes.append(_without_original(is_adapter(path), len(left_out)))
         if checkpoint.changed_arrays:
             found.notes.append(
                 f"{len(checkpoint.changed_arrays)} arrays of the native checkpoint have changed "
                 "since the conversion (trained, or damaged). They were compared as they are."
             )
+
+
+def _without_original(adapter: bool, tensors: int) -> str:
+    """What could not be compared of the export of a checkpoint without a sidecar."""
+    if adapter:
+        return (
+            "The native adapter has no sidecar, so adapter_config.json, and with it alpha, was not "
+            "compared."
+        )
+    left_out = (
+        f" {tensors} tensors that the native checkpoint does not have were not compared either."
+        if tensors
+        else ""
+    )
+    return (
+        "The native checkpoint has no sidecar, so config.json, tokenizer and other files were not "
+        f"compared.{left_out} Name the original with --like to compare them."
+    )
 
 
 def _export_of(
@@ -91,15 +112,19 @@ def _export_of(
     return plan_export(plan, original, replace(options, groups=groups), facts)
 
 
-def _compare_tensors(
+def compare_tensors(
     checkpoint: Checkpoint,
     plan: Plan,
     export: Export,
     reader: SafetensorsFolder,
     found: Comparison,
-    progress: Listener | None,
+    left_out: Collection[str] = (),
+    progress: Listener | None = None,
 ) -> None:
-    """The tensors that the export would have, and those that stand in the folder."""
+    """The tensors that the export would have, and those that stand in the folder.
+
+    Of those that are `left_out` only shape and dtype are compared.
+    """
     native, original = checkpoint.native, checkpoint.original
     back, caches, origins = reversed_plan(plan, native, original, export)
     for name, target in back.targets.items():
@@ -108,15 +133,15 @@ def _compare_tensors(
         elif reader.specs[name] != target.spec:
             spec = reader.specs[name]
             found.differ(name, f"is {spec.dtype} {list(spec.shape)}, not {target.spec.dtype}")
-        else:
+        elif name not in left_out:
             found.note(name, target.spec.nbytes)
     for name in reader.tensors:
         if name not in back.targets:
             found.differ(name, "is not a tensor of this export")
-    wrong = set(found.different)
+    without = {*found.different, *left_out}
     sources = {
         name: replace(
-            source, copies=tuple(c for c in source.copies if c.target.tensor not in wrong)
+            source, copies=tuple(c for c in source.copies if c.target.tensor not in without)
         )
         for name, source in back.sources.items()
     }
@@ -134,7 +159,7 @@ def _compare_tensors(
         Transfer(rest, blocks, Comparing(read, found), values, shown_bar).run()
 
 
-def _compare_files(path: Path, original: Original, export: Export, found: Comparison) -> None:
+def compare_files(path: Path, original: Original, export: Export, found: Comparison) -> None:
     """The headers of the shards, the other files, and what nobody wrote."""
     for shard in export.shards:
         file = path / shard.file
