@@ -165,3 +165,22 @@ def test_what_stands_below_optimizer_state_is_no_model():
 def test_an_array_that_stands_twice_is_refused():
     with pytest.raises(SourceError, match="an array twice"):
         unwrapped([("decoder", "a"), ("decoder", "a", "value")], [("decoder",)])
+
+
+def test_a_step_that_is_passed_over_is_told(shallow, converted, tmp_path, capsys):
+    """What is read is named, and a higher step that is not complete."""
+    source = shallow("31b")
+    steps = tmp_path / "run" / "checkpoints"
+    for step in ("9", "10", "11"):
+        shutil.copytree(converted(source, "maxtext") / "0", steps / step)
+    assert to_hf(tmp_path / "run", tmp_path / "back", like=source).step == 11
+    assert "passed over" not in capsys.readouterr().err
+    for step in ("10", "11"):
+        (steps / step / "items" / "_METADATA").unlink()
+    report = to_hf(tmp_path / "run", tmp_path / "older", like=source)
+    assert report.step == report.as_json()["step"] == 9
+    told = capsys.readouterr().err
+    assert told.count("step 10, 11 in") == 1 and "step 9 is read" in told
+    assert inspect(tmp_path / "run").step == 9
+    assert to_hf(steps / "9", tmp_path / "named", like=source).step == 9
+    assert "passed over" not in capsys.readouterr().err

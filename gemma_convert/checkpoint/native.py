@@ -63,6 +63,8 @@ class NativeSource:
     version: str | None = None
     adapter: StoredAdapter | None = None
     """Of an adapter, whose arrays are its matrices: its rank, and alpha if it says that."""
+    step: int | None = None
+    """Of a training checkpoint: the step that was saved."""
     release: Callable[[], None] = lambda: None
 
     def __enter__(self) -> NativeSource:

@@ -48,7 +48,8 @@ def _table(report: InspectReport) -> Facts:
 
     table = Facts()
     form = ", scanned" if report.scanned else ""
-    table.add_row("layout", report.layout + form)
+    step = "" if report.step is None else f", step {report.step}"
+    table.add_row("layout", report.layout + form + step)
     table.add_row("model", f"{report.family or 'unknown'}, {report.layers or '?'} layers")
     table.add_row("towers", ", ".join(report.towers) or "none")
     table.add_row("tensors", f"{report.tensors}, {human_bytes(report.bytes)}")
@@ -73,7 +74,7 @@ def _coverage(coverage: Coverage | None) -> list[tuple[str, str]]:
         return [
             (
                 "coverage",
-                f"complete: all {coverage.expected} tensors are there, with the right shapes",
+                f"complete: all {coverage.expected} tensors are listed, with the right shapes",
             )
         ]
     rows = []

@@ -146,7 +146,8 @@ def _summary(report: ToHFReport) -> Facts:
     done = "would export" if report.dry_run else "exported"
     if report.already_complete:
         done = "was exported"
-    table.add_row(done, f"{report.family} from {report.layout}{form}")
+    step = "" if report.step is None else f", step {report.step}"
+    table.add_row(done, f"{report.family} from {report.layout}{form}{step}")
     shards = "1 file" if len(report.shards) == 1 else f"{len(report.shards)} shards"
     table.add_row("tensors", f"{report.tensors} ({human_bytes(report.bytes_written)}) in {shards}")
     if report.tensors_from_original:

@@ -30,8 +30,8 @@ from gemma_convert.mapping.table import load_table
 from gemma_convert.model.adapter import StoredAdapter
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import parse_architecture
-from gemma_convert.output import note
-from gemma_convert.stores.orbax.finding import find_trees
+from gemma_convert.output import note, shown
+from gemma_convert.stores.orbax.finding import find_trees, passed_over, step_of
 from gemma_convert.stores.weights import is_huggingface
 
 _FACTS = {"name": str, "framework": str, "divisible": bool, "streams": bool}
@@ -103,11 +103,17 @@ def open_native(path: Path, block_bytes: int | None = None) -> NativeSource:
     layout, where = _recognised(path)
     found = fingerprint(where)
     native = layout.open(where)
+    step = step_of(where)
     root, manifest = _manifest(where)
     version = _recorded_version(manifest, native.layout, root) or native.version
     adapter = _with_alpha(native.adapter, manifest)
     return replace(
-        native, block_bytes=block_bytes, fingerprint=found, version=version, adapter=adapter
+        native,
+        block_bytes=block_bytes,
+        fingerprint=found,
+        version=version,
+        adapter=adapter,
+        step=None if step is None or root is not None else int(step.name),
     )
 
 
@@ -231,6 +237,7 @@ def usable_layouts(unusable: list[UsageError] | None = None) -> Iterator[Layout]
 def _recognised(path: Path) -> tuple[Layout, Path]:
     folder, unusable = NativeFolder(path), list[UsageError]()
     for layout, where in _found(folder, unusable):
+        _tell_step(where, *passed_over(path, where))
         return layout, where
     trees = find_trees(path)
     names = {name.split("/")[0] for arrays in folder.trees.values() for name in arrays}
@@ -241,6 +248,19 @@ def _recognised(path: Path) -> tuple[Layout, Path]:
         found=some(sorted(names)) or "no arrays",
         do=f"{unusable[0].do}: {unusable[0].what}" if unusable else None,
     )
+
+
+@cache
+def _tell_step(where: Path, *higher: Path) -> None:
+    """Tells once that a step was read although there are `higher` ones."""
+    step = step_of(where)
+    if step is not None and higher:
+        names = some(sorted((one.name for one in higher), key=int))
+        note(
+            f"step {names} in {shown(step.parent)} has no complete checkpoint and was passed over; "
+            f"step {step.name} is read",
+            "warning",
+        )
 
 
 def _manifest(where: Path) -> tuple[Path | None, Mapping[str, Any]]:

@@ -73,6 +73,8 @@ class InspectReport:
     lossy_rows: tuple[str, ...]
     adapter: StoredAdapter | None = None
     """For an adapter: its rank, and its alpha if that is stored."""
+    step: int | None = None
+    """Of a training checkpoint in step folders: the step that was read."""
 
     def as_json(self) -> dict[str, object]:
         """The report for `--json`."""
@@ -143,7 +145,7 @@ def _native(path: Path, native: NativeSource) -> InspectReport:
     root = sidecar.sidecar_root(native.folder)
     if root is None:
         found = _report(path, native.layout, native.specs, scanned=native.scanned, extras=extras)
-        return replace(found, adapter=native.adapter)
+        return replace(found, adapter=native.adapter, step=native.step)
     adapter = native.adapter is not None
     kept = Path(sidecar.FOLDER, sidecar.OWN, KEPT_BASE) if adapter else Path(sidecar.FOLDER)
     config = root / kept / CONFIG

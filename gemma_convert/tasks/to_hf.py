@@ -69,6 +69,8 @@ class ToHFReport:
     seconds: float
     bytes_per_second: float
     peak_memory_bytes: int
+    step: int | None = None
+    """Of a training checkpoint in step folders: the step that was exported."""
     already_complete: bool = False
     """With `resume`: the target existed already, and equals what this run would have written."""
 
@@ -230,6 +232,7 @@ class _Job:
             seconds=seconds,
             bytes_per_second=0.0 if dry_run else export.nbytes / seconds,
             peak_memory_bytes=peak_memory(),
+            step=checkpoint.native.step,
         )
 
 

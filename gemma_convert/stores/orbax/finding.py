@@ -46,6 +46,21 @@ def find_trees(path: Path) -> list[Path]:
     )
 
 
+def step_of(tree: Path) -> Path | None:
+    """The step folder that an Orbax tree belongs to, if it is in one."""
+    return next((folder for folder in (tree, *tree.parents[:2]) if _is_step(folder)), None)
+
+
+def passed_over(path: Path, tree: Path) -> list[Path]:
+    """The step folders higher than that of `tree`, in which `path` has no tree of parameters."""
+    step, path = step_of(tree), path.absolute()
+    if step is None or path == step or not step.is_relative_to(path):
+        return []
+    return [
+        one for one in _folders(step.parent) if _is_step(one) and int(one.name) > int(step.name)
+    ]
+
+
 def _in_step(folder: Path) -> list[Path]:
     """The folder itself, or the items in it that may be parameters."""
     if (folder / METADATA).is_file():
