@@ -317,3 +317,30 @@ def test_a_changed_key_is_told_or_refused(layout, name, key):
     except (SourceError, UsageError):
         return
     assert (after != before) == (key not in MEANS_NOTHING[name])
+
+
+@pytest.mark.parametrize(
+    ("layout", "option"),
+    [
+        ("gemma-jax", ("--scaled-dtype", "bfloat16")),
+        ("tunix", ("--scaled-dtype", "bfloat16")),
+        ("fast-llm", ("--scaled-dtype", "bfloat16")),
+        ("fast-llm", ("--compression", "zstd")),
+        ("fast-llm", ("--no-ocdbt",)),
+    ],
+)
+def test_an_option_without_effect_is_refused(shallow, tmp_path, layout, option):
+    code, _, errors = said("to-native", shallow("31b"), tmp_path / "o", "--format", layout, *option)
+    assert (code, option[0] in errors) == (2, True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_key_that_is_ignored_for_nothing_is_told_and_not_recorded(shallow, tmp_path):
+    source = changed(shallow("31b"), tmp_path / "in", "rotary_bass", to=3)
+    ignored = ("--ignore-fact", "rotary_bass", "--ignore-fact", "text_config.vocab_size")
+    code, _, errors = said("to-native", source, tmp_path / "o", "--format", "maxtext", *ignored)
+    assert code == 0
+    assert "warning: --ignore-fact text_config.vocab_size: nothing is refused" in errors
+    assert "rotary_bass" not in errors
+    manifest = json.loads((tmp_path / "o/hf/gemma-convert/manifest.json").read_text())
+    assert manifest["ignored_facts"] == ["rotary_bass"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from gemma_convert.checkpoint.original import Original
 from gemma_convert.engine.adapter_pairs import AdapterPairs
 from gemma_convert.engine.huggingface_view import plan_relayout
 from gemma_convert.engine.merged import MergedTensors
-from gemma_convert.errors import SourceError, UsageError
+from gemma_convert.errors import SourceError, UsageError, short
 from gemma_convert.files.identity import Unchanged
 from gemma_convert.layouts.opening import open_checkpoint
 from gemma_convert.layouts.registry import is_native, load_layout
@@ -27,7 +27,7 @@ from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import load_config, read_architecture, read_config
 from gemma_convert.model.foreign import refuse_foreign_folder
 from gemma_convert.model.huggingface_files import CONFIG, INDEX
-from gemma_convert.output import shown
+from gemma_convert.output import note, shown
 from gemma_convert.stores.orbax.writer import OrbaxFormat
 from gemma_convert.stores.remote.locations import local
 from gemma_convert.stores.tensor_folder import TensorFolder
@@ -88,7 +88,41 @@ def plan_conversion(
         job = _from_huggingface(source, target, options, stack)
     job.plan = replace(job.plan, ignored_facts=tuple(options.ignored_facts))
     job.layout.settings(job.plan, job.target)  # what cannot be told is refused before any work
+    _check_effect(options, job)
+    job.plan = replace(job.plan, ignored_facts=tuple(_in_the_way(job)))
     return job
+
+
+def _check_effect(options: ConversionOptions, job: Conversion) -> None:
+    """Raises UsageError for options of arrays that this checkpoint will not have."""
+    copies = (copy for source in job.plan.sources.values() for copy in source.copies)
+    if options.policy.scaled != DTypePolicy().scaled and all(copy.scale is None for copy in copies):
+        raise UsageError(
+            "--scaled-dtype is for arrays that are stored scaled; this checkpoint will have none.",
+            where=f"layout {options.layout}",
+            do="leave it out; --dtype is the dtype of all other arrays",
+        )
+    if options.form != OrbaxFormat() and not job.layout.streams:
+        raise UsageError(
+            "--no-ocdbt and --compression are for Orbax arrays; this layout has none.",
+            where=f"layout {options.layout}",
+            do="leave them out",
+        )
+
+
+def _in_the_way(job: Conversion) -> Iterator[str]:
+    """Those of the ignored keys of config.json without which this would be refused."""
+    config = load_config(job.base or job.original.folder)
+    text_only, where = job.plan.architecture.text_only, job.original.folder
+    for key in job.plan.ignored_facts:
+        others = tuple(one for one in job.plan.ignored_facts if one != key)
+        try:
+            check_keys(config, text_only, others, where)
+            job.layout.settings(replace(job.plan, ignored_facts=others), job.target)
+        except SourceError:
+            yield key
+        else:
+            note(f"--ignore-fact {short(key)}: nothing is refused because of that key", "warning")
 
 
 def _from_huggingface(
