@@ -126,7 +126,7 @@ ROUND_TRIPS = [
     ("26b-a4b", {"layers": 6, "shards": 3, "dtype": "float32"}, {"text_only": True}),
     ("26b-a4b", {"layers": 6, "text_only": True, "dtype": "float16"}, {}),
     ("31b", {"layers": 6, "dtype": "float32"}, {}),
-    ("31b", {"layers": 6, "shards": 3}, {"compression": "zstd", "ocdbt": False}),
+    ("31b", {"layers": 6, "shards": 3}, {}),
     ("31b", {"shards": 3, "text_only": True}, {}),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -112,9 +113,10 @@ def _check_effect(options: ConversionOptions, job: Conversion) -> None:
 
 def _in_the_way(job: Conversion) -> Iterator[str]:
     """Those of the ignored keys of config.json without which this would be refused."""
-    config = load_config(job.base or job.original.folder)
     text_only, where = job.plan.architecture.text_only, job.original.folder
     for key in job.plan.ignored_facts:
+        base = job.original.base_config
+        config = load_config(where) if base is None else json.loads(base)
         others = tuple(one for one in job.plan.ignored_facts if one != key)
         try:
             check_keys(config, text_only, others, where)
