@@ -144,6 +144,15 @@ def test_a_prompt_with_an_images_place_is_refused(tmp_path):
     assert (caught.value.where, caught.value.found) == ("prompt-1", str(place))
 
 
+def test_a_prompt_that_is_no_text_is_refused(tmp_path):
+    """What a shell passes on that is not UTF-8."""
+    write_tokenizer(tmp_path)
+    architecture = write_config(tmp_path)
+    with pytest.raises(UsageError, match="not valid text") as caught:
+        token_sequences(tmp_path, architecture, ["fine", "b\udcff"])
+    assert caught.value.where == "prompt-1"
+
+
 def test_options_that_contradict_each_other_are_refused(tmp_path):
     architecture = write_config(tmp_path)
     for arguments in ({"prompts": ["a"]}, {"tokens": 0}, {"tokens": 3, "prompts": ["a"]}):

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import said
+from native_checkpoints import edit_manifest, manifest
 from test_cli import fails, run, run_apart
 
 from gemma_convert import to_native
@@ -249,3 +251,16 @@ def test_sizes_that_are_none(text):
 def test_size_beyond_all_bounds():
     with pytest.raises(UsageError, match="--max-shard-size takes a size"):
         parse_size("--max-shard-size", "9" * 400 + "GB")
+
+
+def test_a_contradiction_in_the_manifest_fails(shallow, converted, tmp_path):
+    """The arrays are as they were sealed, and yet two tensors are not the original's."""
+    out = shutil.copytree(converted(shallow("31b"), "maxtext"), tmp_path / "out")
+    tensors = manifest(out)["tensors"]
+    one, other = (f"model.language_model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1))
+    tensors[one], tensors[other] = tensors[other], tensors[one]
+    edit_manifest(out, tensors=tensors)
+    code, printed, _ = said("to-hf", out, tmp_path / "back", "--json")
+    assert code == 1
+    assert json.loads(printed)["unexplained"] == [one, other]
+    assert said("to-hf", out, tmp_path / "again")[0] == 1

@@ -136,6 +136,8 @@ def command(
         show_json(report.as_json())
     else:
         show(_summary(report))
+    if report.unexplained:
+        raise typer.Exit(1)
 
 
 def _summary(report: ToHFReport) -> Facts:
@@ -196,6 +198,11 @@ def _against_original(report: ToHFReport) -> str:
     if report.bit_for_bit:
         return f"restored bit for bit: all {report.tensors} tensors match its checksums"
     if report.different:
+        if report.unexplained:
+            return (
+                f"DIFFERENT: {some(report.unexplained, SHOWN)}: no array has changed, but these "
+                "are not what the manifest says of the original: the checkpoint is damaged"
+            )
         names, count = some(report.different, SHOWN), len(report.different)
         return f"{report.identical} tensors match its checksums, {count} differ: {names}"
     if not report.unchecked:

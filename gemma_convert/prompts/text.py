@@ -74,6 +74,11 @@ def token_sequences(
             "--tokens takes a positive number, and cannot be combined with --prompt.",
             found=f"{tokens} tokens and {len(prompts)} prompts",
         )
+    for number, prompt in enumerate(prompts):
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise UsageError(
+                "A prompt is not valid text.", where=f"prompt-{number}", do="give it in UTF-8"
+            )
     long = min(architecture.text.window + BEYOND_WINDOW, LONGEST_MADE)
     if tokens is not None or not has_tokenizer(hf):
         if prompts:

@@ -96,8 +96,9 @@ def plan_conversion(
 
 def _check_effect(options: ConversionOptions, job: Conversion) -> None:
     """Raises UsageError for options of arrays that this checkpoint will not have."""
-    copies = (copy for source in job.plan.sources.values() for copy in source.copies)
-    if options.policy.scaled != DTypePolicy().scaled and all(copy.scale is None for copy in copies):
+    table = table_of(options.layout, job.original.architecture, options.version)
+    scaled = any(row.scale is not None for row in table.rows)
+    if options.policy.scaled != DTypePolicy().scaled and not scaled:
         raise UsageError(
             "--scaled-dtype is for arrays that are stored scaled; this checkpoint will have none.",
             where=f"layout {options.layout}",

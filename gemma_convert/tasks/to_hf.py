@@ -69,6 +69,11 @@ class ToHFReport:
     seconds: float
     bytes_per_second: float
     peak_memory_bytes: int
+    unexplained: tuple[str, ...] = ()
+    """Tensors that differ from their checksums although the arrays do not, and nothing rounds them.
+
+    The checkpoint is damaged, manifest included, or a mapping table is wrong.
+    """
     step: int | None = None
     """Of a training checkpoint in step folders: the step that was exported."""
     already_complete: bool = False
@@ -170,7 +175,7 @@ class _Job:
     def __init__(
         self, source: Path, target: Path, checkpoint: Checkpoint, options: ExportOptions
     ) -> None:
-        self.source, self.target = source, target
+        self.source, self.target, self.options = source, target, options
         self.checkpoint = checkpoint = _with_told_towers(checkpoint, options.text_only)
         native, original = checkpoint.native, checkpoint.original
         self.plan = plan_native(native, original)
@@ -232,8 +237,17 @@ class _Job:
             seconds=seconds,
             bytes_per_second=0.0 if dry_run else export.nbytes / seconds,
             peak_memory_bytes=peak_memory(),
+            unexplained=() if dry_run else self._unexplained(),
             step=checkpoint.native.step,
         )
+
+    def _unexplained(self) -> tuple[str, ...]:
+        checkpoint, manifest = self.checkpoint, self.checkpoint.original.manifest
+        if checkpoint.accepted or checkpoint.changed_arrays or self.options.dtype != "keep":
+            return ()
+        rounded = {row["tensor"] for row in manifest.get("lossy_rows", [])}
+        different = self.checks.different
+        return tuple(name for name in different if self.checks.origins[name] not in rounded)
 
 
 def _with_told_towers(checkpoint: Checkpoint, text_only: bool) -> Checkpoint:
@@ -251,7 +265,10 @@ def _with_told_towers(checkpoint: Checkpoint, text_only: bool) -> Checkpoint:
 
 @dataclass
 class _Checks:
-    """Every exported tensor against the checksum that the manifest has of the original's."""
+    """Every exported tensor against the checksum that the manifest has of the original's.
+
+    `origins` are the exported tensors' names in the original.
+    """
 
     known: Mapping[str, str]
     origins: Mapping[str, str]
