@@ -22,6 +22,7 @@ from trees import flatten, read_safetensors
 from gemma_convert import SourceError, TargetError, UsageError, inspect, to_hf, to_native, verify
 from gemma_convert.arrays.dtypes import TensorSpec
 from gemma_convert.checkpoint.qwix import rank_of
+from gemma_convert.cli.to_native_summary import settings_lines
 from gemma_convert.engine import merged as merged_module
 from gemma_convert.engine.adapter_pairs import AdapterPairs
 from gemma_convert.engine.merged import MergedTensors
@@ -176,9 +177,10 @@ def test_what_maxtext_is_told(adapter, tmp_path):
 def test_what_tunix_is_told(shallow, tmp_path):
     model = shallow("e2b")
     found = one_a(matrices(model, (*TARGETS, *PER_LAYER)))
-    settings = to_native(
-        save(tmp_path / "adapter", model, found), tmp_path / "out", layout="tunix"
-    ).settings
+    report = to_native(save(tmp_path / "adapter", model, found), tmp_path / "out", layout="tunix")
+    settings, lines = report.settings, list(settings_lines(report))
+    assert lines[:2] == ["import qwix", "from flax import nnx"]
+    assert lines[-2] == f"model = {settings['model']}"
     assert f"rank={RANK}, alpha={float(ALPHA)}" in settings["model"]
     assert f'"{tmp_path / "out"}"' in settings["params"]
     pattern = re.compile(re.search(r'module_path="([^"]+)"', settings["model"])[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 import shutil
@@ -27,6 +28,7 @@ from models import (
 
 from gemma_convert import SourceError, UsageError, logit_check, to_native, verify
 from gemma_convert.arrays.dtypes import DTypePolicy, TensorSpec
+from gemma_convert.cli.to_native_summary import settings_lines
 from gemma_convert.layouts.fast_llm.metadata import fast_llm_metadata
 from gemma_convert.layouts.gemma_jax.settings import gemma_jax_settings
 from gemma_convert.mapping.config_keys import check_keys, config_keys
@@ -344,3 +346,19 @@ def test_a_key_that_is_ignored_for_nothing_is_told_and_not_recorded(shallow, tmp
     assert "rotary_bass" not in errors
     manifest = json.loads((tmp_path / "o/hf/gemma-convert/manifest.json").read_text())
     assert manifest["ignored_facts"] == ["rotary_bass"]
+
+
+@pytest.mark.parametrize("layout", ["gemma-jax", "tunix"])
+@pytest.mark.parametrize("family", ["e2b", "31b"])
+def test_settings_in_python_can_be_pasted(layout, family, shallow, tmp_path):
+    """As they are printed, each name is imported or assigned before it is used."""
+    report = to_native(shallow(family), tmp_path / "out", layout=layout, dry_run=True)
+    known = set[str]()
+    for statement in ast.parse("\n".join(settings_lines(report))).body:
+        if isinstance(statement, ast.Import | ast.ImportFrom):
+            known |= {one.name for one in statement.names}
+            continue
+        names = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
+        assert {one.id for one in names if isinstance(one.ctx, ast.Load)} <= known
+        known |= {one.id for one in names if isinstance(one.ctx, ast.Store)}
+    assert {"config", "model", "params"} <= known

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from contextlib import ExitStack
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
@@ -31,7 +30,7 @@ from gemma_convert.cli.options import (
     Settings,
     parse_size,
 )
-from gemma_convert.cli.to_native_summary import arrays, lossy_warnings, summary
+from gemma_convert.cli.to_native_summary import arrays, lossy_warnings, settings_lines, summary
 from gemma_convert.mapping.declared import layout_names
 
 if TYPE_CHECKING:
@@ -224,8 +223,8 @@ def command(
     if proof is not None:
         show(f"verified: {proof.checked} tensors equal those of {proof.against}")
     show(f"{report.framework} loads it with:")
-    for key, value in report.settings.items():
-        show(f"  {shlex.quote(f'{key}={value}')}")
+    for line in settings_lines(report):
+        show(line)
 
 
 def _verified(

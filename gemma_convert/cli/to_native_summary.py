@@ -1,7 +1,9 @@
-"""What `to-native` prints of its report: the summary, and with `--dry-run` the arrays."""
+"""What `to-native` prints of its report: summary, settings, and with `--dry-run` the arrays."""
 
 from __future__ import annotations
 
+import re
+import shlex
 from typing import TYPE_CHECKING
 
 from gemma_convert.cli.copied import copied
@@ -120,3 +122,22 @@ def arrays(report: ToNativeReport) -> Iterator[str]:
         first, *more = sources[name]
         others = f" and {len(more)} more" if more else ""
         yield f"{name} {target.spec.dtype} {shape}{cut} <- {first}{others}"
+
+
+def settings_lines(report: ToNativeReport) -> Iterator[str]:
+    """The settings, to be pasted: into the framework's command line, or into a Python program.
+
+    They are lines of Python where the layout has `imports` (name → the line that imports it).
+    """
+    from gemma_convert.layouts.registry import load_layout
+
+    imports = getattr(load_layout(report.layout), "imports", None)
+    if imports is None:
+        for key, value in report.settings.items():
+            yield f"  {shlex.quote(f'{key}={value}')}"
+        return
+    program = [f"{key} = {value}" for key, value in report.settings.items()]
+    for name, line in imports.items():
+        if re.search(rf"\b{name}\b", "\n".join(program)):
+            yield line
+    yield from program

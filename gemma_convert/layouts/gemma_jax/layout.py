@@ -16,6 +16,7 @@ from gemma_convert.checkpoint.orbax_layout import OrbaxLayout, bare_names
 from gemma_convert.files.given_settings import GivenSettings
 from gemma_convert.layouts.gemma_jax.names import EMBEDDING
 from gemma_convert.layouts.gemma_jax.settings import (
+    IMPORTS,
     gemma_jax_settings,
     read_settings,
     settings_files,
@@ -37,6 +38,7 @@ _HANDLER = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardC
 class GemmaJax(OrbaxLayout):
     name = "gemma-jax"
     framework = "gemma"
+    imports = IMPORTS
 
     def stored(self, arrays: Iterable[str]) -> Mapping[str, str]:
         """Weights of the dense feed-forward may be bare leaves instead of `{"w": leaf}`."""

@@ -23,6 +23,9 @@ from gemma_convert.model.facts import Fact, layer_pattern
 FILE = "gemma.json"
 """Its name in the folder of a checkpoint: the class, and all that its config has."""
 
+IMPORTS = {"dataclasses": "import dataclasses", "gm": "from gemma import gm"}
+"""Name that the settings use → the line that imports it."""
+
 
 def gemma_facts() -> FactTable:
     """The facts in the table of the layout."""
@@ -44,8 +47,8 @@ def gemma_jax_settings(plan: Plan, target: Path, *, vision: bool) -> dict[str, s
         return {"model": f"{name}()", **params}
     fields = ", ".join(f"{key}={value}" for key, value in _fields(name, architecture, told).items())
     return {
-        "model": f"{name}(config=config)",
         "config": f"dataclasses.replace({name}.config, {fields})",
+        "model": f"{name}(config=config)",
         **params,
     }
 

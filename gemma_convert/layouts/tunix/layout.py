@@ -22,7 +22,12 @@ from gemma_convert.errors import SourceError, some
 from gemma_convert.files.given_settings import GivenSettings
 from gemma_convert.layouts.tunix.adapter import adapter_settings, matrices
 from gemma_convert.layouts.tunix.names import EMBEDDING
-from gemma_convert.layouts.tunix.settings import read_settings, settings_files, tunix_settings
+from gemma_convert.layouts.tunix.settings import (
+    IMPORTS,
+    read_settings,
+    settings_files,
+    tunix_settings,
+)
 from gemma_convert.mapping.native_facts import Settings
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.model.adapter import StoredAdapter
@@ -42,6 +47,7 @@ _HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheck
 class Tunix(OrbaxLayout):
     name = "tunix"
     framework = "Tunix"
+    imports = IMPORTS
 
     def find(self, folder: NativeFolder) -> Path | None:
         """Raises SourceError where an adapter stands in the tree beside the weights."""

@@ -22,6 +22,15 @@ from gemma_convert.model.facts import Fact
 FILE = "tunix.json"
 """Its name in the folder of a checkpoint: the config that is named, and all that it has."""
 
+IMPORTS = {
+    "dataclasses": "import dataclasses",
+    "qwix": "import qwix",
+    "nnx": "from flax import nnx",
+    "ModelConfig": "from tunix.models.gemma4.model import AttentionType, Gemma4, ModelConfig",
+    "CheckpointManager": "from tunix.sft.checkpoint_manager import CheckpointManager",
+}
+"""Name that the settings use → the line that imports it, with google-tunix 0.1.7."""
+
 _DERIVED = ("num_layers", "layer_types", "num_kv_shared_layers", "use_double_wide_mlp")
 """Facts that Tunix has other fields for."""
 
