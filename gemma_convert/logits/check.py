@@ -74,15 +74,15 @@ def logit_check(
     with the config of its framework: `settings` (files, or KEY=VALUE), by default the file in the
     checkpoint, or else the framework's own config of that model. `progress` is called with a
     `ProgressEvent` for each layer and each slice of the logits. `cache` keeps what JAX compiles for
-    the next run (`gemma_convert.forward.kept_programs`). Of several processes
-    (`gemma_convert.engine.joined`) only process 0 runs the reference; the others return its report
-    without single tokens.
+    the next run, in the folder `gemma-convert/compiled` of the user's cache (`XDG_CACHE_HOME`). In
+    a run of several processes, which `logit-check --coordinator` starts, only process 0 runs the
+    reference; the others return its report without single tokens.
 
     `hf` may be an adapter of PEFT, whose base model is `base`, by default the one in its config.
     `native` is then the same adapter in a native layout, which runs on the native checkpoint
-    `native_base` with its own `alpha` unless one is given, or a model that it was merged into.
-    Both may be on the hub (`gemma_convert.stores.remote.locations`). Raises SourceError where one
-    of them cannot be read or the two do not fit, UsageError for options that contradict each other.
+    `native_base` with its own `alpha` unless one is given, or a model that it was merged into. Both
+    may be `owner/name` on the hub. Raises SourceError where one of them cannot be read or the two
+    do not fit, UsageError for options that contradict each other.
     """
     files = [Path(image) for image in images], [Path(sound) for sound in audio]
     inputs = Inputs(prompts, tokens, *files, None if golden is None else Path(golden))

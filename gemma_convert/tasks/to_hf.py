@@ -111,14 +111,13 @@ def to_hf(
     """Exports a native checkpoint to Hugging Face and returns a report.
 
     `like` names the original, or a converted checkpoint of it; by default the sidecar of `source`
-    is used. Each may be a folder or a URL of an object store, and what is read may be on the hub
-    (`gemma_convert.stores.remote.locations`). Files that differ from their checksums in the
-    manifest are refused, unless `accept_damage` names them. Where the framework's `settings`
-    (files, or KEY=VALUE; by default the file in the checkpoint) differ from config.json, their
-    values are written. An adapter without a sidecar becomes a PEFT adapter of the model `base`,
-    scaled by `alpha` / rank. `progress` is called with each `ProgressEvent`.
-    Raises SourceError, TargetError or UsageError with one clear message; then nothing is left
-    behind.
+    is used. Each may be a folder or an `s3://` or `gs://` URL, and what is read may be `owner/name`
+    on the hub. Files that differ from their checksums in the manifest are refused, unless
+    `accept_damage` names them. Where the framework's `settings` (files, or KEY=VALUE; by default
+    the file in the checkpoint) differ from config.json, their values are written. An adapter
+    without a sidecar becomes a PEFT adapter of the model `base`, scaled by `alpha` / rank.
+    `progress` is called with each `ProgressEvent`. Raises SourceError, TargetError or UsageError
+    with one clear message; then nothing is left behind.
     """
     started = time.monotonic()
     options = ExportOptions(dtype, max_shard_size, kv_shared, text_only)

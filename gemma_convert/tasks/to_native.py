@@ -59,17 +59,16 @@ def to_native(
     """Converts a checkpoint to a native layout and returns a report.
 
     `source` is a Hugging Face checkpoint, a PEFT adapter, or a native checkpoint of any layout: a
-    folder, `owner/name` on the hub, or a URL of an object store
-    (`gemma_convert.stores.remote.locations`). `target` is a folder or such a URL; a folder appears,
-    and a URL is no longer marked as unfinished, when the checkpoint is complete. `like` names the
-    Hugging Face original of a native source without a sidecar, and `settings` (files, or KEY=VALUE)
-    the config that its framework used, by default the file in the checkpoint. `framework_version`
-    is one that the layout supports, by default its first. `base` is the base model of an adapter,
-    by default the one in its config; `merge` merges the adapter into it. `memory` limits the memory
-    for tensors in bytes, 512 MiB by default. Several `processes` that share the file systems divide
-    the work. `progress` is called with each `ProgressEvent`. Raises SourceError, TargetError or
-    UsageError with one clear message, and GemmaConvertError for an error of another process; then
-    nothing is left behind.
+    folder, `owner/name` on the hub, or an `s3://` or `gs://` URL. `target` is a folder or such a
+    URL; a folder appears, and a URL is no longer marked as unfinished, when the checkpoint is
+    complete. `like` names the Hugging Face original of a native source without a sidecar, and
+    `settings` (files, or KEY=VALUE) the config that its framework used, by default the file in the
+    checkpoint. `framework_version` is one that the layout supports, by default its first. `base` is
+    the base model of an adapter, by default the one in its config; `merge` merges the adapter into
+    it. `memory` limits the memory for tensors in bytes, 512 MiB by default. `processes` is what the
+    options of `to-native` for several processes make; leave it out. `progress` is called with each
+    `ProgressEvent`. Raises SourceError, TargetError or UsageError with one clear message, and
+    GemmaConvertError for an error of another process; then nothing is left behind.
     """
     started = time.monotonic()
     load_table(layout, framework_version)

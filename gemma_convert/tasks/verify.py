@@ -66,10 +66,9 @@ def verify(
     bit for bit. An exported Hugging Face folder is compared, tensors and files, with what `to_hf`
     would write from the native checkpoint `against` with these `settings`, and with the original
     `like` where that has no sidecar; with another Hugging Face folder it is compared tensor by
-    tensor. Both may be folders, on the hub or in an object
-    store (`gemma_convert.stores.remote.locations`). `progress` is called with each
-    `ProgressEvent`. Raises SourceError where one of them cannot be read
-    or the two do not belong together.
+    tensor. Each may be a folder, `owner/name` on the hub, or an `s3://` or `gs://` URL. `progress`
+    is called with each `ProgressEvent`. Raises SourceError where one of them cannot be read or the
+    two do not belong together.
     """
     started = time.monotonic()
     with ExitStack() as stack:

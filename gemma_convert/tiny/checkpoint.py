@@ -63,9 +63,8 @@ def make_tiny(
     "keep" KV-shared layers have keys and values, as in published files; `save_pretrained` omits
     them. An `untied` one has an `lm_head.weight` of its own, which no published model has.
     `weights` may be "random" (so that every mistake shows), "trained" (with the statistics of a
-    trained model) or "wild" (they amplify rounding), see `gemma_convert.tiny.kinds`. Raises
-    UsageError for arguments that no checkpoint can have, TargetError where `out` exists or cannot
-    be written.
+    trained model) or "wild" (they amplify rounding). Raises UsageError for arguments that no
+    checkpoint can have, TargetError where `out` exists or cannot be written.
     """
     out = Path(out)
     _check_choice("family", family, get_args(Family))
