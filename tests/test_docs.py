@@ -63,6 +63,7 @@ OF_OTHERS = {
     "--latest": "scripts/conformance.sh",
     "--models": "scripts/conformance.sh",
     "--out": "scripts/conformance.sh",
+    "--peer": "scripts/benchmark.py",
     "--phases": "scripts/benchmark.py",
     "--rounds": "scripts/benchmark.py",
     "--strict": "mkdocs",
