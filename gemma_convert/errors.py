@@ -100,8 +100,9 @@ class GemmaConvertError(Exception):
             default = self.takes[name]
             if isinstance(default, bool):
                 return f"{name}={not option[1]}"
-            value = option[3] or ""
-            return f"{name}=[{value!r}]" if value and default == () else f"{name}={value}"
+            if option[3] is None:
+                return f"`{name}`"
+            return f"{name}=[{option[3]!r}]" if default == () else f"{name}={option[3]}"
 
         return _OPTION.sub(given, text)
 

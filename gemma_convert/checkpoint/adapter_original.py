@@ -81,7 +81,7 @@ def scaled_adapter(stored: StoredAdapter, alpha: float | None, where: Path) -> A
         raise SourceError(
             "Nothing says how this adapter is scaled: its metadata has no alpha.",
             where=where,
-            do="say what it was trained with: --alpha NUMBER",
+            do="say to to-hf or logit-check what it was trained with: --alpha NUMBER",
         )
     return Adapter(stored.rank, alpha)
 

@@ -65,7 +65,8 @@ def sides_of(hf: Path, native: Path, options: AdapterOptions, stack: ExitStack) 
     """The models of both sides; adapters of PEFT are open until `stack` is closed.
 
     Raises UsageError where only the native side is an adapter, or an option is for none, and
-    SourceError where an adapter or its model cannot be read, or a native one is damaged.
+    SourceError where the sides are swapped, an adapter or its model is not named or cannot be read,
+    or a native one is damaged.
     """
     _check_order(hf, native)
     adapted = _native_adapter(native)
@@ -88,7 +89,7 @@ def sides_of(hf: Path, native: Path, options: AdapterOptions, stack: ExitStack) 
             raise UsageError("--native-base and --alpha are for a native adapter.", found=native)
         return Sides(base, native, (original, shown(native)), hf, changes)
     if options.native_base is None:
-        raise UsageError(
+        raise SourceError(
             "A native adapter is run on the native checkpoint of its base model.",
             where=native,
             do="convert the base model to the same layout, and name that with --native-base",

@@ -81,7 +81,9 @@ class InspectReport:
     def as_json(self) -> dict[str, object]:
         """The report for `--json`."""
         complete = None if self.coverage is None else self.coverage.complete
-        return {"schema": "gemma-convert/inspect/2", **asdict(self), "complete": complete}
+        told = asdict(self)
+        del told["base_model"]  # no field of this version
+        return {"schema": "gemma-convert/inspect/2", **told, "complete": complete}
 
 
 @public

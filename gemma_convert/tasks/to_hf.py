@@ -83,7 +83,9 @@ class ToHFReport:
 
     def as_json(self) -> dict[str, object]:
         """The report for `--json`."""
-        return {"schema": "gemma-convert/to-hf/2", **asdict(self), "bit_for_bit": self.bit_for_bit}
+        told = asdict(self)
+        del told["merged"]  # no field of this version
+        return {"schema": "gemma-convert/to-hf/2", **told, "bit_for_bit": self.bit_for_bit}
 
 
 @public
