@@ -268,6 +268,15 @@ def test_an_adapter_that_tunix_saved(adapter, model, tmp_path):
     ]
 
 
+def test_what_inspect_says_of_an_adapter(adapter, model, tmp_path):
+    words = " ".join(run("inspect", adapter).stdout.split())
+    assert f"PEFT adapter, rank {RANK}, alpha {ALPHA}, base {model}" in words
+    assert "towers" not in words and inspect(adapter).base_model == str(model)
+    to_native(adapter, tmp_path / "out")
+    words = " ".join(run("inspect", tmp_path / "out").stdout.split())
+    assert f"maxtext adapter, rank {RANK}, alpha {ALPHA} " in words
+
+
 @pytest.mark.parametrize("shapes", [[()], [(4, 0)], [(4, 2), (4, 3)], []])
 def test_matrices_without_one_rank(shapes, tmp_path):
     specs = {f"{place}_lora_a/value": TensorSpec("float32", s) for place, s in enumerate(shapes)}
@@ -301,7 +310,9 @@ def test_merged(shallow, tmp_path, family):
     out, back = tmp_path / "out", tmp_path / "back"
     to_native(save(tmp_path / "adapter", model, found), out, merge=True, scan_layers=True)
     assert verify(out).passed
-    to_hf(out, back)
+    exported = run("to-hf", out, back).stdout
+    assert "merged model" in exported and "restored as it was converted, bit for bit" in exported
+    assert "original" not in exported
     before, after = read_safetensors(model), read_safetensors(back)
     assert before.keys() == after.keys()
     for name, array in before.items():

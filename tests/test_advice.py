@@ -186,3 +186,28 @@ def test_help_has_no_words_of_python_and_cuts_no_name(monkeypatch):
         code, out, _ = said(command.name, "--help")
         assert code == 0
         assert not re.search(r"<[a-z]|…|\{[A-Z]", out), command.name
+
+
+def test_a_check_of_two_originals_says_each_thing_once(shallow):
+    source = shallow("31b")
+    code, out, errors = said("logit-check", source, source, "--tokens", 3)
+    words = " ".join(out.split())
+    assert (code, errors) == (0, "")
+    assert words.count("! transformers ran both models") == 1
+    assert "not compared one by one between two Hugging Face checkpoints" in words
+    assert " in 2 sequences, the longest " in words
+
+
+def test_exit_codes_of_what_is_not_there(shallow, converted, tmp_path):
+    """Of options 2; of what is read 3, an original or a base model that nothing names as well."""
+    hf, absent = shallow("31b"), tmp_path / "absent"
+    native = converted(hf, "maxtext")
+    bare = shutil.copytree(native / "0" / "items", tmp_path / "bare")
+    for code, *arguments in (
+        (2, "logit-check", hf, native, "--image", absent),
+        (2, "logit-check", hf, native, "--settings", absent),
+        (3, "logit-check", hf, native, "--golden", absent),
+        (3, "compare-reports", absent, absent),
+        (3, "to-hf", bare, tmp_path / "back"),
+    ):
+        fails(code, *arguments)

@@ -49,12 +49,11 @@ def _table(report: InspectReport) -> Facts:
 
     table = Facts()
     form = ", scanned" if report.scanned else ""
-    table.add_row("layout", report.layout + form)
-    if report.adapter is not None:
-        table.add_row("adapter", _adapter(report))
+    table.add_row("layout", (_adapter(report) or report.layout) + form)
     layers = "? layers" if not report.layers else counted(report.layers, "layer")
     table.add_row("model", f"{report.family or 'unknown'}, {layers}")
-    table.add_row("towers", ", ".join(report.towers) or "none")
+    if report.adapter is None:
+        table.add_row("towers", ", ".join(report.towers) or "none")
     table.add_row("tensors", f"{report.tensors}, {human_bytes(report.bytes)}")
     table.add_row("parameters", f"{report.parameters:,}")
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in report.dtypes.items())
@@ -70,14 +69,15 @@ def _table(report: InspectReport) -> Facts:
     return table
 
 
-def _adapter(report: InspectReport) -> str:
-    """Rank, alpha and base model of an adapter, as far as it says them."""
+def _adapter(report: InspectReport) -> str | None:
+    """Rank, alpha and base model of an adapter, as far as it says them; None of a model."""
     adapter = report.adapter
-    assert adapter is not None
+    if adapter is None:
+        return None
     alpha = "unknown" if adapter.alpha is None else f"{adapter.alpha:g}"
-    kind = "PEFT, " if report.layout == HUGGINGFACE else ""
+    kind = "PEFT" if report.layout == HUGGINGFACE else report.layout
     base = "" if report.base_model is None else f", base {report.base_model}"
-    return f"{kind}rank {adapter.rank}, alpha {alpha}{base}"
+    return f"{kind} adapter, rank {adapter.rank}, alpha {alpha}{base}"
 
 
 def _coverage(coverage: Coverage | None) -> list[tuple[str, str]]:

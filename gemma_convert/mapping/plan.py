@@ -110,9 +110,10 @@ class Plan:
             for copy in source.copies:
                 target = self.targets[copy.target.tensor].spec.dtype
                 if rounds(source.spec.dtype, target, scaled=copy.scale is not None):
-                    rounded[name] = f"rounded from {source.spec.dtype} to {target}"
+                    how = f"rounded from {source.spec.dtype} to {target}"
                     if copy.scale is not None:
-                        rounded[name] = f"times √{copy.scale**2:.0f}, rounded to {target}"
+                        how = f"multiplied by √{copy.scale**2:.0f} and rounded to {target}"
+                    rounded[name] = how
         return rounded
 
     @cached_property
