@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cache, wraps
 from pathlib import Path
 from types import NoneType, UnionType
@@ -73,7 +73,7 @@ def _is(value: object, kind: Any) -> bool:
         return value in get_args(kind)
     if get_origin(kind) is Sequence:
         (item,) = get_args(kind)
-        if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        if isinstance(value, str | bytes) or not isinstance(value, Collection):
             return False
         return all(_fits(one, item) for one in value)
     if kind in (int, float):

@@ -119,6 +119,7 @@ def test_every_option_in_the_sources_is_one_of_a_command():
         ({"compression": "gz"}, "'none', 'zstd'"),
         ({"settings": "a=b"}, "a list, each item text"),
         ({"accept_damage": [3]}, "a list, each item text"),
+        ({"accept_damage": iter(["a"])}, "a list, each item text"),
         ({"like": 3}, "text, or a path, or None"),
         ({"layout": None}, "text"),
     ],
