@@ -64,7 +64,7 @@ def verify_export(
             arrays = counted(count, f"array {place} has", f"arrays {place} have")
             found.notes.append(
                 f"{arrays} changed since the conversion (trained, or damaged). "
-                f"{'It was' if count == 1 else 'They were'} compared as they are."
+                f"{'It was compared as it is' if count == 1 else 'They were compared as they are'}."
             )
 
 
