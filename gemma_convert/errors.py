@@ -6,8 +6,9 @@ Exit codes of the command line: 0 done, 1 a check failed, 2 usage, 3 bad source,
 
 from __future__ import annotations
 
+import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from gemma_convert.output import printable, shown
 
@@ -16,10 +17,24 @@ MOST_CHARACTERS = 4000
 """Of each part of a message; a name in a broken file may be as long as the file."""
 
 
+_RENAMED = {"format": "layout"}
+"""An option → the parameter of the Python API, where more than the spelling differs."""
+
+_OPTION = re.compile(
+    r"--(no-)?([a-z]+(?:-[a-z]+)*)(?: ([A-Z]+\b|(?:(?<=-damage )|(?<=-fact ))[^\s,;]+))?"
+)
+
+
 class GemmaConvertError(Exception):
-    """An error with a message for the user: what, where, expected, found, and what to do."""
+    """An error with a message for the user: what, where, expected, found, and what to do.
+
+    `do` may be several ways out, of which those with an option that the asked function does not
+    have (`takes`, its parameters) are left out.
+    """
 
     exit_code = INTERNAL
+    takes: Mapping[str, object] | None = None
+    """The parameters of the function that was asked, with their defaults."""
 
     def __init__(
         self,
@@ -28,25 +43,68 @@ class GemmaConvertError(Exception):
         where: object = None,
         expected: object = None,
         found: object = None,
-        do: str | None = None,
+        do: str | Sequence[str] | None = None,
     ) -> None:
         self.what = printable(shown(what))
         self.where = None if where is None else _plain(shown(where))
         self.expected = None if expected is None else _plain(shown(expected))
         self.found = None if found is None else _plain(shown(found))
-        self.do = do
-        super().__init__(self.message)
+        self.ways = (do,) if isinstance(do, str) else tuple(do or ())
+        super().__init__(self.in_shell)
+
+    def __str__(self) -> str:
+        return self.message
+
+    @property
+    def do(self) -> str | None:
+        """What the user may do, options as the shell has them."""
+        ways = self.ways if len(self.ways) < 2 else filter(self._can, self.ways)
+        return ", or ".join(ways) or None
+
+    @property
+    def in_shell(self) -> str:
+        """The whole message, one line for each part that is known, with `--text-only`."""
+        return self._worded(str)
 
     @property
     def message(self) -> str:
-        """The whole message, one line for each part that is known."""
+        """The same, with `text_only=True` where a function of the Python API was asked."""
+        return self._worded(self._in_python)
+
+    def _worded(self, words: Callable[[str], str]) -> str:
         parts = (
             ("where", self.where),
             ("expected", self.expected),
             ("found", self.found),
-            ("what to do", self.do),
+            ("what to do", self.do and words(self.do)),
         )
-        return "\n".join([self.what, *(f"  {name}: {value}" for name, value in parts if value)])
+        told = (f"  {name}: {value}" for name, value in parts if value)
+        return "\n".join([words(self.what), *told])
+
+    def _can(self, way: str) -> bool:
+        return self.takes is None or all(
+            self._parameter(option[2]) is not None for option in _OPTION.finditer(way)
+        )
+
+    def _parameter(self, option: str) -> str | None:
+        """The parameter that an option gives, if the asked function takes it."""
+        name = option.replace("-", "_")
+        names = (name, f"{name}s", _RENAMED.get(name))
+        return next((one for one in names if one in (self.takes or ())), None)
+
+    def _in_python(self, text: str) -> str:
+        def given(option: re.Match[str]) -> str:
+            name = self._parameter(option[2])
+            if name is None or self.takes is None:
+                return option[0]
+            default = self.takes[name]
+            if isinstance(default, bool):
+                return f"{name}={not option[1]}"
+            if option[3] is None:
+                return f"`{name}`"
+            return f"{name}=[{option[3]!r}]" if default == () else f"{name}={option[3]}"
+
+        return _OPTION.sub(given, text)
 
 
 def some(names: Sequence[str], most: int = 8, between: str = ", ") -> str:

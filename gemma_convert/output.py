@@ -154,6 +154,11 @@ def _escaped(character: str) -> str:
     return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
 
 
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """A number and the word for what it counts: `1 tensor`, `2 tensors`, `1 entry`, `0 entries`."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def human_bytes(count: float) -> str:
     """A number of bytes in binary units, such as `1.5 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -12,16 +12,16 @@ import argparse
 import inspect
 import re
 import sys
-import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from typer.models import ArgumentInfo, OptionInfo
 
 from gemma_convert.cli.app import app
+from gemma_convert.cli.help import plain
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "commands.md"
 
@@ -32,7 +32,6 @@ Written by `scripts/commands_page.py` from the command line itself; `gemma-conve
 says the same. Results go to stdout, progress and warnings to stderr. The
 [exit codes](exit-codes.md) are the same for all commands.
 """
-_WORDS = {int: "N", float: "NUMBER", Path: "PATH", str: "TEXT"}
 _DEFAULT = re.compile(r"\s*\[default: ([^\]]*)\]")
 _EXAMPLE = re.compile(r"^(?:\x08|\[[a-z ]+\])?\s*Examples?\b", re.IGNORECASE)
 
@@ -86,7 +85,7 @@ def _parameter(key: str, hint: Any, default: object) -> Parameter:
     kind, info, *_ = get_args(hint)
     argument = isinstance(info, ArgumentInfo)
     assert argument or isinstance(info, OptionInfo), key
-    kind, repeated = _plain(kind)
+    kind, repeated = plain(kind)
     flag = kind is bool
     names = (info.metavar or key.upper(),) if argument else _names(key, info, flag)
     text = info.help or ""
@@ -94,19 +93,12 @@ def _parameter(key: str, hint: Any, default: object) -> Parameter:
     return Parameter(
         names=names,
         argument=argument,
-        value="" if flag or argument else _choices(info.metavar) or _value(kind),
+        value="" if argument else _choices(info.metavar),
         default=said[1] if said else _shown(default, names),
         required=default is inspect.Parameter.empty,
         repeated=repeated,
         help=_DEFAULT.sub("", text).strip(),
     )
-
-
-def _plain(kind: Any) -> tuple[Any, bool]:
-    """(the type of one value, whether there may be several): `list[Path] | None` → (Path, True)."""
-    if get_origin(kind) in (Union, types.UnionType):
-        (kind,) = (one for one in get_args(kind) if one is not type(None))
-    return (get_args(kind)[0], True) if get_origin(kind) is list else (kind, False)
 
 
 def _names(key: str, info: OptionInfo, flag: bool) -> tuple[str, ...]:
@@ -120,12 +112,6 @@ def _names(key: str, info: OptionInfo, flag: bool) -> tuple[str, ...]:
 def _choices(metavar: str | None) -> str:
     """What stands for the value in `--help`; the brackets around choices are left out."""
     return (metavar or "").strip("[]").replace("|", " | ")
-
-
-def _value(kind: Any) -> str:
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return " | ".join(str(one.value) for one in kind)
-    return _WORDS[kind]
 
 
 def _shown(default: object, names: tuple[str, ...]) -> str:

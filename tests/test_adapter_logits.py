@@ -356,13 +356,11 @@ def test_which_sides_there_are(adapter, model, native, converted, tmp_path):
     bare = saved(tmp_path / "bare", tree)
     cases = [
         ((model, out, {}), "compared with the adapter of PEFT"),
-        ((model, native, {"base": model}), "--base is for adapters"),
-        ((model, native, {"native_base": model}), "--native-base is for adapters"),
-        ((adapter, out, {}), "on the native checkpoint of its base model"),
+        ((model, native, {"base": model}), "`base` is for adapters"),
+        ((model, native, {"native_base": model}), "`native_base` is for adapters"),
         ((adapter, native, {"native_base": native}), "are for a native adapter"),
         ((adapter, out, {"native_base": fast}), "checkpoint of its own layout"),
         ((adapter, out, {"native_base": model}), "put on a native checkpoint"),
-        ((adapter, bare, {"native_base": native}), "no alpha"),
         ((adapter, out, {"native_base": native, "alpha": -1.0}), "positive number"),
         (
             (adapter, out, {"native_base": native, "golden": tmp_path / "g", "tokens": None}),
@@ -371,6 +369,14 @@ def test_which_sides_there_are(adapter, model, native, converted, tmp_path):
     ]
     for (hf, other, options), words in cases:
         with pytest.raises(UsageError, match=words):
+            logit_check(hf, other, **{"tokens": 3, **options})
+    for (hf, other, options), words in (
+        ((adapter, out, {}), "on the native checkpoint of its base model"),
+        ((adapter, bare, {"native_base": native}), "no alpha"),
+        ((native, model, {}), f"is a maxtext checkpoint[\\s\\S]*logit-check {model} {native}"),
+        ((out, adapter, {}), f"is a maxtext checkpoint[\\s\\S]*logit-check {adapter} {out}"),
+    ):
+        with pytest.raises(SourceError, match=words):
             logit_check(hf, other, **{"tokens": 3, **options})
     with ExitStack() as stack:
         sides = sides_of(adapter, out, AdapterOptions(model, native), stack)

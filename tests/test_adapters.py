@@ -255,7 +255,7 @@ def test_an_adapter_that_tunix_saved(adapter, model, tmp_path):
     to_native(adapter, out, layout="tunix")
     for item in ("model_params", "optimizer_state"):
         shutil.copytree(out / "0" / "model_params", run / "20" / item)
-    with pytest.raises(UsageError, match="no alpha"):
+    with pytest.raises(SourceError, match="no alpha"):
         to_hf(run, tmp_path / "back", base=model)
     asked = {"base": model, "alpha": float(ALPHA)}
     to_hf(run, tmp_path / "back", **asked)
@@ -274,6 +274,15 @@ def test_an_adapter_that_tunix_saved(adapter, model, tmp_path):
     ]
 
 
+def test_what_inspect_says_of_an_adapter(adapter, model, tmp_path):
+    words = " ".join(run("inspect", adapter).stdout.split())
+    assert f"PEFT adapter, rank {RANK}, alpha {ALPHA}, base {model}" in words
+    assert "towers" not in words and inspect(adapter).base_model == str(model)
+    to_native(adapter, tmp_path / "out")
+    words = " ".join(run("inspect", tmp_path / "out").stdout.split())
+    assert f"maxtext adapter, rank {RANK}, alpha {ALPHA} " in words
+
+
 @pytest.mark.parametrize("shapes", [[()], [(4, 0)], [(4, 2), (4, 3)], []])
 def test_matrices_without_one_rank(shapes, tmp_path):
     specs = {f"{place}_lora_a/value": TensorSpec("float32", s) for place, s in enumerate(shapes)}
@@ -286,9 +295,9 @@ def test_what_nobody_says_is_asked_for(adapter, model, shallow, tmp_path):
 
     to_native(adapter, tmp_path / "out")
     ocp.PyTreeCheckpointer().save(tmp_path / "run", nested_tree(tmp_path / "out/0/items"))
-    with pytest.raises(UsageError, match="which model this adapter belongs to"):
+    with pytest.raises(SourceError, match="which model this adapter belongs to"):
         to_hf(tmp_path / "run", tmp_path / "back")
-    with pytest.raises(UsageError, match="no alpha"):
+    with pytest.raises(SourceError, match="no alpha"):
         to_hf(tmp_path / "run", tmp_path / "back", base=model)
     with pytest.raises(SourceError, match=r"lacks their weights|config\.json"):
         to_hf(tmp_path / "run", tmp_path / "back", base=shallow("26b-a4b"), alpha=1.0)
@@ -307,7 +316,9 @@ def test_merged(shallow, tmp_path, family):
     out, back = tmp_path / "out", tmp_path / "back"
     to_native(save(tmp_path / "adapter", model, found), out, merge=True, scan_layers=True)
     assert verify(out).passed
-    to_hf(out, back)
+    exported = run("to-hf", out, back).stdout
+    assert "merged model" in exported and "restored as it was converted, bit for bit" in exported
+    assert "original" not in exported
     before, after = read_safetensors(model), read_safetensors(back)
     assert before.keys() == after.keys()
     for name, array in before.items():
@@ -759,7 +770,7 @@ def test_weights_that_tunix_has_in_one_array(model, tmp_path):
         ("keys", keys, UsageError, r"one array for several weights[\s\S]*v_proj\.lora_A"),
     ):
         source = save(tmp_path / name, model, changed)
-        with pytest.raises(error, match=f"{told}[\\s\\S]*--merge"):
+        with pytest.raises(error, match=f"{told}[\\s\\S]*merge=True"):
             to_native(source, tmp_path / "out", layout="tunix")
         assert not (tmp_path / "out").exists()
     to_native(tmp_path / "apart", tmp_path / "out", layout="tunix", merge=True)
@@ -809,7 +820,7 @@ def test_a_base_model_that_is_not_here(model, tmp_path):
 
 def test_options_that_are_for_adapters(model, converted, tmp_path):
     message = fails(2, "to-native", model, tmp_path / "o", "--format", "maxtext", "--merge")
-    assert "--merge is for a SRC that is a PEFT adapter" in message
+    assert "--merge is for a source that is a PEFT adapter" in message
     source = save(tmp_path / "adapter", model, matrices(model))
     message = fails(2, "to-native", source, tmp_path / "o", "--format", "maxtext", "--text-only")
     assert "no towers to leave out" in message

@@ -529,7 +529,7 @@ def test_casts_are_those_that_were_asked_for(tiny, converted, tmp_path):
 def test_what_is_refused(tiny, converted, tmp_path):
     with pytest.raises(UsageError, match="MaxText scans no model"):
         to_native(converted(tiny("e2b"), "maxtext"), tmp_path / "out", scan_layers=True)
-    with pytest.raises(UsageError, match="--like is for a native SRC"):
+    with pytest.raises(UsageError, match="`like` is for a native source"):
         to_native(tiny("31b"), tmp_path / "out", like=tiny("31b"))
     with pytest.raises(SourceError, match="do not match the original"):
         to_native(converted(tiny("31b"), "gemma-jax"), tmp_path / "out", like=tiny("31b", layers=6))

@@ -181,7 +181,8 @@ def test_rounding_is_warned_of(tiny, out):
         "to-native", tiny("31b", layers=6), out, "--format", "maxtext", "--scaled-dtype", "bfloat16"
     )
     assert done.returncode == 0
-    assert "warning: model.language_model.embed_tokens.weight" in done.stderr
+    rounded = "is multiplied by √68 and rounded to bfloat16; "
+    assert f"warning: model.language_model.embed_tokens.weight {rounded}" in done.stderr
     assert "cannot be restored" in done.stderr
 
 

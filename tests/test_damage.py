@@ -258,7 +258,7 @@ def test_a_changed_array_is_told_and_never_called_bit_for_bit(out, tmp_path):
     assert not report.bit_for_bit
     code, text, _ = said("to-hf", out, tmp_path / "again")
     assert code == 0
-    assert "1 arrays have changed since the conversion" in " ".join(text.split())
+    assert "1 array has changed since the conversion" in " ".join(text.split())
     assert "bit for bit" not in text
     moved = to_native(out, tmp_path / "moved", layout="gemma-jax")
     assert moved.changed_arrays == (KERNEL,)
@@ -272,7 +272,7 @@ def test_an_array_of_an_export_without_towers_is_compared_alone(out, tmp_path):
     assert report.changed_arrays == (KERNEL,)
     report = verify(tmp_path / "back", against=out)
     assert report.passed
-    assert "1 arrays of the native checkpoint" in report.notes[0]
+    assert "1 array of the native checkpoint" in report.notes[0]
 
 
 def test_little_memory_compares_all_the_same(shallow, tmp_path, monkeypatch):

@@ -846,7 +846,7 @@ def test_one_large_shard_needs_no_index(shallow, tmp_path):
     report = to_hf(tmp_path / "native", tmp_path / "back", max_shard_size=10**9)
     assert report.shards == (SINGLE,)
     assert digests(tmp_path / "back") == digests(shallow("31b"))
-    with pytest.raises(UsageError, match="max-shard-size"):
+    with pytest.raises(UsageError, match="`max_shard_size` is a size"):
         to_hf(tmp_path / "native", tmp_path / "none", max_shard_size=0)
 
 
@@ -956,7 +956,8 @@ def test_like_that_is_no_checkpoint(native, tmp_path):
 
 def test_source_that_is_no_checkpoint(shallow, tmp_path):
     for source in (shallow("31b"), tmp_path / "absent", tmp_path):
-        match = "no Orbax checkpoint"
+        made = source == shallow("31b")
+        match = "a Hugging Face checkpoint already" if made else "no Orbax checkpoint"
         refused(tmp_path, SourceError, match, source, tmp_path / "back", like=shallow("31b"))
 
 

@@ -341,4 +341,25 @@ def test_nothing_heavy_is_imported():
 def test_help_names_every_mode(run):
     code, out, _ = run("--help")
     assert code == 0
-    assert "<train|prefill|decode>" in out and Path(DENSE).name in out
+    assert "train|prefill|decode" in out and "<train" not in out and Path(DENSE).name in out
+
+
+@pytest.mark.parametrize("name", ["v5p", "TPU v5p", "trillium", "tpu-v6e"])
+def test_tpus_have_their_short_names(run, name):
+    measure = ("--seq-len", "9", "--step-time", "1", "--json", "--hardware")
+    found = json.loads(run(DENSE, *measure, name)[1])
+    full = "TPU-v5p" if "5" in name else "TPU-v6e"
+    assert found == json.loads(run(DENSE, *measure, full)[1])
+
+
+def test_a_published_model_needs_no_file(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named, given = (json.loads(run(one, "--seq-len", "9", "--json")[1]) for one in ("31B", DENSE))
+    assert named["flops"] == given["flops"]
+    code, _, errors = run("31c", "--seq-len", "9")
+    assert code == 3 and "hf/ of a converted checkpoint" in errors
+
+
+def test_a_tower_that_is_not_there_is_told_before_the_length(run):
+    code, _, errors = run(DENSE, "--seq-len", "9", "--sounds", "1")
+    assert code == 2 and "No tower for sounds" in errors and "leave out --sounds" in errors

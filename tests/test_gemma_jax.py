@@ -428,7 +428,7 @@ def test_an_export_whose_bounds_came_apart_is_named(shallow, converted, tmp_path
     name = f"{VISION}0.mlp.up_proj.input_max"
     edit_tensors(tmp_path / "back", {name: bound(3.0)})
     assert verify(tmp_path / "back", against=out).different == {
-        name: "1 values differ in the region at []"
+        name: "1 value differs in the region at []"
     }
 
 

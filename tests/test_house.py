@@ -18,6 +18,7 @@ ROOMS = (
     "progress",
     "output",
     "errors",
+    "public",
     "files",
     "arrays",
     "model",

@@ -303,7 +303,7 @@ def test_options_are_checked_before_anything_runs(dense, native, golden):
     with pytest.raises(UsageError, match="come from the golden"):
         logit_check(dense.hf, native, golden=golden, tokens=3)
     for value in (math.nan, math.inf, -1.0):
-        with pytest.raises(UsageError, match="max-kl"):
+        with pytest.raises(UsageError, match="max_kl"):
             logit_check(dense.hf, native, max_kl=value)
     with pytest.raises(UsageError, match="come from the golden") as caught:
         logit_check(dense.hf, native, golden=golden, images=[Path("cat.png")])

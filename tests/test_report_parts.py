@@ -190,6 +190,7 @@ def test_terminal_has_a_line_for_each_sequence_and_one_for_the_layers(width):
     ("changes", "why"),
     [
         ({"processes": 2}, "on several processes"),
+        ({}, "between two Hugging Face checkpoints"),
         ({"drift": None}, "with golden logits"),
         ({"drift": None, "whole_model": True}, "with --whole-model"),
     ],

@@ -79,7 +79,7 @@ def test_values_that_differ_are_named_and_never_called_bit_for_bit(shallow, tmp_
     assert done.returncode == 0, done.stderr
     words = " ".join(done.stdout.split())
     assert "bit for bit" not in words
-    assert "1 differ: model.language_model.embed_tokens.weight" in words
+    assert "1 differs: model.language_model.embed_tokens.weight" in words
 
 
 def test_rounded_values_are_counted_in_a_warning(shallow, tmp_path, out):
@@ -137,7 +137,10 @@ def test_usage_errors(native, out):
 
 
 def test_bad_sources(shallow, native, out):
-    assert "no Orbax checkpoint" in export_fails(3, out, shallow("31b"), out)
+    message = export_fails(3, out, shallow("31b"), out)
+    assert "This is a Hugging Face checkpoint already" in message and "to-native" in message
+    swapped = export_fails(3, out, out, native)
+    assert "There is no such checkpoint" in swapped and "swapped" in swapped
     other = shallow("26b-a4b")
     assert "--like" in export_fails(3, out, native, out, "--like", other)
     manifest = native / "hf" / "gemma-convert" / "manifest.json"

@@ -57,9 +57,9 @@ def test_what_differs_is_missing_or_extra_is_said(shallow, tmp_path):
     assert report.different == {
         "model.extra": f"is not in {source}",
         tower: "is missing",
-        NORM: f"1 of {size} values differ",
+        NORM: f"1 of {size} values differs",
         f"{layers}.0.layer_scalar": "is float32 instead of bfloat16; every value is the same",
-        f"{layers}.1.layer_scalar": "is float32 instead of bfloat16; 1 of 1 values differ",
+        f"{layers}.1.layer_scalar": "is float32 instead of bfloat16; 1 of 1 value differs",
         f"{layers}.1.self_attn.q_norm.weight": f"has the shape [{heads - 1}] instead of [{heads}]",
     }
     assert "Only the tensors were compared" in report.notes[0]

@@ -189,7 +189,7 @@ def test_checkpoints_of_maxtext_itself(oracle):
 
 
 def test_what_cannot_be_verified_is_said(shallow, tmp_path):
-    with pytest.raises(UsageError, match="--against"):
+    with pytest.raises(UsageError, match="`against`"):
         verify(shallow("31b"))
     to_native(shallow("31b"), tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "hf")

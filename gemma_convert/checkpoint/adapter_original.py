@@ -42,11 +42,11 @@ class AdapterBase:
 def adapter_original(native: NativeSource, base: AdapterBase | None, stack: ExitStack) -> Original:
     """The adapter of PEFT that the matrices in `native` are; its folder goes with `stack`.
 
-    Raises UsageError without a base model, or without an alpha, and SourceError where the matrices
-    are not those of that model.
+    Raises SourceError without a base model, without an alpha, and where the matrices are not those
+    of that model.
     """
     if base is None or native.adapter is None:
-        raise UsageError(
+        raise SourceError(
             "Nothing says which model this adapter belongs to: it has no sidecar.",
             where=native.folder,
             do="name the Hugging Face checkpoint of its base model with --base; config.json is "
@@ -72,16 +72,16 @@ def adapter_original(native: NativeSource, base: AdapterBase | None, stack: Exit
 def scaled_adapter(stored: StoredAdapter, alpha: float | None, where: Path) -> Adapter:
     """The native adapter in `where`, with `alpha` if that is given.
 
-    Raises UsageError where nobody says one, or it is no positive number.
+    Raises SourceError where nobody says one, UsageError where it is no positive number.
     """
     if alpha is not None and not 0 < alpha < math.inf:
         raise UsageError("--alpha is a positive number.", found=alpha)
     alpha = stored.alpha if alpha is None else alpha
     if alpha is None:
-        raise UsageError(
+        raise SourceError(
             "Nothing says how this adapter is scaled: its metadata has no alpha.",
             where=where,
-            do="say what it was trained with: --alpha NUMBER",
+            do="say to to-hf or logit-check what it was trained with: --alpha NUMBER",
         )
     return Adapter(stored.rank, alpha)
 

@@ -60,7 +60,7 @@ def read_manifest(checkpoint: Path, *, damaged: bool = False) -> dict[str, Any] 
         raise SourceError(
             "The manifest was changed after the checkpoint was written.",
             where=path,
-            do=f"convert the original again, or continue with --accept-damage {PLACE}",
+            do=("convert the original again", f"continue with --accept-damage {PLACE}"),
         )
     return manifest
 

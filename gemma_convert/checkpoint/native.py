@@ -21,7 +21,13 @@ from gemma_convert.mapping.planning import plan_to_native
 from gemma_convert.mapping.region import Box, Ranges
 from gemma_convert.mapping.table import load_table
 from gemma_convert.model.adapter import StoredAdapter
+from gemma_convert.output import counted
 from gemma_convert.stores.remote.mirror import remote_fingerprint
+
+_ANOTHER_ORIGINAL = (
+    "name the Hugging Face checkpoint of the same model with --like",
+    "name the Hugging Face checkpoint of the same model with --against",
+)
 
 
 class StoredArray(Protocol):
@@ -100,6 +106,10 @@ class NativeSource:
         return max(sizes, default=0)
 
 
+def _example(names: Sequence[str], unmatched: Sequence[str]) -> str:
+    return counted(len(names), "array") + (f", such as {unmatched[0]}" if unmatched else "")
+
+
 def plan_native(native: NativeSource, original: Original) -> Plan:
     """The plan that makes the native tree from the original; read from right to left it exports.
 
@@ -121,9 +131,9 @@ def plan_native(native: NativeSource, original: Original) -> Plan:
         raise SourceError(
             "The arrays of the native checkpoint do not match the original's config.json.",
             where=f"{native.folder} and {original.folder}",
-            expected=f"{len(plan.targets)} arrays" + (f", such as {missing[0]}" if missing else ""),
-            found=f"{len(native.specs)} arrays" + (f", such as {unknown[0]}" if unknown else ""),
-            do="name the Hugging Face checkpoint of the same model with --like",
+            expected=_example(list(plan.targets), missing),
+            found=_example(list(native.specs), unknown),
+            do=_ANOTHER_ORIGINAL,
         )
     for name, planned in plan.targets.items():
         if native.specs[name].shape != planned.spec.shape:
@@ -132,7 +142,7 @@ def plan_native(native: NativeSource, original: Original) -> Plan:
                 where=f"{native.folder}, array {name}",
                 expected=list(planned.spec.shape),
                 found=list(native.specs[name].shape),
-                do="name the Hugging Face checkpoint of the same model with --like",
+                do=_ANOTHER_ORIGINAL,
             )
         if native.specs[name].dtype not in CONVERTED:
             raise SourceError(

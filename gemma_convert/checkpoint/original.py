@@ -88,7 +88,7 @@ class Original:
                 "A tensor of the original is neither in the native checkpoint nor in the sidecar.",
                 where=self.folder,
                 found=name,
-                do="name the original with --like, or leave the tensor out: --text-only",
+                do=("name the original with --like", "leave the tensor out: --text-only"),
             )
         return self.stored
 
@@ -120,8 +120,10 @@ def open_original(native: Path, like: Path | None, base: Path | None = None) -> 
             "The Hugging Face original is unknown: the checkpoint has no sidecar.",
             where=native if like is None else like,
             expected=f"{sidecar.FOLDER}/config.json beside the checkpoint",
-            do="name the original, or a converted checkpoint of it, with --like; or, for the text "
-            "model alone, what the framework was told with --settings",
+            do=(
+                "name the original, or a converted checkpoint of it, with --like",
+                "for the text model alone, name what the framework was told with --settings",
+            ),
         )
     return _from_sidecar(root)
 

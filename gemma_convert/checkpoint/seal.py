@@ -21,6 +21,7 @@ from gemma_convert.errors import SourceError, some
 from gemma_convert.files.confined import check_confined
 from gemma_convert.files.unfinished import refuse_unfinished
 from gemma_convert.files.value_file import ValuesFrom
+from gemma_convert.output import counted
 from gemma_convert.stores.remote.mirror import RemoteFile, find_mirror, remote_file
 
 ValueFile = Callable[[Path], "ValuesFrom | None"]
@@ -139,7 +140,7 @@ def refuse_damage(
             "The checkpoint is damaged: a file was changed or lost after it was written.",
             where=root,
             found=some(refused, between="; "),
-            do="convert the original again, or continue with --accept-damage NAME",
+            do=("convert the original again", "continue with --accept-damage NAME"),
         )
     return added
 
@@ -176,8 +177,8 @@ def refuse_carried(
         raise SourceError(
             "The checkpoint is damaged: tensors in the sidecar were changed.",
             where=root / CARRIED,
-            found=f"{len(wrong)} tensors, such as {wrong[0]}",
-            do=f"convert the original again, or continue with --accept-damage {CARRIED}",
+            found=f"{counted(len(wrong), 'tensor')}, such as {wrong[0]}",
+            do=("convert the original again", f"continue with --accept-damage {CARRIED}"),
         )
 
 

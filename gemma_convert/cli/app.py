@@ -22,6 +22,7 @@ from gemma_convert.cli import (
     to_native,
     verify,
 )
+from gemma_convert.cli.help import Command, worded
 from gemma_convert.cli.streams import standard_streams
 from gemma_convert.errors import INTERNAL, INTERRUPTED, GemmaConvertError, UsageError, exit_code
 from gemma_convert.output import shown
@@ -48,16 +49,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-app.command("to-native", rich_help_panel=_CONVERT)(to_native.command)
-app.command("to-hf", rich_help_panel=_CONVERT)(to_hf.command)
-app.command("verify", rich_help_panel=_CHECK)(verify.command)
-app.command("logit-check", rich_help_panel=_CHECK)(logit_check.command)
-app.command("compare-reports", rich_help_panel=_CHECK)(compare_reports.command)
-app.command("golden", rich_help_panel=_CHECK)(golden.command)
-app.command("inspect", rich_help_panel=_LOOK)(inspect.command)
-app.command("mappings", rich_help_panel=_LOOK)(mappings.command)
-app.command("flops", rich_help_panel=_LOOK)(flops.command)
-app.command("tiny", rich_help_panel=_TRY)(tiny.command)
+app.command("to-native", cls=Command, rich_help_panel=_CONVERT)(worded(to_native.command))
+app.command("to-hf", cls=Command, rich_help_panel=_CONVERT)(worded(to_hf.command))
+app.command("verify", cls=Command, rich_help_panel=_CHECK)(worded(verify.command))
+app.command("logit-check", cls=Command, rich_help_panel=_CHECK)(worded(logit_check.command))
+app.command("compare-reports", cls=Command, rich_help_panel=_CHECK)(worded(compare_reports.command))
+app.command("golden", cls=Command, rich_help_panel=_CHECK)(worded(golden.command))
+app.command("inspect", cls=Command, rich_help_panel=_LOOK)(worded(inspect.command))
+app.command("mappings", cls=Command, rich_help_panel=_LOOK)(worded(mappings.command))
+app.command("flops", cls=Command, rich_help_panel=_LOOK)(worded(flops.command))
+app.command("tiny", cls=Command, rich_help_panel=_TRY)(worded(tiny.command))
 
 
 def _version(asked: bool) -> None:
@@ -100,7 +101,7 @@ def main() -> None:
         code = _run()
         lost = failure()
         if lost is not None and not code:
-            note(lost.message, "error")
+            note(lost.in_shell, "error")
             code = lost.exit_code
     sys.exit(code)
 
@@ -112,7 +113,7 @@ def _run() -> int:  # noqa: PLR0911
     try:
         app(prog_name="gemma-convert")
     except GemmaConvertError as error:
-        told = error.message
+        told = error.in_shell
         if isinstance(error, UsageError) and error.do is None:
             told += f"\n  what to do: {_next_command()} lists the options"
         if error.exit_code == INTERNAL:

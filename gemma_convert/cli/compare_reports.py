@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gemma_convert.cli.options import AsJson, Overwrite
+from gemma_convert.cli.options import AsJson
 
 
 def command(
@@ -21,7 +21,9 @@ def command(
         Path | None,
         typer.Option(metavar="FILE", help="Write the comparison as one HTML page."),
     ] = None,
-    overwrite: Overwrite = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing --report file.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare two reports of logit-check, such as before and after a change of the model's code.

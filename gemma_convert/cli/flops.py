@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -62,7 +63,8 @@ def command(
         str,
         typer.Argument(
             metavar="CONFIG_OR_PATH",
-            help="A config.json, a Hugging Face checkpoint, or a converted one.",
+            help="A config.json, a Hugging Face checkpoint, a converted one, or a published model "
+            "(e2b, e4b, 12b, 26b-a4b, 31b).",
         ),
     ],
     seq_len: Annotated[
@@ -198,7 +200,7 @@ def command(
       gemma-convert flops config.json --seq-len 8192 --step-time 4.2 --hardware H100 --devices 64
       gemma-convert flops config.json --sweep 1024,4096,16384 --batch 8
     """
-    from gemma_convert.flops.count import count
+    from gemma_convert.flops.count import check_towers, count
     from gemma_convert.flops.measured import measured, needs
     from gemma_convert.flops.memory import memory
     from gemma_convert.flops.report import FlopsReport, render
@@ -206,6 +208,7 @@ def command(
     from gemma_convert.flops.sweep import csv_table
     from gemma_convert.flops.workload import STEPS
     from gemma_convert.output import show, show_json
+    from gemma_convert.published import published_config
 
     lengths = _lengths(seq_len, sweep, as_json, step_time)
     _check_mode(mode, freeze, recompute, last_logits, images + sounds)
@@ -214,7 +217,9 @@ def command(
     if not sounds and sound_tokens is not None:
         raise needs("--sound-tokens", "--sounds")
     time = measured(step_time, hardware, peak, None if dtype is None else dtype.value, sparse)
-    model = read_model(path)
+    published = None if Path(path).exists() else published_config(path)
+    model = read_model(published or path)
+    check_towers(model, images, sounds)
     if bidirectional_images is None:
         bidirectional_images = model.bidirectional_images
     options: dict[str, Any] = {

@@ -12,7 +12,6 @@ from gemma_convert.cli.options import (
     JsonLines,
     Level,
     LogLevel,
-    Overwrite,
     Prompts,
     Quiet,
     Tokens,
@@ -29,7 +28,9 @@ def command(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The safetensors file to create.")],
     prompt: Prompts = None,
     tokens: Tokens = None,
-    overwrite: Overwrite = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing golden file.")
+    ] = False,
     quiet: Quiet = False,
     log_level: LogLevel = Level.INFO,
     json_lines: JsonLines = False,
@@ -44,7 +45,7 @@ def command(
     from gemma_convert.cli.allocator import return_large_blocks
     from gemma_convert.cli.threads import let_threads_sleep
     from gemma_convert.logits.golden_writing import save_golden
-    from gemma_convert.output import chatter, show, show_json
+    from gemma_convert.output import chatter, counted, show, show_json
 
     progress = chatter("error" if quiet else log_level.value, json_lines)
     return_large_blocks()
@@ -68,4 +69,5 @@ def command(
             }
         )
     else:
-        show(f"saved {golden.path}: logits of {count} tokens in {len(golden.sequences)} sequences")
+        sequences = counted(len(golden.sequences), "sequence")
+        show(f"saved {golden.path}: logits of {counted(count, 'token')} in {sequences}")

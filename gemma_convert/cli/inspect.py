@@ -8,6 +8,7 @@ import typer
 
 from gemma_convert.cli.options import AsJson
 from gemma_convert.errors import some
+from gemma_convert.mapping.table import HUGGINGFACE
 
 if TYPE_CHECKING:
     from gemma_convert.output import Facts
@@ -44,20 +45,22 @@ def command(
 
 
 def _table(report: InspectReport) -> Facts:
-    from gemma_convert.output import Facts, human_bytes
+    from gemma_convert.output import Facts, counted, human_bytes
 
     table = Facts()
     form = ", scanned" if report.scanned else ""
     step = "" if report.step is None else f", step {report.step}"
-    table.add_row("layout", report.layout + form + step)
-    table.add_row("model", f"{report.family or 'unknown'}, {report.layers or '?'} layers")
-    table.add_row("towers", ", ".join(report.towers) or "none")
+    table.add_row("layout", (_adapter(report) or report.layout) + form + step)
+    layers = "? layers" if not report.layers else counted(report.layers, "layer")
+    table.add_row("model", f"{report.family or 'unknown'}, {layers}")
+    if report.adapter is None:
+        table.add_row("towers", ", ".join(report.towers) or "none")
     table.add_row("tensors", f"{report.tensors}, {human_bytes(report.bytes)}")
     table.add_row("parameters", f"{report.parameters:,}")
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in report.dtypes.items())
     table.add_row("dtypes", dtypes)
     if report.extras:
-        table.add_row("other entries", ", ".join(report.extras))
+        table.add_row("not part of the model", ", ".join(report.extras))
     if report.converted_by:
         table.add_row("converted by", report.converted_by)
     if report.lossy_rows:
@@ -65,6 +68,17 @@ def _table(report: InspectReport) -> Facts:
     for label, text in _coverage(report.coverage):
         table.add_row(label, text)
     return table
+
+
+def _adapter(report: InspectReport) -> str | None:
+    """Rank, alpha and base model of an adapter, as far as it says them; None of a model."""
+    adapter = report.adapter
+    if adapter is None:
+        return None
+    alpha = "unknown" if adapter.alpha is None else f"{adapter.alpha:g}"
+    kind = "PEFT" if report.layout == HUGGINGFACE else report.layout
+    base = "" if report.base_model is None else f", base {report.base_model}"
+    return f"{kind} adapter, rank {adapter.rank}, alpha {alpha}{base}"
 
 
 def _coverage(coverage: Coverage | None) -> list[tuple[str, str]]:

@@ -18,7 +18,6 @@ from gemma_convert.cli.options import (
     JsonLines,
     Level,
     LogLevel,
-    Overwrite,
     ProcessCount,
     ProcessNumber,
     Prompts,
@@ -133,7 +132,14 @@ def command(
             rich_help_panel="Reports",
         ),
     ] = None,
-    overwrite: Overwrite = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace an existing --report or --junit file.",
+            rich_help_panel="Reports",
+        ),
+    ] = False,
     settings: Settings = None,
     coordinator: Coordinator = None,
     processes: ProcessCount = None,

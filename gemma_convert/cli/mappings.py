@@ -49,6 +49,7 @@ def command(
         typer.Option(
             "--scan-layers/--no-scan-layers",
             help="The scanned form of MaxText: layers are stacked into one array.",
+            rich_help_panel="Form",
         ),
     ] = False,
     facts: Annotated[

@@ -123,7 +123,8 @@ Prompts = Annotated[
 Tokens = Annotated[
     int | None,
     typer.Option(
-        help="Use N random tokens (the same in every run) instead of prompts.",
+        help="Use N random tokens (the same in every run) instead of prompts; where N is not more "
+        "than the sliding window, a second sequence follows that is longer than it.",
         min=1,
         rich_help_panel=INPUTS,
     ),

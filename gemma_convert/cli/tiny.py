@@ -61,7 +61,7 @@ def command(
       gemma-convert tiny e2b tiny-e2b
       gemma-convert tiny 31b tiny-31b --layers 12 --shards 3
     """
-    from gemma_convert.output import human_bytes, show, show_json
+    from gemma_convert.output import counted, human_bytes, show, show_json
     from gemma_convert.tiny import make_tiny
 
     report = make_tiny(
@@ -79,6 +79,6 @@ def command(
         show_json(report.as_json())
     else:
         show(
-            f"made {report.path}: {report.family}, {report.tensors} tensors, "
+            f"made {report.path}: {report.family}, {counted(report.tensors, 'tensor')}, "
             f"{report.parameters:,} parameters, {human_bytes(report.bytes)}"
         )

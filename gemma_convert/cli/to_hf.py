@@ -104,7 +104,7 @@ def command(
       gemma-convert to-hf run/checkpoints/1000 exported --like gemma-4-E2B-it
     """
     from gemma_convert.cli.allocator import reuse_large_blocks
-    from gemma_convert.output import chatter, note, show, show_json
+    from gemma_convert.output import chatter, counted, note, show, show_json
     from gemma_convert.tasks.to_hf import to_hf
 
     progress = chatter("error" if quiet else log_level.value, json_lines)
@@ -131,7 +131,8 @@ def command(
         note(f"{target} is already complete, so there is nothing left to do")
     if report.rounded:
         count = sum(report.rounded.values())
-        note(f"{count:,} values were rounded to the target's dtype", "warning")
+        rounded = counted(count, "value was", "values were")
+        note(f"{rounded} rounded to the target's dtype", "warning")
     if as_json:
         show_json(report.as_json())
     else:
@@ -141,19 +142,19 @@ def command(
 
 
 def _summary(report: ToHFReport) -> Facts:
-    from gemma_convert.output import Facts, human_bytes
+    from gemma_convert.output import Facts, counted, human_bytes
 
     table = Facts()
     form = ", scanned" if report.scanned else ""
     done = "would export" if report.dry_run else "exported"
     if report.already_complete:
-        done = "was exported"
+        form += ", by an earlier run"
     step = "" if report.step is None else f", step {report.step}"
-    table.add_row(done, f"{report.family} from {report.layout}{form}{step}")
-    shards = "1 file" if len(report.shards) == 1 else f"{len(report.shards)} shards"
+    table.add_row(done, f"{report.family} from {report.layout}{step}{form}")
+    shards = counted(len(report.shards), "file", "shards")
     table.add_row("tensors", f"{report.tensors} ({human_bytes(report.bytes_written)}) in {shards}")
     if report.tensors_from_original:
-        table.add_row("from the original", f"{report.tensors_from_original} tensors")
+        table.add_row("from the original", counted(report.tensors_from_original, "tensor"))
     table.add_row("other files", copied(report.files))
     for key, how in report.changed_facts.items():
         table.add_row("config.json", f"{key}: {how}; the value of the settings is written")
@@ -164,13 +165,15 @@ def _summary(report: ToHFReport) -> Facts:
         return table
     if report.rounded:
         count = sum(report.rounded.values())
-        table.add_row("rounded", f"{count:,} values in {len(report.rounded)} tensors")
+        tensors = counted(len(report.rounded), "tensor")
+        table.add_row("rounded", f"{counted(count, 'value')} in {tensors}")
     table.add_row("checkpoint", _against_seal(report))
     if report.added_files:
         table.add_row(
             "not copied", f"files added since the conversion: {some(report.added_files, SHOWN)}"
         )
-    table.add_row("original", _against_original(report))
+    original = "merged model" if report.merged else "original"
+    table.add_row(original, _against_original(report))
     if report.made_from_settings:
         table.add_row(
             "no original", "config.json was made from the settings; add the tokenizer yourself"
@@ -184,27 +187,33 @@ def _summary(report: ToHFReport) -> Facts:
 
 
 def _against_seal(report: ToHFReport) -> str:
+    from gemma_convert.output import counted
+
     if not report.sealed:
         return "cannot be compared with its conversion: it has no manifest"
     if report.changed_arrays:
-        return (
-            f"{len(report.changed_arrays)} arrays have changed since the conversion (trained, or "
-            f"damaged): {some(report.changed_arrays, SHOWN)}"
-        )
+        arrays = counted(len(report.changed_arrays), "array has", "arrays have")
+        names = some(report.changed_arrays, SHOWN)
+        return f"{arrays} changed since the conversion (trained, or damaged): {names}"
     return "unchanged since the conversion"
 
 
 def _against_original(report: ToHFReport) -> str:
+    """The exported tensors and the checksums of what was converted: the original, or merged."""
+    from gemma_convert.output import counted
+
+    equal = counted(report.identical, "tensor matches", "tensors match")
     if report.bit_for_bit:
-        return f"restored bit for bit: all {report.tensors} tensors match its checksums"
+        restored = "restored as it was converted," if report.merged else "restored"
+        return f"{restored} bit for bit: all {equal} its checksums"
     if report.different:
         if report.unexplained:
             return (
                 f"DIFFERENT: {some(report.unexplained, SHOWN)}: no array has changed, but these "
                 "are not what the manifest says of the original: the checkpoint is damaged"
             )
-        names, count = some(report.different, SHOWN), len(report.different)
-        return f"{report.identical} tensors match its checksums, {count} differ: {names}"
+        differ = counted(len(report.different), "differs", "differ")
+        return f"{equal} its checksums, {differ}: {some(report.different, SHOWN)}"
     if not report.unchecked:
-        return f"all {report.identical} tensors match its checksums, arrays in other dtypes too"
-    return f"not compared: there is no checksum of {report.unchecked} tensors"
+        return f"all {equal} its checksums, arrays in other dtypes too"
+    return f"not compared: there is no checksum of {counted(report.unchecked, 'tensor')}"

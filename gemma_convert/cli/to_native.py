@@ -93,6 +93,7 @@ def command(
         typer.Option(
             "--scan-layers/--no-scan-layers",
             help="Stack the layers, as MaxText does with scan_layers=true.",
+            rich_help_panel="Storage",
         ),
     ] = False,
     dtype: Annotated[
@@ -174,7 +175,7 @@ def command(
     """
     from gemma_convert.cli.allocator import reuse_large_blocks
     from gemma_convert.engine.joined import joined
-    from gemma_convert.output import chatter, note, show, show_json
+    from gemma_convert.output import chatter, counted, note, show, show_json
     from gemma_convert.tasks.to_native import to_native
 
     progress = chatter("error" if quiet else log_level.value, json_lines)
@@ -221,7 +222,10 @@ def command(
             show(line)
     show(summary(report))
     if proof is not None:
-        show(f"verified: {proof.checked} tensors equal those of {proof.against}")
+        show(
+            f"verified: {counted(proof.checked, 'tensor equals', 'tensors equal')} those of "
+            f"{proof.against}"
+        )
     show(f"{report.framework} loads it with:")
     for line in settings_lines(report):
         show(line)
@@ -233,6 +237,7 @@ def _verified(
     """A report on what was written; raises CheckFailedError where it is not what was read."""
     from gemma_convert.errors import CheckFailedError
     from gemma_convert.layouts.registry import is_native
+    from gemma_convert.output import counted
     from gemma_convert.stores.remote.locations import local
     from gemma_convert.tasks.verify import verify
 
@@ -244,7 +249,7 @@ def _verified(
     if not report.passed:
         name, how = next(iter(report.different.items()))
         raise CheckFailedError(
-            f"The checkpoint differs from its source in {len(report.different)} places.",
+            f"The checkpoint differs from its source in {counted(len(report.different), 'place')}.",
             where=target,
             found=f"{name} {how}",
             do="convert it again; check the disk if it happens twice",

@@ -18,42 +18,45 @@ if TYPE_CHECKING:
 
 def summary(report: ToNativeReport) -> Facts:
     """What was converted, carried and copied, a line each."""
-    from gemma_convert.output import Facts, human_bytes
+    from gemma_convert.output import Facts, counted, human_bytes
 
     table = Facts()
     form = ", scanned" if report.scanned else ""
     words = "would convert" if report.dry_run else "converted"
-    if report.already_complete:
-        words = "was converted"
-    table.add_row(words, f"{report.family} to {report.layout}{form}")
+    before = ", by an earlier run" if report.already_complete else ""
+    table.add_row(words, f"{report.family} to {report.layout}{form}{before}")
     table.add_row(
         "tensors",
         f"{report.tensors_converted} ({human_bytes(report.bytes_read)}) into "
-        f"{report.arrays_written} arrays ({human_bytes(report.bytes_written)})",
+        f"{counted(report.arrays_written, 'array')} ({human_bytes(report.bytes_written)})",
     )
     for label, text in _adapter(report):
         table.add_row(label, text)
     table.add_row("carried", _carried(report))
     for why, count in report.carried_why.items():
-        table.add_row("", f"{count} tensors: {why}")
+        table.add_row("", f"{counted(count, 'tensor')}: {why}")
     if report.tied:
         table.add_row("tied", f"{', '.join(report.tied)}: equal to the embedding, not stored twice")
     if report.shared:
-        table.add_row("shared", f"{report.shared} tensors: equal to another, not stored twice")
+        shared = counted(report.shared, "tensor")
+        table.add_row("shared", f"{shared}: equal to another, not stored twice")
     if report.filled:
-        table.add_row("filled in", f"{len(report.filled)} arrays that the source does not have")
+        filled = counted(len(report.filled), "array")
+        table.add_row("filled in", f"{filled} that the source does not have")
     table.add_row("other files", copied(report.files_carried))
     if report.not_carried:
         table.add_row("not copied", ", ".join(report.not_carried))
     if report.exceptions:
-        table.add_row("exceptions", f"{report.exceptions} values, whose original bits are kept")
+        exceptions = counted(report.exceptions, "value")
+        table.add_row("exceptions", f"{exceptions}, whose original bits are kept")
     for names, reason, values in _rounded(report):
-        table.add_row("rounded", f"{some(names, 3)}: {reason}, {values} values")
+        table.add_row("rounded", f"{some(names, 3)}: {reason}, {counted(values, 'value')}")
     done = not report.dry_run and not report.already_complete
     if report.sealed and done:
         count = len(report.changed_arrays)
         intact = "unchanged since it was converted"
-        changed = f"{count} arrays have changed since it was converted (trained, or damaged)"
+        arrays = counted(count, "array has", "arrays have")
+        changed = f"{arrays} changed since it was converted (trained, or damaged)"
         table.add_row("source", changed if count else intact)
     if done:
         table.add_row(
@@ -66,11 +69,11 @@ def summary(report: ToNativeReport) -> Facts:
 
 def lossy_warnings(report: ToNativeReport) -> list[str]:
     """One sentence for each reason for which values are rounded."""
-    from gemma_convert.output import printable
+    from gemma_convert.output import counted, printable
 
     return [
         printable(f"{some(names, 3)} {'is' if len(names) == 1 else 'are'} {reason}")
-        + f"; {values} values cannot be restored exactly"
+        + f"; {counted(values, 'value')} cannot be restored exactly"
         for names, reason, values in _rounded(report)
     ]
 
@@ -86,22 +89,29 @@ def _rounded(report: ToNativeReport) -> Iterator[tuple[list[str], str, int]]:
 
 def _carried(report: ToNativeReport) -> str:
     """How many tensors are kept in the sidecar, for the reasons that the next lines give."""
-    from gemma_convert.output import human_bytes
+    from gemma_convert.output import counted, human_bytes
 
     if not report.tensors_carried:
         return "nothing: every tensor has its place in the layout"
     size = human_bytes(report.bytes_carried)
-    return f"{report.tensors_carried} tensors ({size}), kept bit for bit in the sidecar hf/"
+    return (
+        f"{counted(report.tensors_carried, 'tensor')} ({size}), kept bit for bit in the sidecar hf/"
+    )
 
 
 def _adapter(report: ToNativeReport) -> Iterator[tuple[str, str]]:
+    from gemma_convert.output import counted
+
     adapter = report.adapter
     if adapter is None:
         return
-    words = "merged, rank {rank}, alpha {alpha:g}: {weights} weights changed"
+    words = "merged, rank {rank}, alpha {alpha:g}: {changed} changed"
     if not adapter["merged"]:
-        words = "rank {rank}, alpha {alpha:g}, for {weights} weights"
-    yield "adapter", words.format(**adapter)
+        words = "rank {rank}, alpha {alpha:g}, for {changed}"
+    yield (
+        "adapter",
+        words.format(**adapter, changed=counted(int(str(adapter["weights"])), "weight")),
+    )
     if adapter["base"] is not None:
         yield "base model", str(adapter["base"])
 

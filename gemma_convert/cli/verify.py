@@ -80,13 +80,14 @@ def command(
 
 
 def _table(report: VerifyReport) -> Facts:
-    from gemma_convert.output import Facts, human_bytes
+    from gemma_convert.output import Facts, counted, human_bytes
 
     table = Facts()
     table.add_row("verified" if report.passed else "DIFFERENT", f"{report.path}")
     table.add_row("against", report.against)
-    files = f" and {report.files} other files" if report.files else ""
-    table.add_row("compared", f"{report.checked} tensors{files}, {human_bytes(report.bytes)}")
+    files = f" and {counted(report.files, 'other file')}" if report.files else ""
+    tensors = counted(report.checked, "tensor")
+    table.add_row("compared", f"{tensors}{files}, {human_bytes(report.bytes)}")
     for sentence in report.notes:
         table.add_row("note", sentence)
     for name, how in list(report.different.items())[:SHOWN]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from gemma_convert.arrays.values import PIECE_VALUES, Array, bits
 from gemma_convert.mapping.region import Box
+from gemma_convert.output import counted
 
 Read = Callable[[str, Box], Array]
 """Name and box → the values that stand there."""
@@ -62,7 +63,8 @@ class Comparing:
             count = _different(bits(present).reshape(-1), bits(values).reshape(-1))
             if count:
                 where = [start for start, _ in box]
-                self._found.differ(name, f"{count} values differ in the region at {where}")
+                differ = counted(count, "value differs", "values differ")
+                self._found.differ(name, f"{differ} in the region at {where}")
         done: Future[None] = Future()
         done.set_result(None)
         return done

@@ -146,7 +146,7 @@ class StagedFolder:
             check_target(old, overwrite=True, strangers=self.strangers)
         except TargetError as error:
             raise TargetError(
-                error.what, where=self.target, found=error.found, do=error.do
+                error.what, where=self.target, found=error.found, do=error.ways
             ) from None
 
     def _put_back(self) -> None:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path, PurePath, PurePosixPath
 
 from gemma_convert.checkpoint.accounted import Strangers, beside_native
-from gemma_convert.errors import TargetError, some
+from gemma_convert.errors import SourceError, TargetError, some
 from gemma_convert.stores.remote.mirror import find_mirror
 from gemma_convert.stores.remote.target import check_remote_target, target_mirror
 
@@ -42,6 +42,17 @@ def check_target(target: Path, *, overwrite: bool, strangers: Strangers = beside
             where=target,
             found=some(others),
             do="move it away, or choose another target",
+        )
+
+
+def check_order(source: Path, target: Path) -> None:
+    """Raises SourceError where there is no source but a target, as if they had been swapped."""
+    if not source.exists() and target_mirror(target) is None and target.exists():
+        raise SourceError(
+            "There is no such checkpoint.",
+            where=source,
+            do=f"give a checkpoint; {target}, which was given as the target, exists: if the two "
+            "were swapped, name it first",
         )
 
 

@@ -84,7 +84,7 @@ def load_config(path: Path) -> ConfigFile:
         raise SourceError(
             "There is no config.json, so nothing says which model this is.",
             where=file,
-            do="give a config.json, a Hugging Face folder, or a converted checkpoint",
+            do="give a config.json or a Hugging Face folder, such as hf/ of a converted checkpoint",
         ) from None
     return ConfigFile(values, file)
 

@@ -96,6 +96,17 @@ def count(model: Model, work: Workload) -> Count:
     return Count(model, work, tuple(_trained(one, trained, work) for one in operations))
 
 
+def check_towers(model: Model, images: int, sounds: int) -> None:
+    """Raises UsageError where there are images or sounds, and the model has no tower for them."""
+    for what, count, tower in (("images", images, model.vision), ("sounds", sounds, model.audio)):
+        if count and tower is None:
+            raise UsageError(
+                f"No tower for {what} is counted for this model.",
+                found=model.family,
+                do=f"leave out --{what}",
+            )
+
+
 def _trained(operation: Operation, trained: set[Part], work: Workload) -> Counted:
     backward = operation.backward(trained)
     again = work.recomputation == "full" and operation.layer is not None and backward
@@ -103,13 +114,10 @@ def _trained(operation: Operation, trained: set[Part], work: Workload) -> Counte
 
 
 def _forward(model: Model, work: Workload) -> Iterable[Operation]:
-    if work.images:
-        if model.vision is None:
-            raise UsageError("No tower for images is counted for this model.", found=model.family)
+    check_towers(model, work.images, work.sounds)
+    if model.vision is not None and work.images:
         yield from images(model.vision, model.embed, work)
-    if work.sounds:
-        if model.audio is None:
-            raise UsageError("No tower for sounds is counted for this model.", found=model.family)
+    if model.audio is not None and work.sounds:
         yield from sounds(model.audio, model.embed, work)
     yield from decoder(model, work)
 

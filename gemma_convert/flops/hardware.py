@@ -175,9 +175,22 @@ HARDWARE: Mapping[str, Hardware] = {one.name.lower(): one for one in _TABLE}
 """Devices by their names in small letters: a GPU, or a TPU chip with all its cores."""
 
 
+_ALIASES = {
+    "v5litepod": "tpu-v5e",
+    "trillium": "tpu-v6e",
+    "ironwood": "tpu-v7",
+    "tpu7x": "tpu-v7",
+}
+"""Other names of TPUs that Google uses → theirs here."""
+
+
 def find_hardware(name: str) -> Hardware:
-    """The device of that name, in whatever case. Raises UsageError for another name."""
-    found = HARDWARE.get(name.lower().replace(" ", "-"))
+    """The device of that name, in whatever case; `v5p` and `trillium` are TPUs.
+
+    Raises UsageError for another name.
+    """
+    key = name.lower().replace(" ", "-")
+    found = HARDWARE.get(key) or HARDWARE.get(_ALIASES.get(key, f"tpu-{key}"))
     if found is None:
         raise UsageError(
             "This hardware is not known.",

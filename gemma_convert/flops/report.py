@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_convert.flops.count import Count
 from gemma_convert.flops.hardware import TERA, DType, Hardware, Utilization
 from gemma_convert.flops.memory import Memory
-from gemma_convert.output import human_bytes
+from gemma_convert.output import counted, human_bytes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -142,7 +142,7 @@ def render(report: FlopsReport) -> RenderableType:
 
 def _title(report: FlopsReport) -> str:
     count, work = report.count, report.count.work
-    tokens = f"{work.batch} × {work.tokens:,} token" + ("s" if work.tokens > 1 else "")
+    tokens = f"{work.batch} × {counted(work.tokens, 'token')}"
     cache = f" behind a cache of {work.cached:,}" if work.mode == "decode" else ""
     return f"{count.model.family}, {work.mode}, {tokens}{cache}"
 
@@ -182,7 +182,7 @@ def _bytes(report: FlopsReport) -> list[tuple[str, str]]:
 
 
 def _rates(report: FlopsReport, used: Utilization) -> list[tuple[str, str]]:
-    devices = f"{used.devices} device" + ("s" if used.devices > 1 else "")
+    devices = counted(used.devices, "device")
     rate = f"{used.per_device / TERA:,.1f} TFLOP/s each, {used.seconds:g} s on {devices}"
     lines = [("achieved", rate)]
     if used.peak is None:

@@ -222,6 +222,13 @@ def is_native(path: Path) -> bool:
     return bool(folder.trees) or next(_found(folder), None) is not None
 
 
+def native_layout(path: Path) -> str | None:
+    """The name of the layout of a native checkpoint; None where `path` is none that is known."""
+    if is_huggingface(path):
+        return None
+    return next((layout.name for layout, _ in _found(NativeFolder(path))), None)
+
+
 def usable_layouts(unusable: list[UsageError] | None = None) -> Iterator[Layout]:
     """All layouts but those that cannot be used, whose errors are added to `unusable`."""
     for name in layout_names():
@@ -239,6 +246,12 @@ def _recognised(path: Path) -> tuple[Layout, Path]:
     for layout, where in _found(folder, unusable):
         _tell_step(where, *passed_over(path, where))
         return layout, where
+    if is_huggingface(path):
+        raise SourceError(
+            "This is a Hugging Face checkpoint already, where a native one is expected.",
+            where=path,
+            do="give the native checkpoint; to-native makes one of a Hugging Face checkpoint",
+        )
     trees = find_trees(path)
     names = {name.split("/")[0] for arrays in folder.trees.values() for name in arrays}
     raise SourceError(

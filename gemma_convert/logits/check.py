@@ -35,13 +35,14 @@ from gemma_convert.logits.streaming import compared_slices
 from gemma_convert.logits.tokens import checked_sequences, worst_predictions
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import read_architecture
-from gemma_convert.output import note
 from gemma_convert.progress import Listener, ended
 from gemma_convert.prompts.text import TokenSequence, has_tokenizer, load_tokenizer
+from gemma_convert.public import public
 from gemma_convert.stores.remote.locations import local
 from gemma_convert.tasks.reports import peak_memory
 
 
+@public
 def logit_check(
     hf: str | Path,
     native: str | Path,
@@ -149,9 +150,6 @@ def _prepare(sides: Sides, inputs: Inputs, options: _Options) -> _Prepared:
     inputs.check_sizes(sides.hf, architecture)
     side = opened(sides, architecture, options.settings)
     model = side.model
-    if is_leader():
-        for warning in side.warnings:
-            note(warning, "warning")
     lossy_rows = options.lossy_rows
     if lossy_rows is None:
         lossy_rows = find_lossy_rows(model.folder, model.dtypes, model.scaled_dtype, architecture)

@@ -16,6 +16,7 @@ from gemma_convert.errors import SourceError
 from gemma_convert.files.json_file import read_object
 from gemma_convert.logits.report import SCHEMA as REPORT
 from gemma_convert.logits.scale import figure
+from gemma_convert.public import public
 
 SCHEMA = "gemma-convert/compare-reports/1"
 MAX_REPORT_BYTES = 1 << 30
@@ -107,6 +108,7 @@ class ReportComparison:
         return {"schema": SCHEMA, "passed": self.passed, "verdict": self.verdict, **values}
 
 
+@public
 def compare_reports(before: str | Path, after: str | Path) -> ReportComparison:
     """Returns the comparison of two reports, files that `logit-check --json` has printed.
 

@@ -41,9 +41,11 @@ from gemma_convert.model.architecture import TextArchitecture
 from gemma_convert.model.config import read_architecture
 from gemma_convert.progress import Listener, ended
 from gemma_convert.prompts.text import TokenSequence, token_sequences
+from gemma_convert.public import public
 from gemma_convert.stores.remote.locations import local
 
 
+@public
 def save_golden(
     hf: str | Path,
     path: str | Path,

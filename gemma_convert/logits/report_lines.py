@@ -8,6 +8,7 @@ from gemma_convert.logits.drift import Drift
 from gemma_convert.logits.limit import PROOF_LIMIT
 from gemma_convert.logits.part_check import FACTOR, LocalCheck
 from gemma_convert.logits.report import LogitReport
+from gemma_convert.output import counted
 from gemma_convert.prompts.images import IMAGE
 from gemma_convert.prompts.sounds import SOUND
 
@@ -23,8 +24,10 @@ def parts_line(report: LogitReport) -> str:
         why = "with --whole-model"
     elif report.drift is None:
         why = "with golden logits"
-    else:
+    elif report.processes > 1:
         why = "on several processes"
+    else:
+        why = "between two Hugging Face checkpoints"
     return f"not compared one by one {why}: only the KL of the logits decides"
 
 
@@ -59,7 +62,7 @@ def mistake_lines(local: LocalCheck) -> list[str]:
 
 
 def _fail(count: int, what: str) -> str:
-    return f"{count} {what} {'fails' if count == 1 else 'fail'}"
+    return counted(count, f"{what} fails", f"{what} fail")
 
 
 def noise_line(report: LogitReport) -> str:
@@ -73,8 +76,8 @@ def noise_line(report: LogitReport) -> str:
 def compared_line(report: LogitReport) -> str:
     """What was compared: tokens, sequences, images and sounds."""
     return (
-        f"{report.divergence.tokens} tokens in {report.sequences} sequences, the longest "
-        f"{report.longest_sequence} (sliding window {report.sliding_window})"
+        f"{counted(report.divergence.tokens, 'token')} in {counted(report.sequences, 'sequence')}, "
+        f"the longest {report.longest_sequence} (sliding window {report.sliding_window})"
         + (f", {report.images} with an image" if report.images else "")
         + (f", {report.sounds} with a sound" if report.sounds else "")
     )

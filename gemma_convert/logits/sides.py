@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_convert.checkpoint.adapter_base import named_folder
-from gemma_convert.errors import UsageError
+from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.layouts.opening import check_seal
-from gemma_convert.layouts.registry import is_native, open_native
+from gemma_convert.layouts.registry import is_native, native_layout, open_native
 from gemma_convert.logits.changes import Changes, adapter_changes
 from gemma_convert.model.adapter import is_adapter
 from gemma_convert.output import shown
@@ -64,8 +65,10 @@ def sides_of(hf: Path, native: Path, options: AdapterOptions, stack: ExitStack) 
     """The models of both sides; adapters of PEFT are open until `stack` is closed.
 
     Raises UsageError where only the native side is an adapter, or an option is for none, and
-    SourceError where an adapter or its model cannot be read, or a native one is damaged.
+    SourceError where the sides are swapped, an adapter or its model is not named or cannot be read,
+    or a native one is damaged.
     """
+    _check_order(hf, native)
     adapted = _native_adapter(native)
     if not is_adapter(hf):
         if adapted is not None:
@@ -86,7 +89,7 @@ def sides_of(hf: Path, native: Path, options: AdapterOptions, stack: ExitStack) 
             raise UsageError("--native-base and --alpha are for a native adapter.", found=native)
         return Sides(base, native, (original, shown(native)), hf, changes)
     if options.native_base is None:
-        raise UsageError(
+        raise SourceError(
             "A native adapter is run on the native checkpoint of its base model.",
             where=native,
             do="convert the base model to the same layout, and name that with --native-base",
@@ -101,6 +104,19 @@ def sides_of(hf: Path, native: Path, options: AdapterOptions, stack: ExitStack) 
     check_seal(model)
     names = original, f"{shown(native)} on {shown(model)}"
     return Sides(base, model, names, hf, changes, adapted, options.alpha)
+
+
+def _check_order(hf: Path, native: Path) -> None:
+    """Raises SourceError where the first checkpoint is a native one."""
+    layout = native_layout(hf)
+    if layout is None:
+        return
+    second = shown(native) if is_huggingface(native) else "HF"
+    raise SourceError(
+        f"The first checkpoint is a {layout} checkpoint; the Hugging Face one comes first.",
+        where=hf,
+        do=f"gemma-convert logit-check {shlex.quote(second)} {shlex.quote(shown(hf))}",
+    )
 
 
 def _native_adapter(path: Path) -> Path | None:

@@ -68,7 +68,7 @@ def adapter_table(layout: str, version: str | None = None) -> Table:
         raise UsageError(
             f"The layout {layout} has no place for an adapter"
             + (f": {table.no_adapter}." if table.no_adapter else "."),
-            do="merge it into its base model with --merge, or choose another --format",
+            do=("merge it into its base model with --merge", "choose another layout with --format"),
         )
     inventory = adapter_inventory()
     targets = [row for row in table.rows if row.hf.view.pattern.text in form.targets]
@@ -93,7 +93,7 @@ def no_place(table: Table, tensor: str) -> UsageError:
         f"The layout {table.layout} has no place for a part of this adapter.",
         where=f"tensor {tensor}",
         expected=f"matrices of {some(list(table.adapter.targets), 3)}",
-        do="merge the adapter into its base model with --merge, or train one of these alone",
+        do=("merge the adapter into its base model with --merge", "train one of these alone"),
     )
 
 

@@ -13,6 +13,7 @@ from gemma_convert.mapping.inventory import HFTensor
 from gemma_convert.mapping.prefix import difference
 from gemma_convert.mapping.region import Box, NotABoxError, RegionCopy
 from gemma_convert.model.foreign import refuse_foreign_tensors
+from gemma_convert.output import counted
 
 SHOWN = 5
 
@@ -39,14 +40,15 @@ def check_source(
     _check_head([expected[name] for name in missing], where)
     if missing:
         raise SourceError(
-            f"The checkpoint lacks {_count(missing)}.",
+            f"The checkpoint lacks {counted(len(missing), 'tensor')}.",
             where=where,
             expected=some([f"{name} {list(expected[name].shape)}" for name in missing], SHOWN),
             do="check that every shard is there and that config.json belongs to these weights",
         )
     if unexpected:
         raise SourceError(
-            f"The checkpoint has {_count(unexpected)} that config.json does not account for.",
+            f"The checkpoint has {counted(len(unexpected), 'tensor')} that config.json does not "
+            "account for.",
             where=where,
             found=some([f"{name} {list(source[name].shape)}" for name in unexpected], SHOWN),
             do="check that config.json belongs to these weights",
@@ -55,7 +57,8 @@ def check_source(
     if misshapen:
         name = misshapen[0]
         raise SourceError(
-            f"The checkpoint has {_count(misshapen)} of a shape that config.json does not ask for.",
+            f"The checkpoint has {counted(len(misshapen), 'tensor')} of a shape that config.json "
+            "does not ask for.",
             where=f"{where}, tensor {name}",
             expected=list(expected[name].shape),
             found=list(source[name].shape),
@@ -144,7 +147,3 @@ def _overlap(entries: list[tuple[Box, RegionCopy]]) -> tuple[RegionCopy, RegionC
         if all(a < b + m and b < a + n for (a, n), (b, m) in zip(left, right, strict=True)):
             return first, second
     return None
-
-
-def _count(names: Sequence[str]) -> str:
-    return "1 tensor" if len(names) == 1 else f"{len(names)} tensors"

@@ -8,6 +8,7 @@ declared in its own pyproject.toml.
 from __future__ import annotations
 
 import tomllib
+from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from importlib.util import find_spec
@@ -18,6 +19,7 @@ from gemma_convert.errors import UsageError
 GROUP = "gemma_convert.layouts"
 
 _OWN = GROUP.partition(".")[0]
+_HUGGINGFACE = ("huggingface", "hugging-face", "hf", "safetensors")
 _PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
 
@@ -49,7 +51,7 @@ def declaration(layout: str) -> EntryPoint:
         raise UsageError(
             f"There is no layout `{layout}`.",
             expected=", ".join(layout_names()),
-            do="choose one with --format",
+            do=_instead(layout),
         )
     if len(found) > 1:
         raise UsageError(
@@ -58,6 +60,14 @@ def declaration(layout: str) -> EntryPoint:
             do="remove all of them but one",
         )
     return found[0]
+
+
+def _instead(layout: str) -> str:
+    """What may have been meant by a layout that there is not."""
+    if layout.lower() in _HUGGINGFACE:
+        return "to-hf writes Hugging Face files"
+    close = get_close_matches(layout.lower(), layout_names(), 1)
+    return f"did you mean {close[0]}?" if close else "choose one with --format"
 
 
 def is_own(declared: EntryPoint) -> bool:

@@ -21,7 +21,7 @@ from gemma_convert.mapping.record import Record
 from gemma_convert.mapping.table import read_toml, table_file
 from gemma_convert.mapping.versions import versioned
 from gemma_convert.model.architecture import Architecture
-from gemma_convert.model.facts import Fact, facts_of
+from gemma_convert.model.facts import Fact, facts_of, key_read
 
 _OF_IMAGES = ("text_config.use_bidirectional_attention", "text_config.pad_token_id")
 """Facts of the text model that matter where there are images."""
@@ -92,18 +92,18 @@ class FactTable:
                 continue
             if not row.when.holds(architecture, {}):
                 continue
-            value = facts[row.hf]
+            value, key = facts[row.hf], key_read(row.hf, architecture)
             if row.native is not None and row.native in said:
                 if row.whole and value != int(value or 0):
-                    raise _not_told(row, value, "a whole number", "it takes whole numbers alone")
+                    raise _not_told(key, value, "a whole number", "it takes whole numbers alone")
                 if said[row.native] != value:
                     told[row.native] = value
-            elif row.hf in ignore:
+            elif not {row.hf, key}.isdisjoint(ignore):
                 continue
             elif row.native is not None and self.named and value:
-                raise _not_told(row, value, None, "its own model has nothing of the kind")
+                raise _not_told(key, value, None, "its own model has nothing of the kind")
             elif row.native is None and value != said.get(row.hf, row.fixed):
-                raise _not_told(row, value, said.get(row.hf, row.fixed), row.why)
+                raise _not_told(key, value, said.get(row.hf, row.fixed), row.why)
         return told
 
     def model_facts(self, model: str, where: str) -> dict[str, Any]:
@@ -126,14 +126,16 @@ def is_of_vision(hf: str) -> bool:
     return hf.startswith("vision_config.") or hf in _OF_IMAGES
 
 
-def _not_told(row: FactRow, value: Fact, built_in: Fact, why: str) -> SourceError:
+def _not_told(key: str, value: Fact, built_in: Fact, why: str) -> SourceError:
     return SourceError(
         f"The framework cannot run a value of config.json: {why}.",
-        where=f"config.json, key {row.hf}",
+        where=f"config.json, key {key}",
         expected="null" if built_in is None else built_in,
         found=value,
-        do="choose another layout with --format; if your framework can run it, "
-        f"--ignore-fact {row.hf}",
+        do=(
+            "choose another layout with --format",
+            f"if your framework can run it, ignore the key: --ignore-fact {key}",
+        ),
     )
 
 

@@ -110,8 +110,10 @@ class Plan:
             for copy in source.copies:
                 target = self.targets[copy.target.tensor].spec.dtype
                 if rounds(source.spec.dtype, target, scaled=copy.scale is not None):
-                    scaled = "multiplied by a root and " if copy.scale is not None else ""
-                    rounded[name] = f"{scaled}rounded from {source.spec.dtype} to {target}"
+                    how = f"rounded from {source.spec.dtype} to {target}"
+                    if copy.scale is not None:
+                        how = f"multiplied by √{copy.scale**2:.0f} and rounded to {target}"
+                    rounded[name] = how
         return rounded
 
     @cached_property

@@ -31,6 +31,7 @@ from gemma_convert.mapping.region import (
 )
 from gemma_convert.mapping.rows import NativeRow, Placement, Table
 from gemma_convert.model.architecture import Architecture
+from gemma_convert.output import counted
 
 
 def plan_to_native(
@@ -104,7 +105,8 @@ def _refuse(architecture: Architecture, table: Table, where: str) -> None:
     names = {name for entry in refusals for name in entry.names}
     tensors = hf_tensors(architecture, table.inventory)
     placeless = sum(tensor.row.view.pattern.text in names for tensor in tensors)
-    no_place = f"no place for {placeless} tensors: {', '.join(sorted(names))}" if names else None
+    lost = counted(placeless, "tensor")
+    no_place = f"no place for {lost}: {', '.join(sorted(names))}" if names else None
     raise UsageError(
         "; ".join(entry.why for entry in refusals) + ".",
         where=where,

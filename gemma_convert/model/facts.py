@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 from gemma_convert.model.architecture import Architecture, TextArchitecture
 
+_TEXT = "text_config."
+
 Fact = int | float | str | bool | None
 
 ROPE = "text_config.rope_parameters"
@@ -32,6 +34,11 @@ def facts_of(architecture: Architecture) -> dict[str, Fact]:
     `text_config.layer_types` is told as a pattern (`layer_pattern`).
     """
     return {**_text(architecture.text), **_vision(architecture), **_embedder(architecture)}
+
+
+def key_read(key: str, architecture: Architecture) -> str:
+    """The key as it stands in config.json; whether the head is tied, the top level says alone."""
+    return key.removeprefix(_TEXT) if architecture.text_only or key == TIED else key
 
 
 def _text(text: TextArchitecture) -> dict[str, Fact]:

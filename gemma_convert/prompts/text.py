@@ -22,6 +22,7 @@ from gemma_convert.files.read_once import once
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import MAX_CONFIG_BYTES
 from gemma_convert.model.transformers_folder import handed
+from gemma_convert.output import counted
 
 BEYOND_WINDOW = 32
 LONGEST_MADE = 2048
@@ -72,7 +73,7 @@ def token_sequences(
     if tokens is not None and (prompts or tokens < 1):
         raise UsageError(
             "--tokens takes a positive number, and cannot be combined with --prompt.",
-            found=f"{tokens} tokens and {len(prompts)} prompts",
+            found=f"{counted(tokens, 'token')} and {counted(len(prompts), 'prompt')}",
         )
     for number, prompt in enumerate(prompts):
         if any("\ud800" <= character <= "\udfff" for character in prompt):

@@ -72,17 +72,17 @@ def plan_conversion(
     """
     adapted, native = is_adapter(source), is_native(source)
     if options.merge and not adapted:
-        raise UsageError("--merge is for a SRC that is a PEFT adapter.", found=source)
+        raise UsageError("--merge is for a source that is a PEFT adapter.", found=source)
     if options.base is not None and not adapted and not native:
-        raise UsageError("--base is for a SRC that is an adapter.", found=source)
+        raise UsageError("--base is for a source that is an adapter.", found=source)
     if native:
         job = _from_native(source, target, options, stack)
     elif options.like is not None and not is_distcp(source):
         raise UsageError(
-            "--like is for a native SRC; this one is a Hugging Face checkpoint already."
+            "--like is for a native source; this one is a Hugging Face checkpoint already."
         )
     elif options.settings:
-        raise UsageError("--settings are for a native SRC; this one has its config.json.")
+        raise UsageError("--settings are for a native source; this one has its config.json.")
     elif adapted:
         job = (_merged if options.merge else _of_adapter)(source, target, options, stack)
     else:

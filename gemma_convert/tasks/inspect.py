@@ -24,6 +24,7 @@ from gemma_convert.model.adapter import (
     StoredAdapter,
     check_matrices,
     is_adapter,
+    named_base,
     read_adapter,
 )
 from gemma_convert.model.architecture import Architecture
@@ -31,6 +32,7 @@ from gemma_convert.model.config import read_architecture
 from gemma_convert.model.foreign import refuse_foreign_folder, refuse_foreign_tensors
 from gemma_convert.model.huggingface_files import CONFIG, INDEX, SINGLE
 from gemma_convert.output import shown
+from gemma_convert.public import public
 from gemma_convert.stores.orbax.finding import METADATA
 from gemma_convert.stores.remote.locations import local
 from gemma_convert.stores.weights import is_huggingface, open_weights
@@ -73,6 +75,8 @@ class InspectReport:
     lossy_rows: tuple[str, ...]
     adapter: StoredAdapter | None = None
     """For an adapter: its rank, and its alpha if that is stored."""
+    base_model: str | None = None
+    """What an adapter of PEFT names as its base model."""
     step: int | None = None
     """Of a training checkpoint in step folders: the step that was read."""
 
@@ -82,6 +86,7 @@ class InspectReport:
         return {"schema": "gemma-convert/inspect/2", **asdict(self), "complete": complete}
 
 
+@public
 def inspect(path: str | Path) -> InspectReport:
     """Returns a report of what the checkpoint at `path` contains; only headers are read.
 
@@ -137,7 +142,8 @@ def _adapter(path: Path) -> InspectReport:
     with open_weights(path) as reader:
         check_matrices(adapter, reader.specs, path)
         report = _report(path, HUGGINGFACE, reader.specs)
-    return replace(report, adapter=StoredAdapter(adapter.rank, adapter.alpha))
+    stored = StoredAdapter(adapter.rank, adapter.alpha)
+    return replace(report, adapter=stored, base_model=named_base(path))
 
 
 def _native(path: Path, native: NativeSource) -> InspectReport:

@@ -15,6 +15,7 @@ from gemma_convert.mapping.planning import plan_to_native
 from gemma_convert.mapping.table import load_table
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.output import note
+from gemma_convert.public import public
 from gemma_convert.published.models import named_model
 
 
@@ -60,6 +61,7 @@ class MappingsReport:
         return {"schema": "gemma-convert/mappings/2", **asdict(self)}
 
 
+@public
 def list_mappings(
     layout: str | None = None,
     model: str | None = None,

@@ -18,13 +18,14 @@ from gemma_convert.engine.memory import block_bytes
 from gemma_convert.engine.publishing import Publication
 from gemma_convert.engine.restoring import Restoring
 from gemma_convert.engine.resumable import SPARE_BYTES, ResumableTransfer
-from gemma_convert.engine.target import check_apart, check_space, check_target
+from gemma_convert.engine.target import check_apart, check_order, check_space, check_target
 from gemma_convert.engine.transfer import WORKERS
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.files.identity import Unchanged
 from gemma_convert.layouts.opening import Checkpoint, open_checkpoint
 from gemma_convert.output import shown
 from gemma_convert.progress import Listener, Progress
+from gemma_convert.public import public
 from gemma_convert.stores.remote.locations import check_remote_options, local, local_target
 from gemma_convert.stores.safetensors.checked_writer import CheckedWriter
 from gemma_convert.stores.safetensors.writer import OutputShard
@@ -41,6 +42,8 @@ class ToHFReport:
     arrays differ from them (trained since, or damaged), `added_files` which files were added since
     the conversion and were not copied. `changed_facts` has each key of config.json in which the
     framework's settings differ from the original, and how; the value of the settings is written.
+    `merged` says that an adapter was merged into the original when it was converted: what is
+    restored, and has checksums, is that model.
     `made_from_settings` says that there was no original, and config.json was made from the
     settings.
     """
@@ -63,6 +66,7 @@ class ToHFReport:
     changed_arrays: tuple[str, ...]
     added_files: tuple[str, ...]
     changed_facts: dict[str, str]
+    merged: bool
     made_from_settings: bool
     largest_decode_bytes: int
     files: tuple[str, ...]
@@ -89,6 +93,7 @@ class ToHFReport:
         return {"schema": "gemma-convert/to-hf/2", **asdict(self), "bit_for_bit": self.bit_for_bit}
 
 
+@public
 def to_hf(
     source: str | Path,
     target: str | Path,
@@ -125,6 +130,7 @@ def to_hf(
         output = local_target(target, stack)
         check_remote_options(output, resume=resume)
         folder = local(source, stack)
+        check_order(folder, output)
         original = None if like is None else local(like, stack)
         model = _adapter_base(base, alpha, stack)
 
@@ -207,6 +213,11 @@ class _Job:
         self.checkpoint.read_rest(n for n in sources if n in self.checkpoint.native.specs)
         self.unchanged.check()
 
+    def _changed_facts(self) -> dict[str, str]:
+        """None where there is no original that could say something else."""
+        facts = self.checkpoint.facts
+        return {} if facts is None or self.checkpoint.original.made else dict(facts.changed)
+
     def report(self, started: float, *, dry_run: bool) -> ToHFReport:
         """The report of this export."""
         seconds = time.monotonic() - started
@@ -229,7 +240,8 @@ class _Job:
             sealed=checkpoint.arrays is not None,
             changed_arrays=checkpoint.changed_arrays,
             added_files=checkpoint.added_files,
-            changed_facts={} if checkpoint.facts is None else dict(checkpoint.facts.changed),
+            changed_facts=self._changed_facts(),
+            merged=bool((checkpoint.original.manifest.get("adapter") or {}).get("merged")),
             made_from_settings=checkpoint.original.made and checkpoint.native.adapter is None,
             largest_decode_bytes=checkpoint.native.largest_chunk(list(self.plan.targets)),
             files=tuple(sorted({*map(str, export.files), *export.edited})),
@@ -257,7 +269,7 @@ def _with_told_towers(checkpoint: Checkpoint, text_only: bool) -> Checkpoint:
         raise SourceError(
             "The original of this checkpoint is unknown, and with it the config of its towers.",
             where=checkpoint.native.folder,
-            do="name the original with --like, or export the language model only: --text-only",
+            do=("name the original with --like", "export the language model only: --text-only"),
         )
     return replace(checkpoint, native=checkpoint.native.without_towers())
 

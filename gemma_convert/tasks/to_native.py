@@ -16,10 +16,11 @@ from gemma_convert.engine.process_results import TransferResult
 from gemma_convert.engine.processes import Processes
 from gemma_convert.engine.publishing import Publication
 from gemma_convert.engine.resumable import ResumableTransfer
-from gemma_convert.engine.target import check_apart, check_space, check_target
+from gemma_convert.engine.target import check_apart, check_order, check_space, check_target
 from gemma_convert.errors import UsageError
 from gemma_convert.mapping.table import load_table
 from gemma_convert.progress import Listener, Progress
+from gemma_convert.public import public
 from gemma_convert.stores.orbax.writer import OrbaxFormat
 from gemma_convert.stores.orbax.zarr_metadata import Compression
 from gemma_convert.stores.remote.locations import check_remote_options, local, local_target
@@ -31,6 +32,7 @@ from gemma_convert.tasks.equal_tensors import check_equal
 from gemma_convert.tasks.reports import ToNativeReport
 
 
+@public
 def to_native(
     source: str | Path,
     target: str | Path,
@@ -92,6 +94,7 @@ def to_native(
         output = local_target(target, stack)
         check_remote_options(output, resume=resume, processes=processes.count)
         folder = local(source, stack, headers=dry_run)
+        check_order(folder, output)
         job = plan_conversion(folder, output, options, stack)
         publication = Publication(
             output, beside_native, overwrite, resume, progress, processes=processes

@@ -14,6 +14,7 @@ from gemma_convert.layouts.registry import is_native
 from gemma_convert.model.adapter import is_adapter
 from gemma_convert.output import shown
 from gemma_convert.progress import Listener
+from gemma_convert.public import public
 from gemma_convert.stores.remote.locations import local
 from gemma_convert.stores.weights import is_huggingface
 from gemma_convert.tasks.verify_export import verify_export
@@ -50,6 +51,7 @@ class VerifyReport:
         return {"schema": "gemma-convert/verify/2", **asdict(self), "passed": self.passed}
 
 
+@public
 def verify(
     path: str | Path,
     *,

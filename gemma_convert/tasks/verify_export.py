@@ -26,6 +26,7 @@ from gemma_convert.mapping.plan import Plan
 from gemma_convert.mapping.region import Box
 from gemma_convert.model.adapter import is_adapter
 from gemma_convert.model.config import read_architecture
+from gemma_convert.output import counted
 from gemma_convert.progress import Listener, working
 from gemma_convert.stores.remote.mirror import file_size
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder
@@ -61,9 +62,12 @@ def verify_export(
         else:
             found.notes.append(_without_original(is_adapter(path), len(left_out)))
         if checkpoint.changed_arrays:
+            place = "of the native checkpoint"
+            count = len(checkpoint.changed_arrays)
+            arrays = counted(count, f"array {place} has", f"arrays {place} have")
             found.notes.append(
-                f"{len(checkpoint.changed_arrays)} arrays of the native checkpoint have changed "
-                "since the conversion (trained, or damaged). They were compared as they are."
+                f"{arrays} changed since the conversion (trained, or damaged). "
+                f"{'It was compared as it is' if count == 1 else 'They were compared as they are'}."
             )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from gemma_convert.arrays.dtypes import exact, numpy_dtype
 from gemma_convert.arrays.values import Array, bits
 from gemma_convert.engine.comparing import Comparison
-from gemma_convert.output import shown
+from gemma_convert.output import counted, shown
 from gemma_convert.progress import Listener, working
 from gemma_convert.stores.tensor_folder import TensorFolder
 from gemma_convert.stores.weights import open_weights
@@ -53,9 +53,10 @@ def _difference(name: str, ours: TensorFolder, theirs: TensorFolder) -> str | No
         _differing(_values(ours, name, start), _values(theirs, name, start))
         for start in range(0, spec.size, PIECE_VALUES)
     )
+    differ = f"{count} of {counted(spec.size, 'value')} {'differs' if count == 1 else 'differ'}"
     if spec.dtype == wanted.dtype:
-        return f"{count} of {spec.size} values differ" if count else None
-    values = f"{count} of {spec.size} values differ" if count else "every value is the same"
+        return differ if count else None
+    values = differ if count else "every value is the same"
     return f"is {spec.dtype} instead of {wanted.dtype}; {values}"
 
 

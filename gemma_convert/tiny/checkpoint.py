@@ -18,6 +18,7 @@ from gemma_convert.errors import TargetError, UsageError
 from gemma_convert.mapping.inventory import huggingface_tensors
 from gemma_convert.model.architecture import Family
 from gemma_convert.model.config import parse_architecture
+from gemma_convert.public import public
 from gemma_convert.stores.safetensors.header import write_safetensors
 from gemma_convert.tiny import tokenizer
 from gemma_convert.tiny.config import ConfigSpelling, DType, config_json, generation_config_json
@@ -43,6 +44,7 @@ class TinyReport:
         return {"schema": "gemma-convert/tiny/1", **asdict(self), "path": str(self.path)}
 
 
+@public
 def make_tiny(
     family: Family,
     out: str | Path,

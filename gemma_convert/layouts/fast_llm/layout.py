@@ -28,6 +28,7 @@ from gemma_convert.layouts.fast_llm.metadata import (
 from gemma_convert.mapping.native_facts import Settings
 from gemma_convert.mapping.plan import Plan
 from gemma_convert.model.architecture import Architecture
+from gemma_convert.output import counted
 from gemma_convert.stores.orbax.writer import OrbaxFormat
 from gemma_convert.stores.safetensors.reader import SafetensorsFolder, plain_name
 from gemma_convert.version import CONVERTER
@@ -144,7 +145,7 @@ def _reader(folder: Path) -> SafetensorsFolder:
         raise SourceError(
             "The files do not hold the tensors that the state_index says.",
             where=folder,
-            found=f"{len(astray)} tensors, such as {min(astray)}",
+            found=f"{counted(len(astray), 'tensor')}, such as {min(astray)}",
         )
     return reader
 

@@ -194,6 +194,5 @@ def _not_had(wanted: Repository, error: Exception) -> SourceError:
         what = "There is no such folder here, and the hub cannot be asked for such a repository."
         do = f"check the network and HF_HUB_OFFLINE; hf download {wanted.name} fetches it first"
     lines = str(error).strip().splitlines()
-    return SourceError(
-        what, where=wanted, found=short(lines[0] if lines else type(error).__name__), do=do
-    )
+    found = lines[0].removeprefix("Got: ") if lines else type(error).__name__
+    return SourceError(what, where=wanted, found=short(found), do=do)
