@@ -14,6 +14,7 @@ from adapters import matrices, save
 from cases import LAYOUTS
 from jsonschema import Draft202012Validator
 from models import DENSE, FOLDER
+from native_checkpoints import edit_manifest, manifest
 from PIL import Image
 from test_cli import run
 from test_verification import change
@@ -103,6 +104,13 @@ def to_hf_reports(source, edited, folder, shallow, converted):
     yield printed("to-hf", out, folder / "other", "--like", edited, "--dry-run")
     told = ("--settings", "sliding_window_size=5")
     yield printed("to-hf", trained(out, folder / "trained"), folder / "changed", *told)
+    shutil.copytree(out / "0", folder / "run" / "5")
+    yield printed("to-hf", folder / "run", folder / "of-a-step", "--like", source)
+    tensors = manifest(out)["tensors"]
+    one, other = (f"model.language_model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1))
+    swapped = {one: tensors[other], other: tensors[one]}
+    edit_manifest(shutil.copytree(out, folder / "contradicting"), tensors=tensors | swapped)
+    yield printed("to-hf", folder / "contradicting", folder / "c", code=1)
 
 
 def verify_reports(source, edited, folder, shallow, converted):
@@ -126,6 +134,8 @@ def inspect_reports(source, edited, folder, shallow, converted):
     shutil.copy(source / "model.safetensors", folder / "bare")
     yield printed("inspect", folder / "bare")
     yield printed("inspect", save(folder / "adapter", source, matrices(source)))
+    shutil.copytree(out / "0", folder / "run" / "5")
+    yield printed("inspect", folder / "run")
     yield from damaged(folder / "bare", edited)
 
 
@@ -257,7 +267,6 @@ REPORTS = {
 }
 
 
-@pytest.mark.share(5)
 @pytest.mark.parametrize("name", REPORTS)
 def test_what_is_printed_is_what_the_schema_says(
     name, source, edited, tmp_path, shallow, converted
