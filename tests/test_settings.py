@@ -288,8 +288,13 @@ def test_settings_count_as_in_maxtext(trained, tmp_path):
     shutil.copytree(out / "models", tmp_path / "models")
     shutil.copy(config, tmp_path)
     assert logit_check(source, run, tokens=20, settings=[str(below)]).passed
-    below.write_text("model_name=gemma4-31b global_rope_max_timescale=20\nbase_emb_dim=48")
+    below.write_text("model_name=gemma4-31b global_rope_max_timescale=20\nbase_num_kv_heads=2")
     shutil.rmtree(tmp_path / "models")
+    with pytest.raises(SourceError, match="another shape"):
+        logit_check(source, run, tokens=20, settings=[str(below)])
+    below.write_text("model_name=gemma4-31b global_rope_max_timescale=20")
+    assert logit_check(source, run, tokens=20, settings=[str(below)]).passed
+    below.write_text("model_name: gemma4-31b\nglobal_rope_max_timescale: 20")
     assert not logit_check(source, run, tokens=20, settings=[str(below)]).passed
     with pytest.raises(SourceError, match="another shape"):
         logit_check(source, run, tokens=20, settings=["base_emb_dim=48"])
@@ -434,3 +439,21 @@ def test_a_named_model_says_the_rest(shallow, converted, tmp_path):
     to_hf(run, tmp_path / "back", like=source, settings=["model_name=gemma4-26b"])
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config["text_config"]["sliding_window"] == 1024
+
+
+def test_printed_settings_in_a_file_are_single_settings(shallow, converted, tmp_path):
+    """As MaxText's command line has them, they count more than what its named model says."""
+    source = shallow("26b-a4b")
+    run = tmp_path / "run"
+    shutil.copytree(converted(source, "maxtext") / "0", run / "0")
+    told = to_native(source, tmp_path / "out", layout="maxtext").settings
+    file = tmp_path / "printed.txt"
+    file.write_text("".join(f"  {key}={value}\n" for key, value in told.items()))
+    to_hf(run, tmp_path / "back", like=source, settings=[str(file)])
+    assert (tmp_path / "back" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    window = f"sliding_window_size={told['sliding_window_size']}"
+    file.write_text(file.read_text().replace(window, "sliding_window_size=5"))
+    to_hf(run, tmp_path / "other", like=source, settings=[str(file)])
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    assert config["text_config"]["sliding_window"] == 5
+    assert config["text_config"]["top_k_experts"] == int(told["num_experts_per_tok"])

@@ -183,13 +183,12 @@ def read_facts(
         return None
     table, settings = told
     known = {*settings.rest, *filter(None, (row.native for row in table.rows)), *_MODEL_KEYS}
-    for key in given.pairs:
-        if key not in known:
-            near = "".join(f" Did you mean {one}?" for one in get_close_matches(key, known, 1))
-            note(
-                f"the setting {short(key)} matches no key of config.json; it has no effect.{near}",
-                "warning",
-            )
+    for key in sorted(given.typed - known):
+        near = "".join(f" Did you mean {one}?" for one in get_close_matches(key, known, 1))
+        note(
+            f"the setting {short(key)} matches no key of config.json; it has no effect.{near}",
+            "warning",
+        )
     single = settings.own == given.pairs and _MODEL_KEYS.isdisjoint(given.pairs)
     if single and not usual:
         settings = replace(settings, rest={})
