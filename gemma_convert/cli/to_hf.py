@@ -147,10 +147,9 @@ def _summary(report: ToHFReport) -> Facts:
     table = Facts()
     form = ", scanned" if report.scanned else ""
     done = "would export" if report.dry_run else "exported"
-    if report.already_complete:
-        form += ", by an earlier run"
     step = "" if report.step is None else f", step {report.step}"
-    table.add_row(done, f"{report.family} from {report.layout}{step}{form}")
+    earlier = ", by an earlier run" if report.already_complete else ""
+    table.add_row(done, f"{report.family} from {report.layout}{form}{step}{earlier}")
     shards = counted(len(report.shards), "file", "shards")
     table.add_row("tensors", f"{report.tensors} ({human_bytes(report.bytes_written)}) in {shards}")
     if report.tensors_from_original:
