@@ -148,5 +148,5 @@ def test_an_export_is_verified_with_its_original(run, part):
     assert verify(out, against=native).passed == (part in {CARRIED, *PARTS[2:]})
     with pytest.raises(UsageError, match="compared with itself"):
         verify(out, against=native, like=out)
-    with pytest.raises(UsageError, match="--like is for"):
+    with pytest.raises(UsageError, match="`like` is for"):
         verify(native, against=source, like=source)

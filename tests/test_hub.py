@@ -303,7 +303,7 @@ def test_no_network_is_one_message(run):
     failed(offline, "no such folder here, and the hub cannot be asked", "HF_HUB_OFFLINE")
     (unreachable,) = run(f"inspect {REPOSITORY}", HF_ENDPOINT="http://127.0.0.1:9")
     failed(unreachable, "no such folder here, and the hub cannot be asked", "check the network")
-    assert "Got: " not in unreachable.stderr
+    assert "Got: " not in unreachable.err
 
 
 @pytest.mark.parametrize(

@@ -158,12 +158,18 @@ def plan_native(native: NativeSource, original: Original) -> Plan:
 def fingerprint(folder: Path, *, now: bool = False) -> str:
     """A digest of the names and identities of all files below `folder`.
 
-    Of an object store it is as it was listed, or, at some cost, as it is `now`.
+    Of an object store it is as it was listed, or, at some cost, as it is `now`. Raises SourceError
+    where a folder cannot be listed.
     """
     remote = remote_fingerprint(folder, now=now)
     if remote is not None:
         return remote
-    files = sorted(Unchanged(folder).files.items())
+    try:
+        files = sorted(Unchanged(folder).files.items())
+    except OSError as error:
+        raise SourceError(
+            "The source cannot be read.", where=error.filename or folder, found=error.strerror
+        ) from None
     return hashlib.sha256(repr(files).encode()).hexdigest()
 
 
