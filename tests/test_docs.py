@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib
+import json
 import math
 import os
 import pickle
@@ -33,6 +34,7 @@ from gemma_convert import inspect
 from gemma_convert.logits import check
 from gemma_convert.prompts import text
 from gemma_convert.tasks.mappings import list_mappings
+from gemma_convert.version import CONVERTER
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -198,10 +200,22 @@ def _prepare(line: str, block: Block) -> None:
         step = Path(words[1]) / "0"
         source = step if step.is_dir() else Path(words[1])
         shutil.copytree(source, words[2], ignore=shutil.ignore_patterns("hf"))
+        _not_converted(Path(words[2]))
     elif words[0] == "sharded":
         save_distcp(Path(words[2]), {"model": state_of(Path(words[1]))}, halves(0))
     else:
         _run(command(line), block)
+
+
+def _not_converted(folder: Path) -> None:
+    """Takes away what says that a conversion wrote the files: a framework writes its own."""
+    for file in folder.rglob("_CHECKPOINT_METADATA"):
+        metadata = json.loads(file.read_text())
+        del metadata["custom_metadata"][CONVERTER]
+        file.write_text(json.dumps(metadata))
+    for file in folder.rglob("metadata.yaml"):
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join(line for line in lines if not line.strip().startswith(CONVERTER)))
 
 
 def _run(one: Command, block: Block) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -166,13 +167,18 @@ def _summary(report: ToHFReport) -> Facts:
         count = sum(report.rounded.values())
         tensors = counted(len(report.rounded), "tensor")
         table.add_row("rounded", f"{counted(count, 'value')} in {tensors}")
-    table.add_row("checkpoint", _against_seal(report))
+    if report.sealed:
+        table.add_row("checkpoint", _against_seal(report))
     if report.added_files:
         table.add_row(
             "not copied", f"files added since the conversion: {some(report.added_files, SHOWN)}"
         )
-    original = "merged model" if report.merged else "original"
-    table.add_row(original, _against_original(report))
+    if report.sealed or report.identical or report.different:
+        original = "merged model" if report.merged else "original"
+        table.add_row(original, _against_original(report))
+    else:
+        again = shlex.join(["verify", report.target, "--against", report.source])
+        table.add_row("checksums", f"training left none; compare with: gemma-convert {again}")
     if report.made_from_settings:
         table.add_row(
             "no original", "config.json was made from the settings; add the tokenizer yourself"
@@ -188,8 +194,6 @@ def _summary(report: ToHFReport) -> Facts:
 def _against_seal(report: ToHFReport) -> str:
     from gemma_convert.output import counted
 
-    if not report.sealed:
-        return "cannot be compared with its conversion: it has no manifest"
     if report.changed_arrays:
         arrays = counted(len(report.changed_arrays), "array has", "arrays have")
         names = some(report.changed_arrays, SHOWN)

@@ -184,10 +184,13 @@ def _report(
     longest, window = max(len(one.ids) for one in sequences), architecture.text.window
     divergence, by_token = found.compared.result(), found.compared.tokens()
     checked = checked_sequences(sequences, by_token)
+    passed = limit.allows(divergence) and (found.local is None or found.local.passed)
     warnings = *limit.warnings, *side.warnings, *_window_warning(longest, window), *found.known
+    if not passed:
+        warnings = *warnings, *_rounding_warning(side.model, architecture)
     adapters = sides.adapter, sides.native_adapter
     return LogitReport(
-        passed=limit.allows(divergence) and (found.local is None or found.local.passed),
+        passed=passed,
         proof=limit.proof,
         limit=limit.kl,
         limit_p99=limit.kl_p99,
@@ -243,6 +246,18 @@ def _window_warning(longest: int, window: int) -> tuple[str, ...]:
     return (
         f"No sequence is longer than the sliding window ({longest} of {window} tokens), so a wrong "
         "window cannot be found.",
+    )
+
+
+def _rounding_warning(model: ComparedModel, architecture: Architecture) -> tuple[str, ...]:
+    """Of a checkpoint that training has written wider than the Hugging Face one is."""
+    trained = recorded_lossy_rows(model.folder) is None
+    if not trained or model.dtypes != {"float32"} or architecture.dtype != "bfloat16":
+        return ()
+    return (
+        "All native arrays are float32, and the Hugging Face checkpoint is bfloat16. If it was "
+        "exported from them after training, its values were rounded: check it with --dtype "
+        "bfloat16, or export with --dtype float32.",
     )
 
 
