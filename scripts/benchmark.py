@@ -11,8 +11,8 @@ most is printed first, and with `--phases` what the seconds of one more run of e
 A virtual machine may have given its free memory back to the host, and then the first touch of a
 page costs more than all else that a run does with it. So the page cache is filled with a file that
 stays, up to what a run needs, and before every run that rest is filled and freed, and the source is
-read: the pages that a run gets were in use a moment before, for all alike. MaxText's converter, which
-takes them all, comes last in its round, and the page cache is filled again behind it.
+read: the pages that a run gets were in use a moment before, for all alike. MaxText's converter,
+which takes them all, comes last in its round, and the page cache is filled again behind it.
 
     scripts/benchmark.py WORK_FOLDER [--model 31b] [--gigabytes 3.5] [--rounds 3] [--phases]
                          [--peer PYTHON] [--json FILE]
