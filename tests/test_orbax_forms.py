@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from native_checkpoints import nested_tree, passes, sums
 from test_cli import fails
+from test_verification import change
 
 from gemma_convert import SourceError, inspect, logit_check, to_hf, to_native
 from gemma_convert.layouts.registry import open_native
@@ -184,3 +185,18 @@ def test_a_step_that_is_passed_over_is_told(shallow, converted, tmp_path, capsys
     assert inspect(tmp_path / "run").step == 9
     assert to_hf(steps / "9", tmp_path / "named", like=source).step == 9
     assert "passed over" not in capsys.readouterr().err
+
+
+def test_rounding_of_a_trained_checkpoint_is_named_where_it_fails(shallow, converted, tmp_path):
+    """Trained in float32 and exported to bfloat16, it is not what was exported."""
+    source = shallow("31b")
+    native = converted(source, "maxtext", dtype="float32")
+    shutil.copytree(native / "0", tmp_path / "run" / "1")
+    settings = [str(native / "maxtext.yml")]
+    right = logit_check(source, tmp_path / "run", tokens=5, settings=settings)
+    assert right.passed and not any("after training" in text for text in right.warnings)
+    norm = "params/params/decoder/decoder_norm/scale"
+    change(tmp_path / "run" / "1" / "items", norm, lambda values: values * 1.5)
+    wrong = logit_check(source, tmp_path / "run", tokens=5, settings=settings)
+    assert not wrong.passed
+    assert "--dtype bfloat16" in wrong.warnings[-1]
