@@ -25,6 +25,7 @@ from gemma_convert.engine.target import check_target
 from gemma_convert.errors import TargetError
 from gemma_convert.files.exchange import exchange
 from gemma_convert.files.unfinished import LOCK
+from gemma_convert.files.write_out import sync_path
 
 _NEW, _OLD = "new", "old"
 _LONGEST_NAME = 200
@@ -120,7 +121,7 @@ class StagedFolder:
                 "The finished output cannot be renamed.", where=self.target, found=error.strerror
             ) from None
         self._published = True
-        _sync(self.target.parent)
+        sync_path(self.target.parent)
         shutil.rmtree(self._root, ignore_errors=True)
 
     def _replace(self) -> None:
@@ -244,11 +245,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

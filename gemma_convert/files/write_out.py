@@ -28,11 +28,12 @@ def sync_folder(folder: Path) -> None:
     """Makes everything below `folder` durable: one fsync for each file and each folder."""
     paths = [Path(root, name) for root, _, files in os.walk(folder) for name in (*files, "")]
     with ThreadPoolExecutor(SYNCS, thread_name_prefix="sync") as pool:
-        for _ in pool.map(_sync, paths):
+        for _ in pool.map(sync_path, paths):
             pass
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Makes one file, or the names in one folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
