@@ -21,10 +21,10 @@ from gemma_convert import (
     to_native,
     verify,
 )
+from gemma_convert.api.arguments import public
 from gemma_convert.cli.app import app
 from gemma_convert.errors import GemmaConvertError
 from gemma_convert.output import counted
-from gemma_convert.public import public
 
 PACKAGE = Path(gemma_convert.__file__).parent
 OPTION = re.compile(r"--(?:no-)?([a-z]+(?:-[a-z]+)*)")

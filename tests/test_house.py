@@ -18,7 +18,7 @@ ROOMS = (
     "progress",
     "output",
     "errors",
-    "public",
+    "api",
     "files",
     "arrays",
     "model",

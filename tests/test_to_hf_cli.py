@@ -267,3 +267,15 @@ def test_a_contradiction_in_the_manifest_fails(shallow, converted, tmp_path):
     assert code == 1
     assert json.loads(printed)["unexplained"] == [one, other]
     assert said("to-hf", out, tmp_path / "again")[0] == 1
+
+
+def test_what_was_trained_is_not_damage(shallow, converted, tmp_path):
+    """The checksums of another conversion, named with --like, are those of another model."""
+    other = converted(shallow("31b", seed=3), "maxtext")
+    shutil.copytree(converted(shallow("31b"), "maxtext") / "0", tmp_path / "run" / "7")
+    for native in (tmp_path / "run", converted(shallow("31b"), "maxtext")):
+        target = tmp_path / f"of-{native.name}"
+        code, printed, _ = said("to-hf", native, target, "--like", other, "--json")
+        report = json.loads(printed)
+        assert (code, report["unexplained"]) == (0, [])
+        assert report["different"]

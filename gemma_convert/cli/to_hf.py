@@ -178,7 +178,7 @@ def _summary(report: ToHFReport) -> Facts:
         table.add_row(original, _against_original(report))
     else:
         again = shlex.join(["verify", report.target, "--against", report.source])
-        table.add_row("checksums", f"training left none; compare with: gemma-convert {again}")
+        table.add_row("checksums", f"it has none; compare the export with: gemma-convert {again}")
     if report.made_from_settings:
         table.add_row(
             "no original", "config.json was made from the settings; add the tokenizer yourself"

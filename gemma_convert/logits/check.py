@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from gemma_convert.api.arguments import public
 from gemma_convert.engine.joined import is_leader, process_count, publish, published
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.files.given_settings import GivenSettings, given_settings
@@ -37,7 +38,6 @@ from gemma_convert.model.architecture import Architecture
 from gemma_convert.model.config import read_architecture
 from gemma_convert.progress import Listener, ended
 from gemma_convert.prompts.text import TokenSequence, has_tokenizer, load_tokenizer
-from gemma_convert.public import public
 from gemma_convert.stores.remote.locations import local
 from gemma_convert.tasks.reports import peak_memory
 

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma_convert.api.arguments import public
 from gemma_convert.errors import SourceError
 from gemma_convert.files.json_file import read_object
 from gemma_convert.logits.report import SCHEMA as REPORT
 from gemma_convert.logits.scale import figure
-from gemma_convert.public import public
 
 SCHEMA = "gemma-convert/compare-reports/1"
 MAX_REPORT_BYTES = 1 << 30

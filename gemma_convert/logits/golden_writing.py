@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_convert.api.arguments import public
 from gemma_convert.errors import TargetError
 from gemma_convert.files.new_file import new_sibling
 from gemma_convert.files.read_once import reading_once
@@ -41,7 +42,6 @@ from gemma_convert.model.architecture import TextArchitecture
 from gemma_convert.model.config import read_architecture
 from gemma_convert.progress import Listener, ended
 from gemma_convert.prompts.text import TokenSequence, token_sequences
-from gemma_convert.public import public
 from gemma_convert.stores.remote.locations import local
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gemma_convert.api.arguments import public
 from gemma_convert.arrays.dtypes import DTypePolicy, TensorSpec
 from gemma_convert.checkpoint import sidecar
 from gemma_convert.checkpoint.adapter_base import KEPT_BASE
@@ -32,7 +33,6 @@ from gemma_convert.model.config import read_architecture
 from gemma_convert.model.foreign import refuse_foreign_folder, refuse_foreign_tensors
 from gemma_convert.model.huggingface_files import CONFIG, INDEX, SINGLE
 from gemma_convert.output import shown
-from gemma_convert.public import public
 from gemma_convert.stores.orbax.finding import METADATA
 from gemma_convert.stores.remote.locations import local
 from gemma_convert.stores.weights import is_huggingface, open_weights

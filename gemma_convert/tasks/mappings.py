@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
+from gemma_convert.api.arguments import public
 from gemma_convert.arrays.dtypes import DTypePolicy, TensorSpec
 from gemma_convert.errors import UsageError
 from gemma_convert.layouts.registry import usable_layouts
@@ -15,7 +16,6 @@ from gemma_convert.mapping.planning import plan_to_native
 from gemma_convert.mapping.table import load_table
 from gemma_convert.model.architecture import Architecture
 from gemma_convert.output import note
-from gemma_convert.public import public
 from gemma_convert.published.models import named_model
 
 

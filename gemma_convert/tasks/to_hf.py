@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from gemma_convert.api.arguments import public
 from gemma_convert.arrays.dtypes import Choice
 from gemma_convert.checkpoint import sidecar
 from gemma_convert.checkpoint.adapter_original import AdapterBase
@@ -25,7 +26,6 @@ from gemma_convert.files.identity import Unchanged
 from gemma_convert.layouts.opening import Checkpoint, open_checkpoint
 from gemma_convert.output import shown
 from gemma_convert.progress import Listener, Progress
-from gemma_convert.public import public
 from gemma_convert.stores.remote.locations import check_remote_options, local, local_target
 from gemma_convert.stores.safetensors.checked_writer import CheckedWriter
 from gemma_convert.stores.safetensors.writer import OutputShard
@@ -253,8 +253,13 @@ class _Job:
         )
 
     def _unexplained(self) -> tuple[str, ...]:
+        """Nothing where it is another conversion's manifest that has the tensors' checksums."""
         checkpoint, manifest = self.checkpoint, self.checkpoint.original.manifest
-        if checkpoint.accepted or checkpoint.changed_arrays or self.options.dtype != "keep":
+        root = sidecar.sidecar_root(checkpoint.native.folder)
+        own = root is not None and checkpoint.original.folder == root / sidecar.FOLDER
+        if not own or checkpoint.accepted or checkpoint.changed_arrays:
+            return ()
+        if self.options.dtype != "keep":
             return ()
         rounded = {row["tensor"] for row in manifest.get("lossy_rows", [])}
         different = self.checks.different

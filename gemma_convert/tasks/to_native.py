@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from gemma_convert.api.arguments import public
 from gemma_convert.arrays.dtypes import Choice, DTypePolicy, ScaledChoice
 from gemma_convert.checkpoint.accounted import beside_native
 from gemma_convert.engine.casting import Casting
@@ -20,7 +21,6 @@ from gemma_convert.engine.target import check_apart, check_order, check_space, c
 from gemma_convert.errors import UsageError
 from gemma_convert.mapping.table import load_table
 from gemma_convert.progress import Listener, Progress
-from gemma_convert.public import public
 from gemma_convert.stores.orbax.writer import OrbaxFormat
 from gemma_convert.stores.orbax.zarr_metadata import Compression
 from gemma_convert.stores.remote.locations import check_remote_options, local, local_target

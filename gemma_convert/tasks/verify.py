@@ -8,13 +8,13 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from gemma_convert.api.arguments import public
 from gemma_convert.engine.comparing import Comparison
 from gemma_convert.errors import SourceError, UsageError
 from gemma_convert.layouts.registry import is_native
 from gemma_convert.model.adapter import is_adapter
 from gemma_convert.output import shown
 from gemma_convert.progress import Listener
-from gemma_convert.public import public
 from gemma_convert.stores.remote.locations import local
 from gemma_convert.stores.weights import is_huggingface
 from gemma_convert.tasks.verify_export import verify_export

@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from gemma_convert.api.arguments import public
 from gemma_convert.engine.staging import StagedFolder
 from gemma_convert.engine.target import check_target
 from gemma_convert.errors import TargetError, UsageError
 from gemma_convert.mapping.inventory import huggingface_tensors
 from gemma_convert.model.architecture import Family
 from gemma_convert.model.config import parse_architecture
-from gemma_convert.public import public
 from gemma_convert.stores.safetensors.header import write_safetensors
 from gemma_convert.tiny import tokenizer
 from gemma_convert.tiny.config import ConfigSpelling, DType, config_json, generation_config_json

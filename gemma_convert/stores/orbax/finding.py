@@ -47,8 +47,8 @@ def find_trees(path: Path) -> list[Path]:
 
 
 def step_of(tree: Path) -> Path | None:
-    """The step folder that an Orbax tree belongs to, if it is in one."""
-    return next((folder for folder in (tree, *tree.parents[:2]) if _is_step(folder)), None)
+    """The step folder that an Orbax tree is, or is an item of."""
+    return next((folder for folder in (tree, tree.parent) if _is_step(folder)), None)
 
 
 def passed_over(path: Path, tree: Path) -> list[Path]:
